@@ -1,0 +1,1 @@
+"""Fine-tune the video memory of SAM 2 and trust the numbers. Import the modules by name."""

@@ -1,0 +1,88 @@
+"""Checkpoints on disk: written atomically, read without executing anything, only what was trained."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sam2train.errors import UserError
+
+FORMAT = 1
+
+
+def save(path: Path, content: Mapping[str, Any]) -> None:
+    """Write tensors and plain values; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(partial, "wb") as file:
+            torch.save({"format": FORMAT, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What `save` wrote, on the CPU.
+
+    Raises:
+        UserError: no file, a damaged one, or one of another program.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; a run keeps them in RUN/checkpoints/")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:  # torch raises a dozen types for a damaged file
+        raise UserError(
+            f"{path}: not a checkpoint that torch can read ({type(problem).__name__}); "
+            "it may be cut short: take another one of the run"
+        ) from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(
+            f"{path}: not a checkpoint of this program (format {FORMAT}); SAM 2's own weights "
+            "belong in model.checkpoint_path"
+        )
+    return content
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def apply_weights(
+    model: torch.nn.Module, content: Mapping[str, Any], base_hash: str | None, path: Path
+) -> None:
+    """Put a checkpoint's weights over the base that they were trained from.
+
+    Args:
+        model: SAM 2 with the base weights loaded.
+        base_hash: sha256 of the base's file, None for random weights.
+
+    Raises:
+        UserError: another base, or weights of another architecture.
+    """
+    weights = content["model"]
+    expected = {name: value.shape for name, value in model.state_dict().items()}
+    complete = weights.keys() == expected.keys()
+    if not complete and content["base"]["sha256"] != base_hash:
+        raise UserError(
+            f"{path}: holds {len(weights)} of {len(expected)} tensors, trained over "
+            f"{content['base']['path']} (sha256 {str(content['base']['sha256'])[:12]}...), but "
+            f"model.checkpoint_path has sha256 {str(base_hash)[:12]}...; set it to that file"
+        )
+    wrong = [name for name, value in weights.items() if expected.get(name) != value.shape]
+    if wrong:
+        raise UserError(
+            f"{path}: {len(wrong)} tensors do not fit model.config_path and model.num_maskmem, "
+            f"the first is {wrong[0]} {tuple(weights[wrong[0]].shape)}"
+        )
+    model.load_state_dict(weights, strict=False)  # names and shapes were checked above

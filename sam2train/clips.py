@@ -1,0 +1,222 @@
+"""The shapes that flow through the project: a clip, a batch of clips, and what the model says of a frame.
+
+Dimension legend, used by every docstring:
+
+    B  clips of a batch          T  frames of a clip (padding included)
+    O  objects of a batch        N  objects of a clip (padded to the largest clip where B > 1)
+    M  mask candidates (1 or 3)  P  points of a prompt
+    C  channels                  H, W  height and width in pixels, sizes always in this order
+
+Points are always (x, y) in pixels of the resized frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+
+
+class Prompt(TypedDict):
+    """What the user gives SAM 2 for one object on one conditioning frame."""
+
+    object_id: int | str
+    frame_index: int  # position in the clip
+    type: str  # point, bbox, mask
+    points: np.ndarray  # (P, 2) float32
+    labels: np.ndarray  # (P,) int32: 1 positive click, 0 negative, 2 / 3 top-left / bottom-right
+    box: np.ndarray | None  # (4,) float32: x_min, y_min, x_max, y_max
+    mask: np.ndarray | None  # (H, W) bool
+
+
+def is_empty(prompt: Prompt) -> bool:
+    """True for the prompt of an object that is not visible: no point, no box, no mask."""
+    return len(prompt["points"]) == 0 and (prompt["mask"] is None or not prompt["mask"].any())
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One training sample. Fields read as attributes and, as in a plain dict, by name."""
+
+    images: torch.Tensor  # (T, 3, H, W) float32, ImageNet-normalised
+    masks: torch.Tensor  # (T, N, H, W) bool
+    prompts: list[Prompt]  # at least one for each object, in the order of `object_ids`
+    video_id: int | str
+    frame_indices: list[int]  # (T,) positions in the video; padding repeats the last one
+    object_ids: list[int | str]  # (N,)
+    frame_valid: torch.Tensor  # (T,) bool, False on padding
+    frame_size: tuple[int, int]  # (H, W) of the source frames
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.keys():
+            raise KeyError(f"a clip has no field {name!r}; it has {', '.join(self.keys())}")
+        return getattr(self, name)
+
+    def keys(self) -> list[str]:
+        return [field.name for field in fields(self)]
+
+
+@dataclass(frozen=True)
+class BatchedVideoMetaData:
+    """Where the objects of a batch come from, as SAM 2's class of this name has it."""
+
+    unique_objects_identifier: (
+        torch.Tensor
+    )  # (T, O, 3) int64: clip, object of the clip, video frame
+    frame_orig_size: torch.Tensor  # (T, O, 2) int64: (H, W) of the source frames
+
+
+@dataclass(frozen=True)
+class BatchedVideoDatapoint:
+    """Clips stacked for the model, with the field names and axes of SAM 2's class of this name.
+
+    `prompts`, `frame_valid` and `object_valid` are ours. SAM 2's training model accepts an instance.
+    """
+
+    img_batch: torch.Tensor  # (T, B, 3, H, W) float32
+    obj_to_frame_idx: torch.Tensor  # (T, O, 2) int32: frame, clip
+    masks: torch.Tensor  # (T, O, H, W) bool
+    metadata: BatchedVideoMetaData
+    prompts: list[list[Prompt]]  # a list for each clip
+    frame_valid: torch.Tensor  # (T, B) bool, False on padding
+    object_valid: torch.Tensor  # (B, N) bool, False on the padding of `object_masks`
+    names: list[str]  # of the clips, for messages
+    dict_key: str = "sam2train"
+
+    @property
+    def num_frames(self) -> int:
+        return self.img_batch.shape[0]
+
+    @property
+    def num_videos(self) -> int:
+        return self.img_batch.shape[1]
+
+    @property
+    def flat_img_batch(self) -> torch.Tensor:
+        """(B * T, 3, H, W), clip by clip."""
+        return self.img_batch.transpose(0, 1).flatten(0, 1)
+
+    @property
+    def flat_obj_to_img_idx(self) -> torch.Tensor:
+        """(T, O) index into `flat_img_batch`."""
+        frame_idx, clip_idx = self.obj_to_frame_idx.unbind(dim=-1)
+        return clip_idx * self.num_frames + frame_idx
+
+    @property
+    def images(self) -> torch.Tensor:
+        """(B, T, C, H, W): the simplified layout."""
+        return self.img_batch.transpose(0, 1)
+
+    @property
+    def object_masks(self) -> torch.Tensor:
+        """(B, T, N, H, W) bool: the simplified layout, zeros where a clip has fewer than N objects."""
+        return scatter_objects(self.masks, self.object_valid, fill=False)
+
+    @property
+    def object_frame_valid(self) -> torch.Tensor:
+        """(T, O) bool: False where an object's frame is padding."""
+        return self.frame_valid[:, self.obj_to_frame_idx[0, :, 1].long()]
+
+    def to(self, device: torch.device | str) -> BatchedVideoDatapoint:
+        moved = {
+            field.name: value.to(device, non_blocking=True)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), torch.Tensor)
+        }
+        return replace(self, **moved)
+
+    def pin_memory(self) -> BatchedVideoDatapoint:
+        pinned = {
+            field.name: value.pin_memory()
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), torch.Tensor)
+        }
+        return replace(self, **pinned)
+
+
+@dataclass(frozen=True)
+class FramePrediction:
+    """One decoder pass over some objects of one frame. The loss sees every pass."""
+
+    objects: torch.Tensor  # (n,) int64 positions on the O axis
+    mask_logits: torch.Tensor  # (n, M, H, W) float32
+    iou_predictions: torch.Tensor  # (n, M)
+    object_score_logits: torch.Tensor  # (n, 1)
+
+
+def scatter_objects(
+    per_object: torch.Tensor, object_valid: torch.Tensor, fill: float | bool
+) -> torch.Tensor:
+    """(T, O, ...) by object of the batch -> (B, T, N, ...) by object of its clip.
+
+    Args:
+        per_object: (T, O, ...), objects ordered clip by clip.
+        object_valid: (B, N) bool with O true entries.
+        fill: what padding gets.
+    """
+    num_clips, num_objects = object_valid.shape
+    shape = (num_clips, num_objects, per_object.shape[0], *per_object.shape[2:])
+    padded = per_object.new_full(shape, fill)
+    padded[object_valid] = per_object.transpose(0, 1)
+    return padded.transpose(1, 2)
+
+
+def make_object_index(object_valid: torch.Tensor, num_frames: int) -> torch.Tensor:
+    """(T, O, 2) int32 `obj_to_frame_idx`: the frame and the clip of every object on every frame."""
+    clip_idx = object_valid.nonzero()[:, 0].int()  # (O,)
+    frame_idx = torch.arange(num_frames, dtype=torch.int32, device=clip_idx.device)
+    return torch.stack(torch.broadcast_tensors(frame_idx[:, None], clip_idx[None]), dim=-1)
+
+
+def collate_fn(clips: Sequence[Clip]) -> BatchedVideoDatapoint:
+    """Stack clips; shorter ones are padded with invalid frames (their last image, no object).
+
+    Args:
+        clips: B clips of one image size; lengths and numbers of objects may differ.
+    """
+    num_frames = max(len(clip.images) for clip in clips)
+    num_objects = [len(clip.object_ids) for clip in clips]
+    images = [_pad_frames(clip.images, num_frames, repeat=True) for clip in clips]
+    masks = [_pad_frames(clip.masks, num_frames, repeat=False) for clip in clips]
+    valid = [_pad_frames(clip.frame_valid, num_frames, repeat=False) for clip in clips]
+    object_valid = torch.arange(max(num_objects)) < torch.tensor(num_objects)[:, None]
+    object_index = make_object_index(object_valid, num_frames)
+
+    video_frames = [
+        clip.frame_indices + clip.frame_indices[-1:] * (num_frames - len(clip.images))
+        for clip in clips
+    ]
+    of_clip = object_index[0, :, 1].long()  # (O,)
+    identifier = torch.stack(
+        [
+            of_clip.expand(num_frames, -1),
+            object_valid.nonzero()[:, 1].expand(num_frames, -1),
+            torch.tensor(video_frames).T[:, of_clip],
+        ],
+        dim=-1,
+    )
+    sizes = torch.tensor([clip.frame_size for clip in clips])[of_clip]
+    return BatchedVideoDatapoint(
+        img_batch=torch.stack(images, dim=1),
+        obj_to_frame_idx=object_index,
+        masks=torch.cat(masks, dim=1),
+        metadata=BatchedVideoMetaData(identifier, sizes.expand(num_frames, -1, -1)),
+        prompts=[list(clip.prompts) for clip in clips],
+        frame_valid=torch.stack(valid, dim=1),
+        object_valid=object_valid,
+        names=[
+            f"video {clip.video_id} frames {clip.frame_indices[0]}..{clip.frame_indices[-1]}"
+            for clip in clips
+        ],
+    )
+
+
+def _pad_frames(values: torch.Tensor, num_frames: int, *, repeat: bool) -> torch.Tensor:
+    missing = num_frames - len(values)
+    if missing == 0:
+        return values
+    last = values[-1:] if repeat else torch.zeros_like(values[-1:])
+    return torch.cat([values, last.expand(missing, *values.shape[1:])])

@@ -1,0 +1,179 @@
+"""Whole videos, frame by frame with a streaming memory -> J, F and J&F at the videos' own size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+
+from sam2train.clips import Prompt
+from sam2train.config import Section
+from sam2train.datasets import COCODataset, Video
+from sam2train.metrics import FramePolicy, VideoScores, mean_scores, score_video
+from sam2train.model import MemoryBank, SAM2Model
+from sam2train.prompts import PromptGenerator
+from sam2train.transforms import normalise, resize_image
+
+# Separates the random numbers of evaluation prompts from those of training clips.
+_PROMPT_STREAM = 1
+
+
+class EvaluationConfig(Section):
+    """The `evaluation:` section."""
+
+    prompt_types: tuple[Literal["point", "bbox", "mask"], ...] | None = Field(
+        None, description="prompts of the objects; null takes those of the training data"
+    )
+    frame_policy: FramePolicy = Field("after_prompt", description="frames that count")
+    max_videos: int | None = Field(None, ge=1, description="the first so many; null scores all")
+    max_frames: int | None = Field(None, ge=2, description="of each video, the first so many")
+    num_overlays: int = Field(3, ge=0, description="videos drawn at each evaluation")
+
+
+@dataclass(frozen=True)
+class TrackedVideo:
+    """One video with what the model made of it."""
+
+    video: Video
+    prompts: list[Prompt]  # `frame_index` counts in the video, coordinates in the model's input
+    prediction: dict[int | str, np.ndarray]  # object id -> (T, H, W) bool
+    ground_truth: dict[int | str, np.ndarray]
+    scores: VideoScores
+
+
+def evaluate(
+    model: SAM2Model,
+    dataset: COCODataset,
+    config: EvaluationConfig,
+    *,
+    seed: int,
+    bf16: bool = False,
+    on_video: Callable[[int, TrackedVideo], None] | None = None,
+) -> dict[str, float]:
+    """`J`, `F`, `J_and_F` and their companions over all objects of a data set.
+
+    Each object is prompted once, on the first frame that shows it, and tracked to the end.
+
+    Args:
+        seed: draws the prompts; the same seed gives every model the same ones.
+        on_video: sees each video as it is done, for pictures.
+
+    Raises:
+        UserError: no object has a frame to score.
+    """
+    videos = [
+        replace(video, frames=video.frames[: config.max_frames])
+        for video in dataset.videos[: config.max_videos]
+    ]
+    scores = []
+    for index, video in enumerate(videos):
+        rng = np.random.default_rng([seed, _PROMPT_STREAM, index])
+        prompts = first_prompts(dataset, video, config.prompt_types, rng)
+        prediction = track_video(model, dataset, video, prompts, bf16=bf16)
+        truth = {
+            object_id: np.stack(
+                [dataset.read_mask(video, t, object_id) for t in range(len(video.frames))]
+            )
+            for object_id in video.object_ids
+        }
+        scored = score_video(prediction, truth, config.frame_policy)
+        scores.append(scored)
+        if on_video is not None:
+            on_video(index, TrackedVideo(video, prompts, prediction, truth, scored))
+    return mean_scores(scores)
+
+
+def first_prompts(
+    dataset: COCODataset,
+    video: Video,
+    prompt_types: tuple[str, ...] | None,
+    rng: np.random.Generator,
+) -> list[Prompt]:
+    """One prompt for each object, on the first frame that shows it at the model's input size."""
+    generator = dataset.prompts
+    if prompt_types is not None:
+        generator = PromptGenerator(
+            prompt_types,
+            generator.num_of_pos_points,
+            generator.include_center,
+            generator.num_of_neg_points,
+        )
+    prompts = []
+    for object_id in video.object_ids:
+        for t in range(len(video.frames)):
+            mask = dataset.read_mask(video, t, object_id, dataset.image_size)
+            if mask.any():
+                prompts.append(generator.generate(mask, rng, object_id=object_id, frame_index=t))
+                break
+    return prompts
+
+
+def track_video(
+    model: SAM2Model,
+    dataset: COCODataset,
+    video: Video,
+    prompts: list[Prompt],
+    *,
+    bf16: bool = False,
+) -> dict[int | str, np.ndarray]:
+    """Object id -> (T, H, W) bool at the video's own size; where objects overlap the surer wins.
+
+    An object is empty before its prompt. Image features live for one frame, memories as long as
+    memory attention can reach them.
+    """
+    prediction = {o: np.zeros((len(video.frames), *video.size), bool) for o in video.object_ids}
+    for t, object_ids, logits in track_frames(model, dataset, video, prompts, bf16=bf16):
+        resized = F.interpolate(logits[:, None], video.size, mode="bilinear", align_corners=False)
+        surest, winner = resized[:, 0].max(dim=0)  # (H, W)
+        for place, object_id in enumerate(object_ids):
+            prediction[object_id][t] = ((winner == place) & (surest > 0)).cpu().numpy()
+    return prediction
+
+
+@torch.inference_mode()
+def track_frames(
+    model: SAM2Model,
+    dataset: COCODataset,
+    video: Video,
+    prompts: list[Prompt],
+    *,
+    bf16: bool = False,
+) -> Iterator[tuple[int, list[int | str], torch.Tensor]]:
+    """Stream a video: frame, the objects prompted so far, their mask logits (n, H / 4, W / 4)."""
+    was_training = model.training
+    model.eval()
+    num_frames = len(video.frames)
+    reach = max(model.num_maskmem, model.max_obj_ptrs_in_encoder)
+    groups: list[tuple[list[int | str], MemoryBank]] = []
+    try:
+        for t in range(num_frames):
+            starting = [prompt for prompt in prompts if prompt["frame_index"] == t]
+            if starting:
+                groups.append(([prompt["object_id"] for prompt in starting], MemoryBank()))
+            if not groups:
+                continue
+            frame = resize_image(dataset.read_frame(video, t), dataset.image_size)
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+                features = model.encode_images(normalise(frame[None]).to(model.device))
+                logits = []
+                for place, (object_ids, bank) in enumerate(groups):
+                    begins = bool(starting) and place == len(groups) - 1
+                    everyone = torch.zeros(len(object_ids), dtype=torch.long, device=model.device)
+                    current, _ = model.track_frame(
+                        t,
+                        features.select(everyone),
+                        bank,
+                        num_frames,
+                        starting if begins else None,
+                        encode_memory=t + 1 < num_frames,
+                    )
+                    bank.forget_before(t + 1 - reach)
+                    logits.append(current["low_res_logits"].float())
+            yield t, [o for object_ids, _ in groups for o in object_ids], torch.cat(logits)
+    finally:
+        model.train(was_training)

@@ -1,0 +1,72 @@
+"""One experiment: all sections of its YAML, and the rules that cross them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from sam2train.config import Section, apply_overrides, build, load_yaml
+from sam2train.datasets import DatasetConfig
+from sam2train.evaluate import EvaluationConfig
+from sam2train.losses import LossConfig
+from sam2train.model import ModelConfig
+from sam2train.optimizer import OptimizerConfig
+from sam2train.tracking import TrackingConfig
+from sam2train.transforms import AugmentConfig
+
+
+class TrainerConfig(Section):
+    """The `trainer:` section. Periods count optimiser steps."""
+
+    num_steps: int = Field(1000, ge=0)
+    val_every: int = Field(200, ge=1, description="also before the first step and after the last")
+    save_every: int = Field(200, ge=1)
+    log_every: int = Field(10, ge=1)
+    grad_accumulation: int = Field(1, ge=1, description="batches of one optimiser step")
+    max_grad_norm: float = Field(0.1, gt=0)
+    bf16: bool | None = Field(None, description="bfloat16 autocast; null: where CUDA supports it")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    seed: int = Field(0, ge=0)
+
+
+class Experiment(Section):
+    """All settings of a run, checked; the disk is not touched."""
+
+    dataset: DatasetConfig
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = Field(default_factory=TrainerConfig)
+    augment: AugmentConfig = Field(default_factory=AugmentConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> Experiment:
+        side = self.model.image_size
+        if self.dataset.image_size != (side, side):
+            height, width = self.dataset.image_size
+            raise ValueError(
+                f"dataset.image_size is [{height}, {width}] and model.image_size {side}; SAM 2 "
+                f"takes squares: set dataset.image_size to [{side}, {side}]"
+            )
+        return self
+
+
+def load_experiment(path: Path, overrides: Mapping[str, Any] | None = None) -> Experiment:
+    """The experiment in a YAML file, with `dotted.key -> value` overrides applied.
+
+    Raises:
+        UserError: everything that is wrong with it, in one message.
+    """
+    return build(Experiment, apply_overrides(load_yaml(path), overrides or {}), str(path))
+
+
+def untrained_rows(experiment: Experiment) -> Sequence[int]:
+    """Rows of the temporal encoding that no frame of a clip can use: too few frames before it."""
+    rows = experiment.model.num_maskmem
+    reached = experiment.dataset.video_clip_length - 2  # frames between the prompt and the last
+    return range(max(reached, 0), rows - 1)

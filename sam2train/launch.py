@@ -1,0 +1,242 @@
+"""The command line of `run.py`. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sam2train.errors import UserError
+
+if TYPE_CHECKING:
+    from sam2train.experiment import Experiment
+
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
+
+EPILOG = """\
+Settings of the experiment are changed by dotted name, with or without hyphens in front:
+  python run.py experiments/coco_point_bbox.yaml trainer.num_steps=500 --trainer.seed=1
+
+A run writes to runs/<experiment>/<run id>/. Exit codes: 0 done, 2 a mistake in what was asked for,
+130 and 143 stopped by Ctrl-C and SIGTERM (the run is saved first; --resume goes on).
+"""
+
+# What --smoke changes: two steps of anything, in seconds.
+SMOKE = {
+    "trainer.num_steps": 2,
+    "trainer.log_every": 1,
+    "trainer.val_every": 2,
+    "trainer.save_every": 2,
+    "trainer.grad_accumulation": 1,
+    "dataset.batch_size": 1,
+    "dataset.num_workers": 0,
+    "evaluation.max_videos": 1,
+    "evaluation.max_frames": 4,
+    "evaluation.num_overlays": 1,
+}
+
+
+def main(words: Sequence[str]) -> int:
+    """Run one command. Returns the exit code; a user's mistake is a message and code 2."""
+    try:
+        arguments, rest = _parse(words)
+        if arguments.list:
+            return list_experiments()
+        return launch(arguments, rest)
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="python run.py",
+        description="Fine-tune the video memory of SAM 2: train the experiment of a YAML file.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("file", nargs="?", metavar="FILE.yaml", help="the experiment")
+    parser.add_argument("--list", action="store_true", help="list the experiments that come along")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show config, data, parameters and one batch; stop"
+    )
+    parser.add_argument("--smoke", action="store_true", help="two steps and one short video")
+    parser.add_argument("--run-dir", type=Path, metavar="PATH", help="the folder of this run")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="go on with a run folder or checkpoint; without PATH, with --run-dir or the newest run",
+    )
+    parser.add_argument(
+        "--download",
+        action="store_true",
+        help="fetch model.checkpoint_path, which Meta publishes",
+    )
+    parser.add_argument(
+        "--export",
+        nargs=2,
+        type=Path,
+        metavar=("CHECKPOINT", "OUT.pt"),
+        help="write a run's checkpoint as a file that SAM 2 itself loads",
+    )
+    parser.add_argument("--half", action="store_true", help="export in half precision")
+    arguments, rest = parser.parse_known_args(words)
+    if arguments.resume and "=" in arguments.resume and not Path(arguments.resume).exists():
+        rest.insert(0, arguments.resume)  # `--resume key=value`: the word is an override
+        arguments.resume = ""
+    unknown = [word for word in rest if word.startswith("-") and "=" not in word]
+    if unknown:
+        raise UserError(f"unknown option {unknown[0]}; `python run.py --help` lists them")
+    if arguments.file is None and not arguments.list:
+        parser.print_help()
+        raise UserError("no experiment given; for example experiments/coco_point_bbox.yaml")
+    return arguments, rest
+
+
+def list_experiments() -> int:
+    """Print each experiment with the first comment line of its file."""
+    rows = []
+    for path in sorted(EXPERIMENTS.glob("*.yaml")):
+        first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+        rows.append((f"experiments/{path.name}", first.lstrip("# ") if first[:1] == "#" else ""))
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, text in rows:
+        print(f"{name:{width}}  {text}")
+    return 0
+
+
+def launch(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Train, or dry-run, one experiment."""
+    from rich.console import Console
+
+    from sam2train.config import parse_overrides, sweep_parameters
+    from sam2train.experiment import load_experiment
+    from sam2train.pretrained import resolve_path
+
+    path = resolve_path(arguments.file)
+    overrides = parse_overrides(rest)
+    if typed := os.environ.get("WANDB_SWEEP_PARAM_PATH"):
+        # An agent's words lost their types on the way; this file still has them.
+        overrides |= sweep_parameters(Path(typed))
+    if arguments.smoke:
+        overrides = SMOKE | overrides
+    experiment = load_experiment(path, overrides)
+    console = Console()
+    if arguments.download:
+        from sam2train.download import fetch_checkpoint
+
+        fetch_checkpoint(experiment.model, console)
+        return 0
+    if arguments.export:
+        from sam2train.export import export_checkpoint
+
+        export_checkpoint(experiment, *arguments.export, half=arguments.half, console=console)
+        return 0
+    if arguments.dry_run:
+        from sam2train.describe import describe
+
+        describe(experiment, console)
+        return 0
+    name = "smoke" if arguments.smoke else path.stem
+    return _train(experiment, name, arguments, console)
+
+
+def _train(experiment: Experiment, name: str, arguments: argparse.Namespace, console: Any) -> int:
+    runs = Path("runs") / name
+    checkpoint = None
+    run_id = os.environ.get("WANDB_RUN_ID") or time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(
+        2
+    )
+    run_dir = arguments.run_dir or runs / run_id
+    if arguments.resume is not None:
+        checkpoint = find_checkpoint(arguments.resume, arguments.run_dir, runs)
+        run_dir = checkpoint.parent.parent
+        check_same_experiment(experiment, run_dir)
+    elif (run_dir / "checkpoints").exists():
+        raise UserError(
+            f"--run-dir {run_dir}: a run is there already; add --resume to go on with it, or name "
+            "another folder"
+        )
+
+    from sam2train.trainer import Interrupted, Trainer
+
+    trainer = Trainer(
+        experiment, run_dir, run_id=run_id, name=name, resume=checkpoint, console=console
+    )
+    say = trainer.tracker.say
+    again = f"python run.py {arguments.file} --resume {run_dir}"
+    try:
+        trainer.run()
+    except Interrupted as stopped:
+        say(f"stopped at step {trainer.step}, saved. Go on with: {again}")
+        return int(stopped.code)
+    say(f"\nwrote {run_dir}/")
+    for place, what in (
+        ("summary.json", "scores and parameter counts"),
+        ("metrics.jsonl", "losses and scores by step"),
+        ("overlays/", "ground truth, prediction and errors as pictures"),
+        ("checkpoints/", "best.pt (by J&F) and last.pt"),
+    ):
+        say(f"  {run_dir / place!s:<48} {what}")
+    if trainer.tracker.how_to_sync:
+        say(f"look at it: wandb leet {run_dir}/wandb    upload it: {trainer.tracker.how_to_sync}")
+    return 0
+
+
+def find_checkpoint(given: str, run_dir: Path | None, runs: Path) -> Path:
+    """The checkpoint to go on from: one that is named, a run's last, or the newest run's last.
+
+    Raises:
+        UserError: there is none.
+    """
+    place = Path(given) if given else run_dir
+    if place is None:
+        found = sorted(runs.glob("*/checkpoints/last.pt"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise UserError(f"--resume: no run with a checkpoint under {runs}/; name one")
+        return found[-1]
+    if place.is_dir():
+        place = place / "checkpoints" / "last.pt"
+    if not place.is_file():
+        raise UserError(
+            f"--resume: no checkpoint {place}; expected a run folder or RUN/checkpoints/last.pt"
+        )
+    return place
+
+
+def check_same_experiment(experiment: Experiment, run_dir: Path) -> None:
+    """Raise UserError if a resumed run would mix two experiments.
+
+    The number of steps, the periods, the workers, W&B and the evaluation may change.
+    """
+    from sam2train.config import flatten, load_yaml
+
+    free = ("trainer.num_steps", "trainer.device", "dataset.num_workers", "dataset.mask_cache_mb")
+    config_file = run_dir / "config.yaml"
+    before = flatten(load_yaml(config_file))
+    now = flatten(experiment.model_dump(mode="json"))
+    changed = [
+        f"{key}: {before.get(key)!r} in the run, {now.get(key)!r} now"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+        and key not in free
+        and not key.endswith("_every")
+        and not key.startswith(("tracking.", "evaluation."))
+    ]
+    if changed:
+        raise UserError(
+            f"--resume {run_dir}: the experiment is not that of {config_file}\n  "
+            + "\n  ".join(changed)
+            + "\ngive the settings of the run, or start a new one"
+        )

@@ -1,0 +1,140 @@
+"""SAM 2's training loss: focal, dice, IoU and object score, on the best of the mask candidates.
+
+Formulas and conventions follow `MultiStepMultiMasksAndIous` in facebookresearch/sam2, which sums over
+frames and decoder passes and divides by the number of objects of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+
+from sam2train.clips import FramePrediction
+from sam2train.config import Section
+
+# What SAM 2 writes where its object score says "not here"; such logits carry no gradient.
+GATED_LOGIT = -1024.0
+
+
+class LossConfig(Section):
+    """The `loss:` section: weights of the terms; the defaults are SAM 2's."""
+
+    focal: float = Field(20.0, ge=0)
+    dice: float = Field(1.0, ge=0)
+    iou: float = Field(1.0, ge=0)
+    object_score: float = Field(
+        1.0, ge=0, description="at 0 a wrong 'absent' is never corrected: no other term reaches it"
+    )
+    focal_alpha: float = Field(0.25, ge=0, le=1)
+    focal_gamma: float = Field(2.0, ge=0)
+    supervise_all_iou: bool = Field(
+        True, description="IoU loss on all candidates, not the best one"
+    )
+    iou_l1: bool = Field(True, description="L1 instead of squared error for the IoU loss")
+
+
+def focal_loss(
+    logits: torch.Tensor, targets: torch.Tensor, alpha: float, gamma: float
+) -> torch.Tensor:
+    """Sigmoid focal loss per element (https://arxiv.org/abs/1708.02002), the shape of the inputs."""
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    prob = logits.sigmoid()
+    prob_of_target = prob * targets + (1 - prob) * (1 - targets)
+    weight = alpha * targets + (1 - alpha) * (1 - targets)
+    return weight * cross_entropy * (1 - prob_of_target) ** gamma
+
+
+def dice_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """1 - (2 |P T| + 1) / (|P| + |T| + 1) over the last two axes: (..., H, W) -> (...)."""
+    prob = logits.sigmoid().flatten(-2)
+    targets = targets.flatten(-2)
+    overlap = (prob * targets).sum(-1)
+    return 1 - (2 * overlap + 1) / (prob.sum(-1) + targets.sum(-1) + 1)
+
+
+def mask_iou(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """IoU of the thresholded masks over the last two axes; 0 where both are empty, as SAM 2 has it."""
+    prediction, truth = logits.flatten(-2) > 0, targets.flatten(-2) > 0
+    union = (prediction | truth).sum(-1)
+    return (prediction & truth).sum(-1) / union.clamp(min=1)
+
+
+def compute_losses(
+    frames: Sequence[Sequence[FramePrediction]],
+    targets: torch.Tensor,
+    config: LossConfig,
+    valid: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """`loss`, its unweighted terms `loss/focal`, `loss/dice`, `loss/iou`, `loss/object_score`, and
+    the gate: `gate/fraction` of the visible objects that SAM 2 called absent and `gate/loss`, the
+    weighted part of `loss` on their masks, which reaches no weight.
+
+    Args:
+        frames: for each of T frames the decoder passes on it.
+        targets: (T, O, H, W) bool; all zeros where an object is absent.
+        valid: (T, O) bool, False on padding frames; None where all are real.
+    """
+    num_objects = max(targets.shape[1], 1)
+    terms: dict[str, torch.Tensor] = {}
+    for frame_idx, passes in enumerate(frames):
+        for prediction in passes:
+            target = targets[frame_idx, prediction.objects]
+            weight = None if valid is None else valid[frame_idx, prediction.objects]
+            for name, value in _pass_losses(prediction, target, weight, config).items():
+                terms[name] = terms.get(name, 0) + value
+    if not terms:
+        raise ValueError("no object of the batch has a prompt: there is nothing to learn from")
+    weights = {name: getattr(config, name) for name in ("focal", "dice", "iou", "object_score")}
+    scaled = {name: terms[name] / num_objects for name in weights}
+    return {
+        "loss": sum(weights[name] * value for name, value in scaled.items()),
+        **{f"loss/{name}": value.detach() for name, value in scaled.items()},
+        "gate/fraction": terms["gated"] / terms["visible"].clamp(min=1),
+        "gate/loss": terms["gated_loss"] / num_objects,
+    }
+
+
+def _pass_losses(
+    prediction: FramePrediction,
+    target: torch.Tensor,
+    valid: torch.Tensor | None,
+    config: LossConfig,
+) -> dict[str, torch.Tensor]:
+    """Sums over the n objects of one decoder pass, (), not yet weighted.
+
+    Args:
+        target: (n, H, W) bool.
+        valid: (n,) bool or None.
+    """
+    candidates = prediction.mask_logits.float()  # (n, M, H, W)
+    truth = target[:, None].float().expand_as(candidates)
+    visible = target.flatten(1).any(1)
+    counted = torch.ones_like(visible) if valid is None else valid
+    present = (visible & counted).float()
+
+    focal = focal_loss(candidates, truth, config.focal_alpha, config.focal_gamma).mean((-2, -1))
+    dice = dice_loss(candidates, truth)  # (n, M)
+    predicted_iou = prediction.iou_predictions.float()
+    difference = predicted_iou - mask_iou(candidates, truth)
+    iou = difference.abs() if config.iou_l1 else difference**2
+
+    # Masks learn on the candidate of least loss; the one that enters the memory is another choice.
+    best = (config.focal * focal + config.dice * dice).argmin(1, keepdim=True)  # (n, 1)
+    focal, dice = focal.gather(1, best)[:, 0], dice.gather(1, best)[:, 0]
+    iou = iou.mean(1) if config.supervise_all_iou else iou.gather(1, best)[:, 0]
+    score = F.binary_cross_entropy_with_logits(
+        prediction.object_score_logits[:, 0].float(), visible.float(), reduction="none"
+    )
+    gated = (candidates.detach()[:, 0, 0, 0] == GATED_LOGIT) & visible & counted
+    return {
+        "focal": (focal * present).sum(),
+        "dice": (dice * present).sum(),
+        "iou": (iou * present).sum(),
+        "object_score": (score * counted).sum(),
+        "gated": gated.sum(),
+        "visible": present.sum(),
+        "gated_loss": ((config.focal * focal + config.dice * dice).detach() * gated).sum(),
+    }

@@ -1,0 +1,342 @@
+"""Pictures a person can judge: tinted masks, prompts, and a sheet of truth against prediction.
+
+Every picture is (H, W, 3) uint8 RGB: floats would turn black in `wandb.Image`.
+"""
+
+import colorsys
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
+
+# Okabe and Ito, "Color Universal Design" (2008), without black. Most data sets count from 1:
+# sky blue and purple come there because few real things have these colours.
+OKABE_ITO = ((230, 159, 0), (86, 180, 233), (204, 121, 167), (240, 228, 66))
+OKABE_ITO += ((213, 94, 0), (0, 158, 115), (0, 114, 178))
+
+ERRORS = {
+    "correct": (205, 205, 205),
+    "false positive": (255, 70, 50),
+    "missed": (60, 150, 255),
+    "wrong object": (255, 222, 60),
+}
+WHITE, INK = (255, 255, 255), (25, 25, 25)
+POSITIVE, NEGATIVE = (0, 190, 70), (225, 0, 30)
+
+MAX_SHEET = (1700, 2000)  # (H, W) px: a sheet on one screen, text still readable
+GUTTER, GAP, STRIP = 30, 6, 26  # px: row names at the left, space between cells, frame labels
+
+
+def colour(index: int) -> tuple[int, int, int]:
+    """The (r, g, b) of an object, the same in every picture and run: Okabe-Ito, then generated."""
+    assert index >= 0, index
+    if index < len(OKABE_ITO):
+        return OKABE_ITO[index]
+    # The golden ratio spreads the hues; brightness alternates, since hue alone fails some eyes.
+    saturation, value = ((0.55, 1.0), (0.95, 0.6), (0.85, 0.9))[index % 3]
+    rgb = colorsys.hsv_to_rgb(index * 0.618034 % 1.0, saturation, value)
+    return tuple(round(255 * channel) for channel in rgb)
+
+
+def palette(num: int) -> np.ndarray:
+    """(num, 3) uint8: the colours of objects 0 .. num - 1."""
+    return np.array([colour(index) for index in range(num)], np.uint8).reshape(num, 3)
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """(T, H, W, 3) uint8 from (T, 3, H, W) ImageNet-normalised floats."""
+    assert images.shape[1:2] == (3,), images.shape
+    pixels = images.transpose(0, 2, 3, 1) * IMAGENET_STD + IMAGENET_MEAN
+    return np.clip(np.rint(pixels * 255), 0, 255).astype(np.uint8)
+
+
+def id_mask(masks: Mapping[int, np.ndarray], order: Sequence[int]) -> np.ndarray:
+    """(H, W) uint8 for `wandb.Image`: 0 background, k + 1 where object `order[k]` is.
+
+    Where objects overlap, the one first in `order` wins.
+    """
+    assert len(order) <= 255, len(order)
+    labels = np.zeros(next(iter(masks.values())).shape, np.uint8)
+    for value, object_id in reversed(list(enumerate(order, start=1))):
+        assert masks[object_id].shape == labels.shape, (object_id, masks[object_id].shape)
+        labels[masks[object_id]] = value
+    return labels
+
+
+def draw_masks(
+    frame: np.ndarray,
+    masks: Mapping[int, np.ndarray],
+    *,
+    alpha: float = 0.4,
+    contour: bool = True,
+) -> np.ndarray:
+    """A copy of `frame` (H, W, 3) with each (H, W) bool mask tinted, and outlined if `contour`.
+
+    The outline lies inside the mask: no pixel outside of all masks changes, and an object cut by
+    the border stays open there. `alpha` is the weight of the tint, in [0, 1].
+    """
+    assert frame.dtype == np.uint8, frame.dtype
+    picture = frame.copy()
+    for object_id, mask in masks.items():
+        assert mask.shape == frame.shape[:2], (object_id, mask.shape, frame.shape)
+        _blend(picture, mask, colour(object_id), alpha)
+    if contour:
+        for object_id, mask in masks.items():
+            picture[_outline(mask)] = colour(object_id)
+    return picture
+
+
+def draw_prompts(picture: np.ndarray, prompts: Iterable[dict], scale: float = 1.0) -> np.ndarray:
+    """A copy of `picture` with the prompts of one frame, each in the colour of its object.
+
+    A positive click is a green disc, a negative one a red cross; a box is a rectangle, a mask a
+    hatched area. What lies on the border or beyond is moved inside, by its own size, to be seen.
+
+    Args:
+        picture: (H, W, 3) uint8, the frame times `scale`.
+        prompts: dicts of a sample (`object_id`, `points` (P, 2) as (x, y), `labels` (P,), `box`
+            (4,) or None, `mask` (h, w) bool or None), in pixels of the frame before scaling.
+    """
+    picture, prompts = picture.copy(), list(prompts)
+    height, width = picture.shape[:2]
+    size = max(3, round(min(height, width) / 45))  # px: radius of a click
+
+    def place(xy: np.ndarray, margin: int = 0) -> tuple[int, int]:
+        inside = (margin, margin), (width - 1 - margin, height - 1 - margin)
+        # + 0.5 - 0.5: from the centre of a pixel of the frame to the centre of its enlargement.
+        x, y = np.clip((np.asarray(xy) + 0.5) * scale - 0.5, *inside)
+        return round(float(x)), round(float(y))
+
+    for prompt in prompts:
+        ink = colour(prompt["object_id"])
+        if prompt["mask"] is not None:
+            mask = _resize_mask(prompt["mask"], (height, width))
+            rows, columns = np.indices(mask.shape)
+            _blend(picture, mask & ((rows + columns) % (3 * size) < size), WHITE, 0.7)
+            picture[_outline(mask)] = ink
+        if prompt["box"] is not None:
+            corners = place(prompt["box"][:2]), place(prompt["box"][2:])
+            for shade, thickness in ((INK, 4), (ink, 2)):
+                cv2.rectangle(picture, *corners, shade, thickness)
+    for prompt in prompts:  # clicks last: they are small and must not be hidden
+        rings = (INK, colour(prompt["object_id"]), WHITE)
+        for point, label in zip(prompt["points"], prompt["labels"], strict=True):
+            if label not in (0, 1):  # 2 and 3 are the corners of the box
+                continue
+            x, y = place(point, margin=size)
+            for shade, rim in zip(rings, (4, 3, 1), strict=True):
+                cv2.circle(picture, (x, y), size + rim, shade, cv2.FILLED, cv2.LINE_AA)
+            if label == 1:
+                cv2.circle(picture, (x, y), size - 1, POSITIVE, cv2.FILLED, cv2.LINE_AA)
+            else:
+                cross = cv2.MARKER_TILTED_CROSS, 2 * size - 2, max(2, size // 2), cv2.LINE_AA
+                cv2.drawMarker(picture, (x, y), NEGATIVE, *cross)
+    return picture
+
+
+def draw_errors(frame: np.ndarray, prediction: Mapping, ground_truth: Mapping) -> np.ndarray:
+    """The greyed frame with correct, false positive, missed and wrongly named pixels painted.
+
+    Both mappings hold the same ids. A pixel claimed by one object and missed by another belongs to
+    the wrong object.
+    """
+    correct, extra, missed = np.zeros((3, *frame.shape[:2]), bool)
+    for object_id, truth in ground_truth.items():
+        found = prediction[object_id]
+        correct |= found & truth
+        extra |= found & ~truth
+        missed |= truth & ~found
+    grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
+    picture = cv2.cvtColor((grey * 0.5).astype(np.uint8), cv2.COLOR_GRAY2RGB)
+    areas = (correct & ~extra & ~missed, extra & ~missed, missed & ~extra, missed & extra)
+    for area, ink, alpha in zip(areas, ERRORS.values(), (0.5, 0.85, 0.85, 0.85), strict=True):
+        _blend(picture, area, ink, alpha)
+    return picture
+
+
+def pick_frames(num_frames: int, prompted: Iterable[int], max_frames: int) -> list[int]:
+    """At most `max_frames` ascending indices, even, with the prompted frames and the last one.
+
+    Where not all of these fit, the first prompted frame goes first, then the last frame.
+    """
+    prompted, last = sorted(prompted), num_frames - 1
+    picked = np.linspace(0, last, min(num_frames, max_frames), dtype=int).tolist()
+    for place, frame_idx in enumerate(dict.fromkeys([*prompted[:1], last, *prompted])):
+        # The first `place` entries are settled; the nearest of the others gives way.
+        if picked[place:]:
+            picked.remove(min(picked[place:], key=lambda other: abs(other - frame_idx)))
+            picked.insert(place, frame_idx)
+    return sorted(picked)
+
+
+def comparison(
+    frames: np.ndarray,
+    prediction: Mapping[int, np.ndarray],
+    ground_truth: Mapping[int, np.ndarray],
+    prompts: Sequence[dict],
+    *,
+    title: str,
+    frame_labels: Sequence[str] | None = None,
+    scores: Sequence[str] | None = None,
+    max_frames: int = 8,
+    cell_height: int = 240,
+) -> np.ndarray:
+    """A sheet, at most 2000 px wide: ground truth with prompts, prediction, errors; frame by frame.
+
+    Args:
+        frames: (T, H, W, 3) uint8.
+        prediction, ground_truth: object id -> (T, H, W) bool; an id in only one is absent in the
+            other.
+        prompts: dicts as in `draw_prompts`, with `type` and `frame_index` in [0, T).
+        title: what is compared, with the overall score.
+        frame_labels: T names of the frames ("frame 0", ... where None).
+        scores: T short texts, such as "J 0.83".
+        cell_height: px, at most; cells shrink to fit the sheet, and wide ones wrap into bands.
+    """
+    num_frames, height, width = frames.shape[:3]
+    for masks in (prediction, ground_truth):
+        for object_id, mask in masks.items():
+            assert mask.shape == frames.shape[:3], (object_id, mask.shape, frames.shape)
+    for texts in (frame_labels, scores):
+        assert texts is None or len(texts) == num_frames, (texts, num_frames)
+    object_ids = sorted({*prediction, *ground_truth})
+    chosen = pick_frames(num_frames, (p["frame_index"] for p in prompts), max_frames)
+    columns, scale = _layout(len(chosen), height, width, cell_height)
+    cell = max(1, round(height * scale)), max(1, round(width * scale))
+
+    legend = [("objects", None)] + [(str(object_id), colour(object_id)) for object_id in object_ids]
+    legend += [("   errors", None), *list(ERRORS.items())[: 4 if len(object_ids) > 1 else 3]]
+    sheet_width = max(GUTTER + columns * (cell[1] + GAP), 520)
+    header = _header(title, legend, sheet_width)
+    band_height = STRIP + 3 * (cell[0] + GAP) + GAP
+    bands = math.ceil(len(chosen) / columns)
+    sheet = Image.new("RGB", (sheet_width, header.height + bands * band_height), WHITE)
+    sheet.paste(header)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(17)
+
+    for position, t in enumerate(chosen):
+        band, column = divmod(position, columns)
+        left = GUTTER + column * (cell[1] + GAP)
+        top = header.height + band * band_height
+        here = [prompt for prompt in prompts if prompt["frame_index"] == t]
+
+        label = frame_labels[t] if frame_labels else f"frame {t}"
+        if here:
+            label += " · " + ", ".join(sorted({prompt["type"] for prompt in here}))
+        score = scores[t] if scores else ""
+        pen.text((left + cell[1], top + 2), score, INK, font, anchor="ra")
+        room = cell[1] - font.getlength(score + "  ")
+        pen.text((left, top + 2), _fit(label, font, room), INK, font)
+
+        # Outlines come after the resize, so that they are equally crisp at every frame size.
+        smooth = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+        image = cv2.resize(frames[t], cell[::-1], interpolation=smooth)
+        absent = np.zeros(cell, bool)
+        truth, found = (
+            {i: _resize_mask(m[i][t], cell) if i in m else absent for i in object_ids}
+            for m in (ground_truth, prediction)
+        )
+        rows = {
+            "ground truth": draw_prompts(draw_masks(image, truth), here, scale),
+            "prediction": draw_masks(image, found),
+            "errors": draw_errors(image, found, truth),
+        }
+        for row, (name, picture) in enumerate(rows.items()):
+            y = top + STRIP + row * (cell[0] + GAP)
+            sheet.paste(Image.fromarray(picture), (left, y))
+            if column == 0:
+                sheet.paste(_sideways(_fit(name, font, cell[0]), font, cell[0]), (0, y))
+    return np.array(sheet)
+
+
+def save_png(picture: np.ndarray, path: str | Path) -> None:
+    """Write `picture` (H, W, 3) uint8 to `path`, whole or not at all; creates the folder."""
+    _save(Image.fromarray(picture), path, format="PNG")
+
+
+def save_clip(pictures: np.ndarray, path: str | Path) -> None:
+    """Write `pictures` (T, H, W, 3) uint8 as an endless GIF of about 6 pictures a second."""
+    first, *rest = map(Image.fromarray, pictures)
+    _save(first, path, format="GIF", save_all=True, append_images=rest, duration=160, loop=0)
+
+
+def _save(image: Image.Image, path: str | Path, **options) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        image.save(part, **options)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _blend(picture: np.ndarray, mask: np.ndarray, ink: tuple, alpha: float) -> None:
+    mixed = (1 - alpha) * picture[mask] + alpha * np.array(ink)
+    picture[mask] = np.rint(mixed).astype(np.uint8)
+
+
+def _outline(mask: np.ndarray) -> np.ndarray:
+    """(H, W) bool: the rim of the mask, inside it, 1 px thick or 2 from 200 px on."""
+    thickness = 1 if min(mask.shape) < 200 else 2
+    kernel = np.ones((3, 3), np.uint8)
+    return mask & (cv2.erode(mask.astype(np.uint8), kernel, iterations=thickness) == 0)
+
+
+def _resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) bool of `size`. A tiny object that would vanish when reduced keeps every pixel."""
+    enlarge = mask.shape[0] <= size[0]
+    how = cv2.INTER_NEAREST_EXACT if enlarge else cv2.INTER_AREA
+    cover = cv2.resize(mask.astype(np.float32), size[::-1], interpolation=how)
+    return cover >= 0.5 if (cover >= 0.5).any() else cover > 0
+
+
+def _layout(num_cells: int, height: int, width: int, cell_height: int) -> tuple[int, float]:
+    """(columns, scale) of the largest cells that fit `MAX_SHEET`; fewest bands where equal."""
+
+    def scale(columns: int) -> float:
+        bands = math.ceil(num_cells / columns)
+        across = (MAX_SHEET[1] - GUTTER) / columns - GAP
+        down = ((MAX_SHEET[0] - 80) / bands - STRIP - 4 * GAP) / 3  # 80 px: the usual header
+        return min(cell_height / height, across / width, down / height)
+
+    columns = max(range(num_cells, 0, -1), key=scale)
+    return columns, scale(columns)
+
+
+def _fit(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
+    """`text`, cut with an ellipsis where it is wider than `room` px."""
+    cuts = (text[:end] + "…" for end in range(len(text) - 1, -1, -1))
+    return next((cut for cut in (text, *cuts) if font.getlength(cut) <= room), "")
+
+
+def _sideways(text: str, font: ImageFont.FreeTypeFont, length: int) -> Image.Image:
+    label = Image.new("RGB", (length, GUTTER), WHITE)
+    ImageDraw.Draw(label).text((length / 2, GUTTER / 2), text, INK, font, anchor="mm")
+    return label.rotate(90, expand=True)
+
+
+def _header(title: str, legend: list[tuple[str, tuple | None]], width: int) -> Image.Image:
+    """The words of the title, then the legend with its swatches, both wrapped to `width`."""
+    image = Image.new("RGB", (width, 60 + 32 * len(title.split()) + 26 * len(legend)), WHITE)
+    pen, y = ImageDraw.Draw(image), 6
+    words = [(word, None) for word in title.split()]
+    for items, size, line, space in ((words, 24, 34, 7), (legend, 17, 26, 16)):
+        font, x = ImageFont.load_default(size), GUTTER
+        for text, swatch in items:
+            span = font.getlength(text) + (24 if swatch else 0)
+            if x > GUTTER and x + span > width:
+                x, y = GUTTER, y + line
+            if swatch:
+                pen.rectangle((x, y + 3, x + 16, y + 17), swatch, INK)
+            pen.text((x + span, y), text, INK, font, anchor="ra")
+            x += span + space
+        y += line
+    return image.crop((0, 0, width, y + GAP))

@@ -1,0 +1,240 @@
+"""SAM 2 from a config and a checkpoint: found, built, fitted to the experiment, loaded strictly."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sam2train.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DOWNLOAD_ADDRESS = "https://dl.fbaipublicfiles.com/segment_anything_2/092824/"
+PUBLISHED = tuple(f"sam2.1_hiera_{size}.pt" for size in ("tiny", "small", "base_plus", "large"))
+
+
+@cache
+def _package_configs() -> dict[str, Path]:
+    """Configs inside the installed `sam2` package, by name relative to it."""
+    spec = find_spec("sam2")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("the package sam2 is not installed; run `pip install -r requirements.txt`")
+    root = Path(spec.submodule_search_locations[0])
+    return {
+        path.relative_to(root).as_posix(): path for path in sorted(root.glob("configs/sam*/*.yaml"))
+    }
+
+
+def resolve_path(path: str | Path) -> Path:
+    """A relative path from the current folder, else from the repository, else as it is."""
+    path = Path(path).expanduser()
+    in_repository = REPOSITORY / path
+    return in_repository if not path.exists() and in_repository.exists() else path
+
+
+def resolve_config(config_path: str | Path) -> Path:
+    """The file of a SAM 2 model config.
+
+    Args:
+        config_path: a file on disk, a name inside the `sam2` package
+            (`configs/sam2.1/sam2.1_hiera_t.yaml`), or its short form (`configs/sam2.1_hiera_t.yaml`).
+
+    Raises:
+        UserError: nothing of that name; lists what exists.
+    """
+    path = resolve_path(config_path)
+    if path.is_file():
+        return path
+    named = _package_configs()
+    name = Path(config_path).as_posix()
+    if name in named:
+        return named[name]
+    short = [
+        full for full in named if Path(full).name == Path(name).name and "training" not in full
+    ]
+    if short and Path(name).parent.as_posix() in ("configs", "."):
+        return named[short[0]]
+    ours = [
+        p.relative_to(REPOSITORY).as_posix() for p in REPOSITORY.glob("sam2train/configs/*.yaml")
+    ]
+    known = [full for full in named if "training" not in full] + sorted(ours)
+    raise UserError(
+        f"model.config_path: no SAM 2 config {str(config_path)!r}; expected a file on disk or one "
+        "of\n  " + "\n  ".join(known)
+    )
+
+
+def build_sam2(config: Path, *, image_size: int, num_maskmem: int, **options: Any) -> nn.Module:
+    """A `SAM2Base` with random weights, in train mode, on the CPU.
+
+    Args:
+        config: a SAM 2 config file with a `model:` node.
+        image_size: pixels; RoPE tables are built for image_size / 16 tokens a side.
+        options: further keys of the `model:` node to replace.
+
+    Raises:
+        UserError: a file that is no SAM 2 config, or an option it does not have.
+    """
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from sam2.modeling.sam2_base import SAM2Base
+
+    try:
+        loaded = OmegaConf.load(config)
+        node = loaded.get("model") if OmegaConf.is_dict(loaded) else None
+    except (OmegaConfBaseException, OSError, ValueError) as problem:
+        raise UserError(f"model.config_path: {config} cannot be read: {problem}") from None
+    if node is None or "_target_" not in node:
+        raise UserError(
+            f"model.config_path: {config} has no `model:` node with a `_target_`; "
+            "expected a SAM 2 model config such as configs/sam2.1_hiera_t.yaml"
+        )
+    known = set(SAM2Base.__init__.__code__.co_varnames[1 : SAM2Base.__init__.__code__.co_argcount])
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            raise UserError(
+                f"SAM2Model: unknown parameter {name!r}"
+                + (f"; did you mean {', '.join(near)}?" if near else "")
+            )
+    node._target_ = "sam2.modeling.sam2_base.SAM2Base"
+    for name, value in dict(image_size=image_size, num_maskmem=num_maskmem, **options).items():
+        OmegaConf.update(node, name, value, force_add=True)
+    tokens = image_size // 16
+    for attention in ("self_attention", "cross_attention"):
+        OmegaConf.update(node, f"memory_attention.layer.{attention}.feat_sizes", [tokens, tokens])
+    return instantiate(node, _recursive_=True)
+
+
+def load_weights(sam2: nn.Module, checkpoint: Path) -> None:
+    """Load `{"model": state_dict}` strictly, the temporal rows fitted to the model's num_maskmem.
+
+    Raises:
+        UserError: no such file, not such a file, or weights of another architecture.
+    """
+    path = resolve_path(checkpoint)
+    weights = read_weights(path)
+    rows = sam2.maskmem_tpos_enc
+    if "maskmem_tpos_enc" in weights and weights["maskmem_tpos_enc"].shape[1:] == rows.shape[1:]:
+        weights["maskmem_tpos_enc"] = fit_temporal_rows(
+            weights["maskmem_tpos_enc"], len(rows), rows.detach()
+        )
+    expected = {name: value.shape for name, value in sam2.state_dict().items()}
+    found = {name: value.shape for name, value in weights.items()}
+    problems = (
+        [f"missing {name} {tuple(expected[name])}" for name in expected.keys() - found.keys()]
+        + [f"unexpected {name} {tuple(found[name])}" for name in found.keys() - expected.keys()]
+        + [
+            f"{name} is {tuple(found[name])}, the model has {tuple(expected[name])}"
+            for name in expected.keys() & found.keys()
+            if expected[name] != found[name]
+        ]
+    )
+    if problems:
+        shown = "\n  ".join(sorted(problems)[:8])
+        raise UserError(
+            f"model.checkpoint_path: {path} does not fit model.config_path "
+            f"({len(problems)} of {len(expected)} tensors):\n  {shown}\n"
+            "take the config that belongs to the checkpoint"
+        )
+    sam2.load_state_dict(weights, strict=True)
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict of a SAM 2 checkpoint file, on the CPU.
+
+    Raises:
+        UserError: a missing file (with the address of a published one) or another layout.
+    """
+    if not path.is_file():
+        message = f"model.checkpoint_path: no file {path}"
+        if path.name in PUBLISHED:
+            message += (
+                f"; Meta publishes it at {DOWNLOAD_ADDRESS}{path.name}. Fetch it with\n"
+                f"  python run.py EXPERIMENT.yaml --download"
+            )
+        raise UserError(message + "\nor train from random weights with model.checkpoint_path=null")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:  # torch raises a dozen types for a damaged file
+        raise UserError(
+            f"model.checkpoint_path: {path} is not a checkpoint that torch can read "
+            f"({type(problem).__name__}); is it complete, or an HTML or LFS page?"
+        ) from None
+    weights = content.get("model") if isinstance(content, Mapping) else None
+    if not isinstance(weights, Mapping) or not all(
+        isinstance(value, torch.Tensor) for value in weights.values()
+    ):
+        raise UserError(
+            f"model.checkpoint_path: {path} does not hold {{'model': state_dict}} as SAM 2's do"
+        )
+    return dict(weights)
+
+
+def fit_temporal_rows(rows: torch.Tensor, num_maskmem: int, fresh: torch.Tensor) -> torch.Tensor:
+    """(num_maskmem, ...) temporal encodings out of a checkpoint's (K, ...).
+
+    Row r belongs to the memory r + 1 frames back, the last row to every conditioning frame: the
+    last row stays last, the nearest frames keep theirs, and rows for frames farther back than the
+    checkpoint knew start as copies of its farthest.
+
+    Args:
+        rows: (K, 1, 1, C) of the checkpoint.
+        fresh: (num_maskmem, 1, 1, C) to take where the checkpoint has nothing to copy.
+    """
+    if len(rows) == num_maskmem:
+        return rows
+    if num_maskmem == 0 or len(rows) == 0:
+        return fresh.clone()
+    kept = rows[: min(len(rows), num_maskmem) - 1]
+    missing = num_maskmem - 1 - len(kept)
+    if missing and len(kept):
+        added = kept[-1:].expand(missing, *rows.shape[1:])
+    else:
+        added = fresh[len(kept) : len(kept) + missing].to(rows.dtype)
+    return torch.cat([kept, added, rows[-1:]])
+
+
+def match_parameters(
+    model: nn.Module, wanted: Sequence[str], aliases: Mapping[str, str]
+) -> set[str]:
+    """Names of the parameters that module names, parameter names or patterns select.
+
+    Raises:
+        UserError: an entry that selects nothing, with near names.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    modules = {
+        name
+        for name, module in model.named_modules()
+        if name and next(module.parameters(), None) is not None
+    }
+    selected: set[str] = set()
+    for entry in wanted:
+        target = aliases.get(entry, entry)
+        head, _, tail = target.partition(".")
+        target = aliases.get(head, head) + (f".{tail}" if tail else "")
+        matched = [
+            name
+            for name in names
+            if name == target or name.startswith(f"{target}.") or fnmatchcase(name, target)
+        ]
+        if not matched:
+            choices = sorted({*aliases, *modules, *names})
+            near = difflib.get_close_matches(entry, choices, n=3, cutoff=0.5)
+            top = sorted({*aliases, *(name for name in names if "." not in name)})
+            raise UserError(
+                f"model.trainable_modules: {entry!r} matches no parameter; "
+                + (f"did you mean {', '.join(near)}? " if near else "")
+                + f"Names at the top are {', '.join(top)}"
+            )
+        selected.update(matched)
+    return selected

@@ -1,0 +1,167 @@
+"""Prompts drawn from ground-truth masks: points, bounding boxes, masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+
+from sam2train.clips import Prompt
+from sam2train.errors import UserError
+
+PROMPT_TYPES = ("point", "bbox", "mask")
+
+
+class PromptGenerator:
+    """Draws one prompt of a random type from the mask of one object on one frame.
+
+    Args:
+        prompt_types: types to draw from, uniformly; all three by default.
+        num_of_pos_points: positive clicks of a point prompt, or a range (low, high), both included.
+        include_center: add the centre of the mask as the first positive click.
+        num_of_neg_points: negative clicks of a point prompt, anywhere outside the mask.
+        box_jitter: noise of a box corner as a share of the box side; at most 20 px, as SAM 2 has it.
+
+    Raises:
+        UserError: an unknown type, or point prompts without any point.
+    """
+
+    def __init__(
+        self,
+        prompt_types: Sequence[str] | None = None,
+        num_of_pos_points: int | tuple[int, int] = 1,
+        include_center: bool = False,
+        num_of_neg_points: int = 0,
+        *,
+        box_jitter: float = 0.0,
+    ):
+        self.prompt_types = tuple(PROMPT_TYPES if prompt_types is None else prompt_types)
+        unknown = [name for name in self.prompt_types if name not in PROMPT_TYPES]
+        if unknown or not self.prompt_types:
+            raise UserError(
+                f"prompt_types: {list(self.prompt_types)!r} must be one or more of "
+                f"{', '.join(PROMPT_TYPES)}"
+            )
+        if isinstance(num_of_pos_points, int):
+            num_of_pos_points = (num_of_pos_points, num_of_pos_points)
+        self.num_of_pos_points = tuple(num_of_pos_points)
+        self.include_center = include_center
+        self.num_of_neg_points = num_of_neg_points
+        self.box_jitter = box_jitter
+        low, high = self.num_of_pos_points
+        if not 0 <= low <= high or num_of_neg_points < 0:
+            raise UserError(
+                f"points: {low} to {high} positive and {num_of_neg_points} negative ones asked for; "
+                "expected 0 <= lowest <= highest, and no negative number"
+            )
+        if "point" in self.prompt_types and low == 0 and not include_center:
+            raise UserError(
+                "num_of_pos_points: 0 with include_center false leaves a point prompt without a "
+                "positive point; ask for at least 1, or take `point` out of prompt_types"
+            )
+
+    def generate(
+        self,
+        mask: np.ndarray,
+        rng: np.random.Generator,
+        *,
+        object_id: int | str = 1,
+        frame_index: int = 0,
+    ) -> Prompt:
+        """One prompt for one object.
+
+        Args:
+            mask: (H, W) bool; an empty one gives a prompt without points, box and mask.
+            rng: draws the type and the points.
+        """
+        kind = self.prompt_types[rng.integers(len(self.prompt_types))]
+        prompt = Prompt(
+            object_id=object_id,
+            frame_index=frame_index,
+            type=kind,
+            points=np.zeros((0, 2), np.float32),
+            labels=np.zeros(0, np.int32),
+            box=None,
+            mask=None,
+        )
+        if not mask.any():
+            return prompt
+        if kind == "point":
+            prompt["points"], prompt["labels"] = self._sample_points(mask, rng)
+        elif kind == "bbox":
+            prompt["box"] = jitter_box(mask_to_box(mask), mask.shape, self.box_jitter, rng)
+            prompt["points"] = prompt["box"].reshape(2, 2)
+            prompt["labels"] = np.array([2, 3], np.int32)
+        else:
+            prompt["mask"] = mask.copy()
+        return prompt
+
+    def _sample_points(
+        self, mask: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        low, high = self.num_of_pos_points
+        positive = sample_points(mask, int(rng.integers(low, high + 1)), rng)
+        if self.include_center:
+            positive = np.concatenate([mask_center(mask)[None], positive])
+        negative = sample_points(~mask, self.num_of_neg_points, rng)
+        labels = np.repeat(np.array([1, 0], np.int32), [len(positive), len(negative)])
+        return np.concatenate([positive, negative]), labels
+
+
+def sample_points(region: np.ndarray, num_points: int, rng: np.random.Generator) -> np.ndarray:
+    """(P, 2) float32 pixels of a region, uniform with replacement; none for an empty region.
+
+    Args:
+        region: (H, W) bool.
+    """
+    inside = np.flatnonzero(region)
+    if len(inside) == 0 or num_points == 0:
+        return np.zeros((0, 2), np.float32)
+    y, x = np.divmod(inside[rng.integers(len(inside), size=num_points)], region.shape[1])
+    return np.stack([x, y], axis=1).astype(np.float32)
+
+
+def mask_center(mask: np.ndarray) -> np.ndarray:
+    """(2,) float32: the pixel farthest from the boundary, so inside a U shape or one of two parts.
+
+    The frame's border counts as boundary, as in SAM 2's click simulation.
+
+    Args:
+        mask: (H, W) bool, not empty.
+    """
+    padded = np.pad(mask.astype(np.uint8), 1)
+    distance = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
+    y, x = np.unravel_index(np.argmax(distance), mask.shape)
+    return np.array([x, y], np.float32)
+
+
+def mask_to_box(mask: np.ndarray) -> np.ndarray:
+    """(4,) float32: x_min, y_min, x_max, y_max, the outermost pixels themselves, as SAM 2 counts.
+
+    Args:
+        mask: (H, W) bool, not empty.
+    """
+    x = np.flatnonzero(mask.any(axis=0))
+    y = np.flatnonzero(mask.any(axis=1))
+    return np.array([x[0], y[0], x[-1], y[-1]], np.float32)
+
+
+def jitter_box(
+    box: np.ndarray, size: tuple[int, int], jitter: float, rng: np.random.Generator
+) -> np.ndarray:
+    """(4,) float32: each corner moved by up to `jitter` of the box side, 20 px at most, kept inside.
+
+    From SAM 2's `sample_box_points`, which uses a jitter of 0.1.
+
+    Args:
+        box: (4,) x_min, y_min, x_max, y_max.
+        size: (H, W) of the frame.
+    """
+    if jitter == 0:
+        return box
+    width, height = box[2] - box[0], box[3] - box[1]
+    reach = np.minimum(np.array([width, height, width, height]) * jitter, 20.0)
+    moved = box + rng.uniform(-1, 1, size=4) * reach
+    limit = np.array([size[1], size[0], size[1], size[0]]) - 1
+    return np.clip(moved, 0, limit).astype(np.float32)

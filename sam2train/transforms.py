@@ -1,0 +1,97 @@
+"""From frames on disk to the model's input: resize, augment and normalise, one draw for a whole clip."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field
+
+from sam2train.config import Section
+
+# ImageNet statistics, which SAM 2 was trained with.
+MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+STD = np.array([0.229, 0.224, 0.225], np.float32)
+
+
+class AugmentConfig(Section):
+    """The `augment:` section. Everything is off by default; a range of 0 is off."""
+
+    horizontal_flip: float = Field(0.0, ge=0, le=1, description="chance, for the whole clip")
+    vertical_flip: float = Field(0.0, ge=0, le=1, description="chance, for the whole clip")
+    degrees: float = Field(0.0, ge=0, le=180, description="rotation, up to, either way")
+    shear: float = Field(0.0, ge=0, lt=90, description="degrees, up to, either way")
+    crop_scale: float = Field(1.0, gt=0, le=1, description="smallest area that a crop keeps")
+    brightness: float = Field(0.0, ge=0, le=1, description="colour jitter of the whole clip")
+    contrast: float = Field(0.0, ge=0, le=1)
+    saturation: float = Field(0.0, ge=0, le=1)
+    greyscale: float = Field(0.0, ge=0, le=1, description="chance, for the whole clip")
+    frame_brightness: float = Field(0.0, ge=0, le=1, description="a second jitter, for each frame")
+    frame_contrast: float = Field(0.0, ge=0, le=1)
+    frame_saturation: float = Field(0.0, ge=0, le=1)
+    reverse: float = Field(0.0, ge=0, le=1, description="chance to play the clip backwards")
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3) uint8 stretched to `size` as SAM 2's video predictor does it (Pillow, bicubic)."""
+    if image.shape[:2] == tuple(size):
+        return image
+    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC))
+
+
+def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) bool: a pixel is set where at least half of the area it covers is."""
+    if mask.shape == tuple(size):
+        return mask
+    shrinks = size[0] <= mask.shape[0] and size[1] <= mask.shape[1]
+    how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    resized = cv2.resize(mask.astype(np.float32), (size[1], size[0]), interpolation=how)
+    return resized >= 0.5
+
+
+def normalise(images: np.ndarray) -> torch.Tensor:
+    """(T, H, W, 3) uint8 -> (T, 3, H, W) float32, ImageNet-normalised."""
+    scaled = (images.astype(np.float32) / 255.0 - MEAN) / STD
+    return torch.from_numpy(scaled.transpose(0, 3, 1, 2).copy())
+
+
+def augment(
+    images: np.ndarray, masks: np.ndarray, config: AugmentConfig, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """The clip, changed the same way on all frames and masks, then each frame's colours a little.
+
+    Args:
+        images: (T, H, W, 3) uint8.
+        masks: (T, N, H, W) bool.
+    """
+    if config == AugmentConfig():
+        return images, masks
+    from torchvision import tv_tensors
+    from torchvision.transforms import v2
+
+    size = images.shape[1:3]
+    clip_steps = [
+        v2.RandomHorizontalFlip(config.horizontal_flip),
+        v2.RandomVerticalFlip(config.vertical_flip),
+    ]
+    if config.degrees or config.shear:
+        clip_steps.append(v2.RandomAffine(config.degrees, shear=config.shear or None))
+    if config.crop_scale < 1:
+        clip_steps.append(
+            v2.RandomResizedCrop(size, scale=(config.crop_scale, 1.0), antialias=True)
+        )
+    clip_steps.append(v2.ColorJitter(config.brightness, config.contrast, config.saturation))
+    clip_steps.append(v2.RandomGrayscale(config.greyscale))
+    frame_jitter = v2.ColorJitter(
+        config.frame_brightness, config.frame_contrast, config.frame_saturation
+    )
+
+    frames = tv_tensors.Image(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+    layers = tv_tensors.Mask(torch.from_numpy(masks))
+    # torchvision draws from torch's global generator: seeded from ours, and put back afterwards.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(rng.integers(2**63)))
+        frames, layers = v2.Compose(clip_steps)(frames, layers)
+        frames = torch.stack([frame_jitter(frame) for frame in frames])
+    return frames.numpy().transpose(0, 2, 3, 1), layers.numpy().astype(bool)

@@ -1,0 +1,474 @@
+"""Tracking: what lands in the files, what W&B gets, and that W&B never stops a run."""
+
+import io
+import json
+import math
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import wandb
+from PIL import Image
+from rich.console import Console
+
+from sam2train import tracking
+from sam2train.errors import UserError
+from sam2train.tracking import Overlay, Tracker, TrackingConfig, choose_mode
+
+KEY = "a" * 40
+OFF, OFFLINE = TrackingConfig(mode="disabled"), TrackingConfig(mode="offline")
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path, monkeypatch):
+    """No W&B variables, keys or settings of whoever runs the tests; W&B reads them once."""
+    for name in [name for name in tracking.os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.chdir(tmp_path)
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+@pytest.fixture
+def screen():
+    return Console(file=io.StringIO(), width=100)
+
+
+@pytest.fixture
+def start(tmp_path, screen):
+    """A tracker of the run `tmp_path / "run"`, writing to `screen`."""
+
+    def make(config=OFF, **changes):
+        arguments = {"run_id": "abc", "name": "night", "settings": {"model": {"num_maskmem": 7}}}
+        arguments |= {"log_every": 2, "num_steps": 100, "console": screen, **changes}
+        return Tracker(config, tmp_path / "run", **arguments)
+
+    return make
+
+
+def shown(screen):
+    return screen.file.getvalue()
+
+
+def rows(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+
+
+def records(tmp_path):
+    """type -> contents of what W&B wrote, read by W&B's own reader."""
+    (folder,) = (tmp_path / "run/wandb").glob("offline-run-*")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = {}
+    for line in text.splitlines():
+        record = json.loads(line)
+        found.setdefault(record["type"], []).append(record[record["type"]])
+    return found
+
+
+def overlay(tmp_path, **changes):
+    frame = np.full((6, 8, 3), 200, np.uint8)
+    mask = np.zeros((6, 8), np.int64)
+    mask[1:3, 2:5] = 1
+    path = tmp_path / "composed.png"
+    Image.fromarray(frame).save(path)
+    fields = {"name": "clip0", "path": path, "frame": frame, "prediction": mask}
+    fields |= {"ground_truth": mask, "class_labels": {np.int64(1): "cat"}}
+    return Overlay(**(fields | changes))
+
+
+@pytest.mark.parametrize("mode", ["offline", "disabled"])
+def test_mode_of_the_experiment_wins(monkeypatch, mode):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert choose_mode(TrackingConfig(mode=mode)) == (mode, f"tracking.mode is {mode}")
+
+
+@pytest.mark.parametrize(
+    ("value", "mode"), [("offline", "offline"), ("dryrun", "offline"), ("disabled", "disabled")]
+)
+def test_mode_from_the_environment_beats_a_key(monkeypatch, value, mode):
+    monkeypatch.setenv("WANDB_MODE", value)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert choose_mode(TrackingConfig()) == (mode, f"WANDB_MODE={value}")
+
+
+def test_mode_that_wandb_does_not_know(monkeypatch, start, screen):
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    with start(TrackingConfig()) as tracker:
+        tracker.record(1, {"a": 1})
+    assert "WANDB_MODE=ofline is none of online, offline, disabled" in shown(screen)
+
+
+@pytest.mark.parametrize("mode", ["offline", "disabled"])
+def test_mode_of_the_settings_file_beats_a_key(tmp_path, monkeypatch, mode):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb/settings").write_text(f"[default]\nmode = {mode}\n")
+    chosen, reason = choose_mode(TrackingConfig())
+    assert (chosen, f"wandb {mode}" in reason) == (mode, True)
+
+
+def test_key_makes_online_and_no_key_offline(monkeypatch):
+    chosen, reason = choose_mode(TrackingConfig())
+    assert (chosen, "wandb login" in reason) == ("offline", True)
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert choose_mode(TrackingConfig()) == ("online", "a key was found")
+
+
+def test_explicit_online_beats_the_environment_but_not_a_missing_key(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    chosen, reason = choose_mode(TrackingConfig(mode="online"))
+    assert (chosen, reason.startswith("tracking.mode is online, but no key")) == ("offline", True)
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert choose_mode(TrackingConfig(mode="online")) == ("online", "tracking.mode is online")
+    assert wandb.setup().settings.mode == "offline"  # asked, not changed
+
+
+def test_ill_formed_key_goes_offline_and_says_so(monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_API_KEY", "abc")
+    chosen, reason = choose_mode(TrackingConfig())
+    assert chosen == "offline"
+    assert "40+ characters" in reason
+    assert capsys.readouterr() == ("", "")
+
+
+def test_config_takes_a_yaml_list_and_refuses_names_that_wandb_refuses():
+    assert TrackingConfig.model_validate({"tags": ["a", "b"]}).tags == ("a", "b")
+    for bad in ("my/project", "", "p" * 129):
+        with pytest.raises(ValueError, match="project"):
+            TrackingConfig(project=bad)
+
+
+def test_lines_are_means_since_the_last_line(start, tmp_path):
+    with start(num_steps=5) as tracker:
+        for step, loss in enumerate((1.0, 2.0, 4.0, 8.0, 16.0), start=1):
+            lr = {"lr": 0.5} if step != 4 else {}
+            tracker.log(step, {"loss": torch.tensor(loss, dtype=torch.bfloat16), **lr})
+    assert [(row["step"], row["loss"], row["lr"]) for row in rows(tmp_path)] == [
+        (2, 1.5, 0.5),
+        (4, 6.0, 0.5),  # lr: the mean over the one step that had it
+        (5, 16.0, 0.5),
+    ]
+    assert next(iter(rows(tmp_path)[0])) == "step"
+    assert 0.01 < rows(tmp_path)[0]["memory_gb"] < 100
+
+
+def test_a_tensor_reused_by_the_caller_and_its_graph_do_not_leak(start, tmp_path):
+    buffer = torch.ones((), requires_grad=True)
+    with start() as tracker:
+        tracker.log(1, {"loss": buffer})
+        with torch.no_grad():
+            buffer += 2
+        tracker.log(2, {"loss": buffer})
+    assert rows(tmp_path)[0]["loss"] == 2.0
+
+
+def test_only_a_written_line_reads_the_device(start):
+    calls = []
+
+    class Watched(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            calls.append(function.__name__)
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    readers = {"__float__", "item", "tolist", "numpy", "cpu", "to", "__bool__", "isfinite"}
+    loss = torch.ones(()).as_subclass(Watched)
+    with start(log_every=3) as tracker:
+        tracker.log(1, {"loss": loss})
+        tracker.log(2, {"loss": loss})
+        assert "add" in calls
+        assert not readers & set(calls)
+        tracker.log(3, {"loss": loss})
+        assert calls.count("__float__") == 1
+
+
+def test_tensors_that_cannot_be_read_any_more_do_not_hide_the_error(start, screen, monkeypatch):
+    def broken(_):
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    def train():
+        with start() as tracker:
+            tracker.log(1, {"loss": torch.ones(())})
+            monkeypatch.setattr(torch.Tensor, "__float__", broken)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train()
+    assert "the steps since the last line are lost: CUDA error" in shown(screen)
+
+
+def test_throughput_leaves_validation_out(start, tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=100.0)
+    clock.perf_counter = lambda: clock.now
+    monkeypatch.setattr(tracking, "time", clock)
+    with start(num_steps=4) as tracker:
+        for step in (1, 2, 3, 4):
+            clock.now += 1.0
+            tracker.log(step, {"loss": 0.0}, clips=3)
+            if step == 3:
+                clock.now += 50.0
+                tracker.record(3, {"val/J": 0.5})
+    first, validation, second = rows(tmp_path)
+    assert validation == {"step": 3, "val/J": 0.5}
+    assert (first["clips_per_second"], first["seconds"]) == (3.0, 2.0)
+    assert (second["clips_per_second"], second["seconds"]) == (3.0, 54.0)
+
+
+def test_an_interrupted_run_keeps_the_steps_since_the_last_line(start, tmp_path):
+    def train():
+        with start(log_every=10) as tracker:
+            for step in (1, 2, 3):
+                tracker.log(step, {"loss": float(step)})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [(3, 2.0)]
+
+
+def test_not_finite_is_null_and_numpy_is_a_number(start, tmp_path):
+    with start() as tracker:
+        scores = {"a": math.nan, "b": -math.inf, "c": np.float32(0.5), "d": torch.tensor(2)}
+        tracker.record(0, scores)
+        tracker.summary({"x": {"y": [np.int64(3), math.inf]}, "status": "done"})
+    assert rows(tmp_path) == [{"step": 0, "a": None, "b": None, "c": 0.5, "d": 2}]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary == {"x": {"y": [3, None]}, "status": "done"}
+
+
+def test_a_resumed_run_drops_what_came_after_the_checkpoint(start, tmp_path, screen):
+    with start() as tracker:
+        for step in range(1, 9):
+            tracker.log(step, {"loss": 1.0})
+        tracker.record(8, {"val/J": 0.5})
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 10, "lo')
+    before = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    with start(first_step=5) as tracker:
+        assert tracker.seconds >= json.loads(before[1])["seconds"]
+        for step in (6, 7):
+            tracker.log(step, {"loss": 2.0})
+    after = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert after[:2] == before[:2]
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path)[2:]] == [(6, 2.0), (7, 2.0)]
+    assert "dropped 4 lines beyond step 5" in shown(screen)
+
+
+def test_a_new_start_drops_only_a_half_written_line(start, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 7, "a": 1}\n{"step": 8, "a')
+    with start() as tracker:
+        tracker.record(1, {"a": 2})
+    assert rows(tmp_path) == [{"step": 7, "a": 1}, {"step": 1, "a": 2}]
+
+
+def test_summary_merges_over_processes_and_names_a_broken_file(start, tmp_path):
+    for values in ({"a": 1, "status": "running"}, {"status": "done"}):
+        with start() as tracker:
+            tracker.summary(values)
+    path = tmp_path / "run/summary.json"
+    assert json.loads(path.read_text()) == {"a": 1, "status": "done"}
+    assert not list(path.parent.glob("*.tmp"))
+    path.write_text("{")
+    with start() as tracker, pytest.raises(UserError, match=r"summary\.json.*mend or delete"):
+        tracker.summary({"a": 2})
+
+
+def test_tables(start, tmp_path, screen):
+    with start() as tracker:
+        tracker.parameters({"image_encoder": (0, 2_000_000), "memory_attention": (1_500, 2_000)})
+        tracker.scores({"J": 0.5, "F": 0.25, "J_and_F": 0.375})
+        only = shown(screen)
+        tracker.scores(
+            {"J": 0.5, "F": 0.25, "J_and_F": 0.375}, {"J": 0.75, "F": 0.125, "J_and_F": 0.4375}
+        )
+    text = shown(screen)[len(only) :]
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in only.splitlines()]
+    assert ["image_encoder", "0", "2,000,000"] in lines
+    assert ["memory_attention", "1,500", "500"] in lines
+    assert ["total", "1,500", "2,000,500"] in lines
+    assert ["J&F", "0.375"] in lines
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()]
+    assert ["J", "0.500", "0.750", "+0.250"] in lines
+    assert ["F", "0.250", "0.125", "-0.125"] in lines
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == {
+        "params/total": 2_002_000,
+        "params/trainable": 1_500,
+        "params/image_encoder": 2_000_000,
+        "params/memory_attention": 2_000,
+    }
+
+
+def test_plain_lines_without_a_terminal(start, screen):
+    with start(log_every=5, num_steps=200) as tracker:
+        for step in range(1, 201):
+            tracker.log(step, {"loss": 0.25, "lr": 1e-5}, clips=1)
+        tracker.say("saved [red]last.pt " + "x" * 120)
+    lines = [line for line in shown(screen).splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == [f"{step}/200" for step in range(20, 201, 20)]
+    assert "loss 0.25  lr 1.0e-05" in lines[0]
+    assert lines[-1].endswith("GB")
+    assert "0:00:00 left" in lines[-1]
+    assert "saved [red]last.pt " + "x" * 120 in shown(screen)
+    assert "\x1b" not in shown(screen)
+
+
+def test_live_line_gives_the_cursor_back_when_training_fails(start):
+    terminal = Console(
+        file=io.StringIO(), width=80, force_terminal=True, _environ={"TERM": "xterm"}
+    )
+
+    def train():
+        with start(console=terminal) as tracker:
+            tracker.log(1, {"loss": 1.0})
+            tracker.log(2, {"loss": 2.0})
+            tracker.say("in between")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train()
+    text = shown(terminal)
+    assert text.rfind("\x1b[?25l") < text.rfind("\x1b[?25h")
+    assert "2/100  loss 1.5" in text
+    assert "in between\n" in text
+
+
+def test_offline_data_arrives(start, tmp_path, screen):
+    config = TrackingConfig(mode="offline", project="p", group="g", tags=("t",))
+    with start(config, num_steps=2) as tracker:
+        tracker.record(0, {"val/J": 0.5})
+        tracker.log(1, {"loss": torch.tensor(1.0)})
+        tracker.log(2, {"loss": torch.tensor(3.0)})
+        tracker.overlays(2, [overlay(tmp_path)])
+        tracker.summary({"status": "done", "best/J_and_F": 0.5})
+        assert tracker.mode == "offline"
+        first = shown(screen).splitlines()[0]
+        assert first.startswith("W&B is offline: tracking.mode is offline. Upload later: ")
+        assert first.endswith(tracker.how_to_sync)
+        folder = tracker.how_to_sync.removeprefix("wandb sync ")
+    assert (tmp_path / folder / "run-abc.wandb").is_file()
+    assert "off from here" not in shown(screen)
+
+    found = records(tmp_path)
+    (run,) = found["run"]
+    assert (run["run_id"], run["display_name"], run["project"]) == ("abc", "night", "p")
+    assert (run["tags"], run["run_group"], run["job_type"]) == (["t"], "g", "train")
+    assert run["config"]["update"]["model"] == {"num_maskmem": 7}
+    history = [row["item"] for row in found["history"]]
+    assert (history[0]["trainer/global_step"], history[0]["val/J"]) == (0, 0.5)
+    assert (history[1]["trainer/global_step"], history[1]["loss"]) == (2, 2.0)
+    pictures = history[2]
+    assert pictures["overlays/clip0.format"] == "png"
+    ids = pictures["masks/clip0.masks.prediction.path"]
+    assert "masks/clip0.masks.ground_truth.path" in pictures
+    with Image.open(tmp_path / folder / "files" / ids) as image:
+        assert np.array_equal(np.array(image), overlay(tmp_path).prediction)
+    assert {"status": "done", "best/J_and_F": 0.5} in [row["update"] for row in found["summary"]]
+    assert [row["exit_code"] for row in found["exit"]] == [0]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (None, 0),
+        (SystemExit(143), 143),
+        (SystemExit(), 0),
+        (SystemExit("text"), 1),
+        (KeyboardInterrupt(), 130),
+        (UserError("x"), 2),
+        (FloatingPointError("x"), 1),
+    ],
+)
+def test_wandb_is_told_what_the_shell_sees(start, monkeypatch, error, code):
+    told = []
+    monkeypatch.setattr(wandb.Run, "finish", lambda run, exit_code: told.append(exit_code))
+    monkeypatch.setattr(wandb, "init", lambda **_: wandb.Run(wandb.Settings(mode="disabled")))
+    monkeypatch.setattr(wandb.Run, "define_metric", lambda *_, **__: None)
+    monkeypatch.setattr(wandb.Run, "dir", "x/files")
+    tracker = start(OFFLINE)
+    tracker.__enter__()
+    assert not tracker.__exit__(type(error), error, None)
+    assert told == [code]
+
+
+def test_wandb_that_fails_later_costs_one_line(start, tmp_path, screen, monkeypatch):
+    def broken(*_, **__):
+        raise OSError("no space left on device\nsecond line")
+
+    with start(OFFLINE) as tracker:
+        tracker.log(1, {"loss": 1.0})
+        tracker.log(2, {"loss": 1.0})
+        monkeypatch.setattr(wandb.Run, "log", broken)
+        for step in range(3, 9):
+            tracker.log(step, {"loss": 1.0})
+        tracker.record(8, {"val/J": 0.5})
+        tracker.overlays(8, [overlay(tmp_path)])
+        tracker.summary({"status": "done"})
+    assert [row["step"] for row in rows(tmp_path)] == [2, 4, 6, 8, 8]
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == {"status": "done"}
+    complaints = [line for line in shown(screen).splitlines() if "off from here" in line]
+    assert len(complaints) == 1
+    assert "log failed (OSError: no space left on device)" in complaints[0]
+    assert complaints[0].endswith(tracker.how_to_sync)
+    # What W&B had got before is finished and readable.
+    assert [row["item"]["trainer/global_step"] for row in records(tmp_path)["history"]] == [2]
+
+
+def test_wandb_that_does_not_start_costs_one_line(start, tmp_path, screen, monkeypatch):
+    def broken(**_):
+        raise ImportError("libfoo.so")
+
+    monkeypatch.setattr(wandb, "init", broken)
+    with start(OFFLINE) as tracker:
+        tracker.record(1, {"a": 1})
+        assert (tracker.mode, tracker.how_to_sync) == ("disabled", None)
+    assert rows(tmp_path) == [{"step": 1, "a": 1}]
+    assert shown(screen) == "W&B is off, it did not start (ImportError: libfoo.so)\n"
+
+
+def test_online_without_a_server_falls_back_to_offline(start, tmp_path, screen, monkeypatch):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(tracking, "INIT_TIMEOUT", 1.0)
+    with start(TrackingConfig()) as tracker:
+        tracker.record(1, {"a": 1})
+        assert tracker.mode == "offline"
+    assert "W&B is offline: going online failed: " in shown(screen)
+    assert records(tmp_path)["history"][0]["item"]["a"] == 1
+
+
+def test_disabled_leaves_no_trace_of_wandb(start, tmp_path, screen):
+    with start(OFF) as tracker:
+        tracker.record(1, {"a": 1})
+        tracker.overlays(1, [overlay(tmp_path)])
+        assert (tracker.mode, tracker.how_to_sync) == ("disabled", None)
+    assert shown(screen) == "W&B is off: tracking.mode is disabled\n"
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"frame": np.zeros((6, 8, 3), np.float32)},
+        {"frame": np.zeros((6, 8), np.uint8)},
+        {"prediction": np.zeros((8, 6), np.int64)},
+        {"ground_truth": np.full((6, 8), 256)},
+        {"ground_truth": np.full((6, 8), -1)},
+    ],
+)
+def test_overlays_that_wandb_would_show_wrong_are_refused(tmp_path, changes):
+    with pytest.raises(ValueError, match=r"uint8|0\.\.255"):
+        overlay(tmp_path, **changes)
