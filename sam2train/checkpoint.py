@@ -1,4 +1,4 @@
-"""Checkpoints on disk: written atomically, read without executing anything, only what was trained."""
+"""Checkpoints on disk: written whole or not at all, read without executing anything."""
 
 from __future__ import annotations
 
@@ -72,12 +72,14 @@ def apply_weights(
     """
     weights = content["model"]
     expected = {name: value.shape for name, value in model.state_dict().items()}
+    base = content["base"]
     complete = weights.keys() == expected.keys()
-    if not complete and content["base"]["sha256"] != base_hash:
+    # Random weights have no hash: a part of them says nothing about the rest.
+    if not complete and (base_hash is None or base["sha256"] != base_hash):
         raise UserError(
             f"{path}: holds {len(weights)} of {len(expected)} tensors, trained over "
-            f"{content['base']['path']} (sha256 {str(content['base']['sha256'])[:12]}...), but "
-            f"model.checkpoint_path has sha256 {str(base_hash)[:12]}...; set it to that file"
+            f"{_describe_base(base['path'], base['sha256'])}, but model.checkpoint_path has "
+            f"{_describe_base(None, base_hash)}; set it to that file"
         )
     wrong = [name for name, value in weights.items() if expected.get(name) != value.shape]
     if wrong:
@@ -86,3 +88,9 @@ def apply_weights(
             f"the first is {wrong[0]} {tuple(weights[wrong[0]].shape)}"
         )
     model.load_state_dict(weights, strict=False)  # names and shapes were checked above
+
+
+def _describe_base(path: str | None, sha256: str | None) -> str:
+    if sha256 is None:
+        return "random weights"
+    return (f"{path}, " if path else "a file of ") + f"sha256 {sha256[:12]}..."

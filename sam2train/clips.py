@@ -1,4 +1,4 @@
-"""The shapes that flow through the project: a clip, a batch of clips, and what the model says of a frame.
+"""The shapes that flow through the project: clips, batches of them, and predictions for a frame.
 
 Dimension legend, used by every docstring:
 
@@ -63,9 +63,8 @@ class Clip:
 class BatchedVideoMetaData:
     """Where the objects of a batch come from, as SAM 2's class of this name has it."""
 
-    unique_objects_identifier: (
-        torch.Tensor
-    )  # (T, O, 3) int64: clip, object of the clip, video frame
+    # (T, O, 3) int64: clip of the batch, object of the clip, frame of the video
+    unique_objects_identifier: torch.Tensor
     frame_orig_size: torch.Tensor  # (T, O, 2) int64: (H, W) of the source frames
 
 
@@ -73,7 +72,8 @@ class BatchedVideoMetaData:
 class BatchedVideoDatapoint:
     """Clips stacked for the model, with the field names and axes of SAM 2's class of this name.
 
-    `prompts`, `frame_valid` and `object_valid` are ours. SAM 2's training model accepts an instance.
+    `prompts`, `frame_valid`, `object_valid` and `names` are ours; SAM 2's training model does not
+    mind them.
     """
 
     img_batch: torch.Tensor  # (T, B, 3, H, W) float32
@@ -112,7 +112,7 @@ class BatchedVideoDatapoint:
 
     @property
     def object_masks(self) -> torch.Tensor:
-        """(B, T, N, H, W) bool: the simplified layout, zeros where a clip has fewer than N objects."""
+        """(B, T, N, H, W) bool: the simplified layout, empty beyond the objects of a clip."""
         return scatter_objects(self.masks, self.object_valid, fill=False)
 
     @property

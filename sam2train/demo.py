@@ -55,7 +55,7 @@ class Split:
     max_objects: int
     max_speed: float  # px per frame
     max_spin: float  # radians per frame
-    max_zoom: float  # largest ratio of an object's sizes within a video
+    max_zoom: float  # largest ratio of an object's radii within a video
     still_every: int  # every so many videos are almost still; 0: none
     events: bool  # follow EVENTS; without, objects stay whole, apart and in the frame
 

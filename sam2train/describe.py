@@ -21,15 +21,16 @@ def describe(experiment: Experiment, console: Console) -> None:
         "validation": experiment.dataset.val_path,
         "test": experiment.dataset.test_path,
     }
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     datasets = {
-        split: build_dataset(experiment, path, training=split == "training")
+        split: build_dataset(experiment, path, training=split == "training", say=say)
         for split, path in paths.items()
         if path is not None
     }
     console.print(data_table(datasets))
-    for split, dataset in datasets.items():
-        for warning in dataset.warnings:
-            console.print(f"{split}: {warning}", markup=False, highlight=False, soft_wrap=True)
     console.print(parameter_table(build_model(experiment).parameter_report()))
     data = datasets["training"]
     batch_size = experiment.dataset.batch_size

@@ -39,7 +39,7 @@ def fetch_checkpoint(config: ModelConfig, console: Console) -> Path:
         return target
     if target.name not in pretrained.PUBLISHED:
         raise UserError(
-            f"--download: Meta publishes no {target.name}; model.checkpoint_path must end in one of "
+            f"--download: Meta publishes no {target.name}; model.checkpoint_path must end in "
             + ", ".join(pretrained.PUBLISHED)
         )
     address = pretrained.DOWNLOAD_ADDRESS + target.name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -14,8 +14,16 @@ from sam2train.errors import UserError
 _EXIF_ORIENTATION = 0x0112
 
 
-def stored_sizes(path: Path) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(H, W) as stored and (H, W) as shown after the EXIF orientation, from the header alone.
+class Header(NamedTuple):
+    """What the head of a picture file says."""
+
+    stored: tuple[int, int]  # (H, W) of the pixels in the file
+    shown: tuple[int, int]  # (H, W) once the EXIF orientation is applied
+    is_turned: bool  # the EXIF orientation changes the picture
+
+
+def read_header(path: Path) -> Header:
+    """Sizes and orientation, without decoding the picture.
 
     Raises:
         UserError: missing, unreadable or no picture.
@@ -23,18 +31,22 @@ def stored_sizes(path: Path) -> tuple[tuple[int, int], tuple[int, int]]:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            turned = image.getexif().get(_EXIF_ORIENTATION, 1) >= 5
-    except (OSError, UnidentifiedImageError, ValueError) as problem:
-        raise UserError(_why_unreadable(path, problem)) from None
-    return (height, width), (width, height) if turned else (height, width)
+            # Pillow turns a TIFF itself. For a PNG without the tag, getexif() decodes the whole
+            # picture in search of one at its end.
+            skip = image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info)
+            orientation = 1 if skip else image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception as problem:  # Pillow's parsers raise whatever comes: struct.error, KeyError
+        raise UserError(_why_unreadable(path, problem)) from problem
+    shown = (width, height) if 5 <= orientation <= 8 else (height, width)
+    return Header((height, width), shown, 2 <= orientation <= 8)
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """(H, W, 3) uint8 RGB.
+    """(H, W, 3) uint8 RGB; transparency is dropped.
 
     Args:
-        size: (H, W) the picture must have. Where only the stored pixels fit it, the EXIF
-            orientation is left alone; else it is applied. None applies it.
+        size: (H, W) the picture must have. Where the stored pixels fit it, the EXIF orientation is
+            left alone; else it is applied. None applies it.
 
     Raises:
         UserError: missing, truncated, no picture, or of another size.
@@ -45,8 +57,8 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
             if size is None or (image.height, image.width) != tuple(size):
                 image = ImageOps.exif_transpose(image)
             pixels = _to_rgb(image)
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as problem:
-        raise UserError(_why_unreadable(path, problem)) from None
+    except Exception as problem:
+        raise UserError(_why_unreadable(path, problem)) from problem
     if size is not None and pixels.shape[:2] != tuple(size):
         raise UserError(
             f"{path}: the picture is {pixels.shape[1]}x{pixels.shape[0]}, expected "
@@ -59,19 +71,23 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow would clip 16 bits to 8 and turn the picture white.
         grey = np.asarray(image, np.float64)
-        peak = 65535.0 if grey.max() > 255 else 255.0
+        peak = 65535.0 if image.mode.startswith("I;16") or grey.max() > 255 else 255.0
         grey = np.clip(grey * (255.0 / peak), 0, 255).round().astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # straight to RGB, Pillow warns
     return np.asarray(image.convert("RGB"))
 
 
 def _why_unreadable(path: Path, problem: Exception) -> str:
     if not path.exists():
         return f"{path}: no such file"
-    start = path.read_bytes()[:64] if path.is_file() else b""
-    if path.is_dir():
-        what = "is a folder"
-    elif not start:
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as refusal:
+        return f"{path}: cannot be read ({refusal.strerror})"
+    if not start:
         what = "is empty"
     elif start.startswith(b"version https://git-lfs"):
         what = "is a Git LFS pointer; fetch the file itself with `git lfs pull`"
@@ -90,46 +106,88 @@ def decode_segmentation(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
     Raises:
         ValueError: what is wrong with it, without saying where; the caller knows that.
     """
-    encoded = encode_segmentation(segmentation, size)
-    if encoded is None:
-        return np.zeros(size, bool)
-    try:
-        return rle.decode(encoded).astype(bool)
-    except ValueError:
-        raise ValueError("the run lengths do not describe a mask of its size") from None
+    runs = run_lengths(segmentation, size)
+    columns = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size[1], size[0])
+    return np.ascontiguousarray(columns.T)
 
 
 def segmentation_area(segmentation: Any, size: tuple[int, int]) -> int:
     """Pixels of a segmentation, without decoding it. Raises ValueError as `decode_segmentation`."""
-    encoded = encode_segmentation(segmentation, size)
-    return 0 if encoded is None else int(rle.area(encoded))
+    return int(run_lengths(segmentation, size)[1::2].sum())
 
 
-def encode_segmentation(segmentation: Any, size: tuple[int, int]) -> dict | None:
-    """A COCO segmentation as compressed RLE for pycocotools; None where it is empty."""
+def run_lengths(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
+    """(R,) int64: pixels outside, inside, outside, ... the mask, down one column after the other.
+
+    pycocotools decodes runs that do not fill the frame, with whatever the memory held in the rest;
+    so they are read and checked here.
+
+    Raises:
+        ValueError: see `decode_segmentation`.
+    """
     height, width = size
     if segmentation is None or segmentation == []:
-        return None
-    if isinstance(segmentation, dict):
-        if "counts" not in segmentation or "size" not in segmentation:
-            raise ValueError("an RLE needs `size` [height, width] and `counts`")
-        if list(segmentation["size"]) != [height, width]:
+        return np.array([height * width])
+    if isinstance(segmentation, list):
+        counts = _encode_polygons(segmentation, size)
+    elif isinstance(segmentation, dict) and {"size", "counts"} <= segmentation.keys():
+        counts = segmentation["counts"]
+        if segmentation["size"] != [height, width]:
             raise ValueError(
                 f"the RLE has size {segmentation['size']}, the frame [{height}, {width}] "
                 "([height, width])"
             )
-        counts = segmentation["counts"]
-        if isinstance(counts, list):
-            if sum(counts) != height * width or any(run < 0 for run in counts):
-                raise ValueError(f"the run lengths add up to {sum(counts)}, not {height} x {width}")
-            return rle.frPyObjects(segmentation, height, width)
-        return {"size": [height, width], "counts": counts}
-    if not isinstance(segmentation, list) or not all(isinstance(p, list) for p in segmentation):
-        raise ValueError("expected an RLE or a list of polygons [[x1, y1, x2, y2, ...], ...]")
-    for polygon in segmentation:
+    else:
+        raise ValueError(
+            "expected an RLE with `size` and `counts`, or polygons [[x1, y1, x2, y2, ...], ...]"
+        )
+    runs = _parse_counts(counts)
+    if runs.sum() != height * width or (runs < 0).any():
+        raise ValueError(
+            f"the run lengths add up to {runs.sum()}, not {height} x {width}, or one is negative"
+        )
+    return runs
+
+
+def _parse_counts(counts: Any) -> np.ndarray:
+    """Run lengths from `counts`: a list, or the text code of pycocotools (`rleToString`)."""
+    if isinstance(counts, list):
+        runs = np.array(counts) if all(type(run) is int for run in counts) else None
+        if runs is None or runs.dtype != np.int64:
+            raise ValueError("`counts` is a list, but not of whole numbers")
+        return runs
+    if not isinstance(counts, str | bytes) or not counts:
+        raise ValueError(f"`counts` is {counts!r}; expected RLE text or a list of run lengths")
+    # Each character holds 5 bits, lowest first, and a sixth that says whether the number goes on.
+    text = counts.encode() if isinstance(counts, str) else counts
+    codes = np.frombuffer(text, np.uint8).astype(np.int64) - 48
+    last = np.flatnonzero(codes & 32 == 0)
+    length = np.diff(last, prepend=-1)
+    damaged = codes.min() < 0 or codes.max() > 63 or codes[-1] >= 32
+    if damaged or length.max() > 6:  # 6 characters: 30 bits, far more than a frame has pixels
+        raise ValueError("`counts` is no RLE text: damaged, or of another encoding")
+    first = last - length + 1
+    shift = 5 * (np.arange(len(codes)) - np.repeat(first, length))
+    runs = np.add.reduceat((codes & 31) << shift, first)
+    runs -= np.where(codes[last] & 16, 1 << 5 * length, 0)  # two's complement
+    # From the fourth on, each run is coded as its difference to the one before the last.
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
+    return runs
+
+
+def _encode_polygons(polygons: list, size: tuple[int, int]) -> bytes:
+    """The `counts` of the area that the polygons cover together."""
+    for polygon in polygons:
+        if not isinstance(polygon, list):
+            raise ValueError("expected polygons [[x1, y1, x2, y2, ...], ...]")
         # pycocotools takes four numbers for a box, and fills garbage for an odd count.
         if len(polygon) < 6 or len(polygon) % 2:
             raise ValueError(
                 f"a polygon of {len(polygon)} numbers; expected x, y pairs of 3 corners or more"
             )
-    return rle.merge(rle.frPyObjects(segmentation, height, width))
+        # Its time and memory grow with the outline, so a stray coordinate would fill both.
+        far = 10 * max(size)
+        if not all(isinstance(value, int | float) and abs(value) <= far for value in polygon):
+            raise ValueError(f"a polygon has a corner that is no number or beyond +-{far} px")
+    return rle.merge(rle.frPyObjects(polygons, *size))["counts"]

@@ -76,7 +76,7 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         nargs="?",
         const="",
         metavar="PATH",
-        help="go on with a run folder or checkpoint; without PATH, with --run-dir or the newest run",
+        help="go on with a run folder or checkpoint; without PATH: --run-dir or the newest run",
     )
     parser.add_argument(
         "--download",

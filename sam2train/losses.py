@@ -1,7 +1,7 @@
 """SAM 2's training loss: focal, dice, IoU and object score, on the best of the mask candidates.
 
-Formulas and conventions follow `MultiStepMultiMasksAndIous` in facebookresearch/sam2, which sums over
-frames and decoder passes and divides by the number of objects of the batch.
+Formulas and conventions follow `MultiStepMultiMasksAndIous` in facebookresearch/sam2, which sums
+over frames and decoder passes and divides by the number of objects of the batch.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ class LossConfig(Section):
     )
     focal_alpha: float = Field(0.25, ge=0, le=1)
     focal_gamma: float = Field(2.0, ge=0)
+    all_candidates: bool = Field(
+        False,
+        description="masks learn on the mean over the candidates, not on the best one: untrained "
+        "heads all get a gradient, where best-of-3 feeds one",
+    )
     supervise_all_iou: bool = Field(
         True, description="IoU loss on all candidates, not the best one"
     )
@@ -39,7 +44,7 @@ class LossConfig(Section):
 def focal_loss(
     logits: torch.Tensor, targets: torch.Tensor, alpha: float, gamma: float
 ) -> torch.Tensor:
-    """Sigmoid focal loss per element (https://arxiv.org/abs/1708.02002), the shape of the inputs."""
+    """Sigmoid focal loss of each element (https://arxiv.org/abs/1708.02002)."""
     cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     prob = logits.sigmoid()
     prob_of_target = prob * targets + (1 - prob) * (1 - targets)
@@ -56,7 +61,7 @@ def dice_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def mask_iou(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """IoU of the thresholded masks over the last two axes; 0 where both are empty, as SAM 2 has it."""
+    """IoU of the masks above 0 over the last two axes; 0 where both are empty, as in SAM 2."""
     prediction, truth = logits.flatten(-2) > 0, targets.flatten(-2) > 0
     union = (prediction | truth).sum(-1)
     return (prediction & truth).sum(-1) / union.clamp(min=1)
@@ -123,7 +128,10 @@ def _pass_losses(
 
     # Masks learn on the candidate of least loss; the one that enters the memory is another choice.
     best = (config.focal * focal + config.dice * dice).argmin(1, keepdim=True)  # (n, 1)
-    focal, dice = focal.gather(1, best)[:, 0], dice.gather(1, best)[:, 0]
+    if config.all_candidates:
+        focal, dice = focal.mean(1), dice.mean(1)
+    else:
+        focal, dice = focal.gather(1, best)[:, 0], dice.gather(1, best)[:, 0]
     iou = iou.mean(1) if config.supervise_all_iou else iou.gather(1, best)[:, 0]
     score = F.binary_cross_entropy_with_logits(
         prediction.object_score_logits[:, 0].float(), visible.float(), reduction="none"

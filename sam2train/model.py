@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,23 +17,20 @@ from sam2train.clips import (
     Prompt,
     is_empty,
     make_object_index,
-    scatter_objects,
 )
 from sam2train.config import Section
 from sam2train.errors import UserError
-from sam2train.pretrained import build_sam2, load_weights, resolve_config
+from sam2train.pretrained import (
+    MODULES,
+    build_sam2,
+    load_weights,
+    match_parameters,
+    resolve_config,
+)
 
-# SAM 2's logit for "no object here"; also what a frame before the object's first prompt gets.
+# SAM 2's logits for "no object here": what a frame before the object's first prompt gets.
 NO_OBJECT_LOGIT = -1024.0
-
-# The guide's names of SAM 2's parts.
-MODULES = {
-    "image_encoder": "image_encoder",
-    "memory_attention": "memory_attention",
-    "memory_encoder": "memory_encoder",
-    "prompt_encoder": "sam_prompt_encoder",
-    "mask_decoder": "sam_mask_decoder",
-}
+NO_OBJECT_SCORE = -10.0
 
 
 class ModelConfig(Section):
@@ -135,15 +132,20 @@ class SAM2Model(nn.Module):
                 f"model.image_size: {image_size} must be a multiple of 32, "
                 f"for example {max(32, round(image_size / 32) * 32)}"
             )
-        if max_obj_ptrs_in_encoder == 1:
+        if num_maskmem < 0:
+            raise UserError(f"model.num_maskmem: {num_maskmem} must be 0 (no memory) or more")
+        if max_obj_ptrs_in_encoder < 0 or max_obj_ptrs_in_encoder == 1:
             # SAM 2 divides the time code of a pointer by max_obj_ptrs_in_encoder - 1.
             raise UserError(
-                "model.max_obj_ptrs_in_encoder: 1 makes SAM 2 divide by zero; use 0 (none) or 2"
+                f"model.max_obj_ptrs_in_encoder: {max_obj_ptrs_in_encoder} must be 0 (none) or at "
+                "least 2; 1 makes SAM 2 divide by zero"
             )
-        if isinstance(memory_gradient, int) and memory_gradient < 1:
+        if memory_gradient not in ("full", "detached") and not (
+            isinstance(memory_gradient, int) and memory_gradient >= 1
+        ):
             raise UserError(
-                f"model.memory_gradient: {memory_gradient} must be `full`, `detached` or a number "
-                "of frames, at least 1"
+                f"model.memory_gradient: {memory_gradient!r} must be `full`, `detached` or a "
+                "number of frames, at least 1"
             )
         self.checkpoint_path = checkpoint_path
         self.config_path = config_path
@@ -217,8 +219,6 @@ class SAM2Model(nn.Module):
         Raises:
             UserError: a name that matches nothing, with the near ones.
         """
-        from sam2train.pretrained import match_parameters
-
         sam2 = self._loaded()
         trained = match_parameters(sam2, trainable_modules, MODULES)
         for name, parameter in sam2.named_parameters():
@@ -247,9 +247,11 @@ class SAM2Model(nn.Module):
         """Training mode for what is trained. Frozen modules stay in eval mode: no dropout there."""
         super().train(mode)
         if mode and self.sam2 is not None:
-            for child in self.sam2.children():
-                if not any(parameter.requires_grad for parameter in child.parameters()):
-                    child.eval()
+            for module in self.sam2.modules():
+                parameters = list(module.parameters())
+                # A module without parameters (a dropout) does as the one that holds it.
+                if parameters and not any(parameter.requires_grad for parameter in parameters):
+                    module.eval()
         return self
 
     # -- the forward pass ---------------------------------------------------------------------
@@ -264,8 +266,8 @@ class SAM2Model(nn.Module):
         """Track every object through its clip, from its first prompt on.
 
         Either `images`, `prompts` (and `masks`, which only tell the number of objects), or a
-        batched datapoint, ours or SAM 2's own. SAM 2's carries no prompts: each object then
-        gets its mask on frame 0.
+        batched datapoint, ours or SAM 2's own. Prompts given beside a datapoint replace its own.
+        SAM 2's carries none: each object then gets its mask on frame 0.
 
         Args:
             images: (B, T, C, H, W) float32, normalised.
@@ -284,39 +286,45 @@ class SAM2Model(nn.Module):
             UserError: layouts that do not fit each other or the model.
         """
         batch = batched_video_datapoint
-        if batch is None:
-            batch = images if hasattr(images, "img_batch") else None
+        if batch is None and hasattr(images, "img_batch"):
+            batch = images
+        if batch is None and (images is None or prompts is None):
+            raise UserError("SAM2Model.forward: give images and prompts, or a batched datapoint")
         if batch is not None:
-            clip_prompts = getattr(batch, "prompts", None) or prompts or mask_prompts(batch)
+            num_frames, num_clips = batch.img_batch.shape[:2]
+            if prompts is None:
+                prompts = getattr(batch, "prompts", None)
+            if prompts is None:
+                prompts = mask_prompts(batch)
+            clip_prompts = _check_prompts(prompts, num_clips, self.image_size)
             flat_images, image_index = batch.flat_img_batch, batch.flat_obj_to_img_idx.long()
             object_valid = getattr(batch, "object_valid", None)
             if object_valid is None:
-                object_valid = _object_slots(batch.obj_to_frame_idx[0, :, 1], batch.num_videos)
+                object_valid = _object_slots(batch.obj_to_frame_idx[0, :, 1], num_clips)
+            _check_objects(clip_prompts, object_valid.sum(1).tolist())
             frame_valid = getattr(batch, "frame_valid", None)
         else:
-            if images is None or prompts is None:
-                raise UserError(
-                    "SAM2Model.forward: give images and prompts, or a batched datapoint"
-                )
-            clip_prompts = [prompts] if prompts and isinstance(prompts[0], Mapping) else prompts
+            _check_layout(images, masks)
+            num_clips, num_frames = images.shape[:2]
+            clip_prompts = _check_prompts(prompts, num_clips, self.image_size)
             flat_images, object_valid = images.flatten(0, 1), _valid_objects(clip_prompts, masks)
-            object_index = make_object_index(object_valid, images.shape[1])
+            object_index = make_object_index(object_valid, num_frames)
             frame_idx, clip_idx = object_index.long().unbind(-1)
-            image_index = clip_idx * images.shape[1] + frame_idx
+            image_index = clip_idx * num_frames + frame_idx
             frame_valid = None
         if flat_images.shape[-2:] != (self.image_size, self.image_size):
             raise UserError(
                 f"images of {tuple(flat_images.shape[-2:])} pixels do not fit a model built for "
                 f"{self.image_size}; set model.image_size and dataset.image_size to the same side"
             )
-        flat_images = flat_images.to(self.device)
-        features = self.encode_images(flat_images)
-        image_index, object_valid = image_index.to(self.device), object_valid.to(self.device)
-        frame_needed = None
-        if frame_valid is not None:
-            clip_of_object = object_valid.nonzero()[:, 0]
-            frame_needed = frame_valid.to(self.device)[:, clip_of_object]
-        return self._track(features, image_index, clip_prompts, object_valid, frame_needed)
+        # Padding comes after the real frames of a clip: nobody looks at it, not even SAM 2's time
+        # code, so a clip gets the same answer in every batch.
+        lengths = [num_frames] * num_clips if frame_valid is None else frame_valid.sum(0).tolist()
+        groups = group_objects(clip_prompts, lengths)
+        features = self.encode_images(flat_images.to(self.device))
+        return self._track(
+            features, image_index.to(self.device), groups, object_valid.to(self.device)
+        )
 
     def encode_images(self, images: torch.Tensor) -> ImageFeatures:
         """Features of (images, 3, H, W), without a graph through a frozen image encoder."""
@@ -336,39 +344,45 @@ class SAM2Model(nn.Module):
         self,
         features: ImageFeatures,
         image_index: torch.Tensor,
-        clip_prompts: Sequence[Sequence[Prompt]],
+        groups: Sequence[ObjectGroup],
         object_valid: torch.Tensor,
-        frame_needed: torch.Tensor | None,
     ) -> dict[str, Any]:
         """The forward pass after the image encoder: groups of objects, one after the other.
 
-        Objects prompted on the same frames share a memory bank and run as one batch.
-
         Args:
             image_index: (T, O) image of each object on each frame.
-            frame_needed: (T, O) bool, False on padding; None where there is none.
         """
-        num_frames, num_objects = image_index.shape
-        size = (self.image_size, self.image_size)
-        masks = torch.full((num_frames, num_objects, *size), NO_OBJECT_LOGIT, device=self.device)
-        ious = torch.zeros((num_frames, num_objects), device=self.device)
-        scores = torch.full((num_frames, num_objects), -10.0, device=self.device)
+        num_frames = len(image_index)
+        clip_of_object, slot_of_object = object_valid.nonzero().unbind(1)  # (O,)
         frames: list[list[FramePrediction]] = [[] for _ in range(num_frames)]
-        for objects, by_frame in group_objects(clip_prompts, object_valid):
-            needed = None if frame_needed is None else frame_needed[:, objects].any(1).tolist()
+        places, tracked = [], []
+        for group in groups:
+            objects = torch.tensor(group.objects, device=self.device)
             for frame_idx, current, passes in self.track_clip(
-                features, image_index[:, objects], by_frame, needed
+                features, image_index[: group.num_frames, objects], group.prompts
             ):
-                masks[frame_idx, objects] = current["mask_logits"]
-                ious[frame_idx, objects] = current["iou_predictions"]
-                scores[frame_idx, objects] = current["object_score_logits"][:, 0].float()
+                frame = torch.full_like(objects, frame_idx)
+                places.append(
+                    torch.stack([clip_of_object[objects], frame, slot_of_object[objects]])
+                )
+                tracked.append(current)
                 frames[frame_idx] += [
                     FramePrediction(objects[rows], *outputs) for rows, *outputs in passes
                 ]
+
+        def gather(name: str, fill: float, *size: int) -> torch.Tensor:
+            shape = (object_valid.shape[0], num_frames, object_valid.shape[1], *size)
+            result = torch.full(shape, fill, device=self.device)
+            if tracked:
+                # One write for all frames: each would cost a copy of the whole in the backward.
+                values = torch.cat([current[name] for current in tracked]).float()
+                result[tuple(torch.cat(places, dim=1))] = values.view(-1, *size)
+            return result  # (B, T, N, ...)
+
         return {
-            "pred_masks": scatter_objects(masks, object_valid, NO_OBJECT_LOGIT),
-            "iou_predictions": scatter_objects(ious, object_valid, 0.0),
-            "object_score_logits": scatter_objects(scores, object_valid, -10.0),
+            "pred_masks": gather("mask_logits", NO_OBJECT_LOGIT, self.image_size, self.image_size),
+            "iou_predictions": gather("iou_predictions", 0.0),
+            "object_score_logits": gather("object_score_logits", NO_OBJECT_SCORE),
             "frames": frames,
         }
 
@@ -377,25 +391,23 @@ class SAM2Model(nn.Module):
         features: ImageFeatures,
         image_index: torch.Tensor,
         prompts: Mapping[int, Sequence[Prompt]],
-        needed: Sequence[bool] | None = None,
-    ):
+    ) -> Iterator[tuple[int, dict[str, Any], list[tuple]]]:
         """Track objects with common conditioning frames: those first, then the others in order.
 
         Args:
             image_index: (T, n) image of each object on each frame.
             prompts: conditioning frame -> one prompt for each of the n objects.
-            needed: (T,) False for frames that nobody asks for.
 
         Yields:
             frame_idx, what the memory keeps of the frame, and the decoder passes of the frame.
         """
         num_frames = len(image_index)
-        start = min(prompts)
-        others = [t for t in range(start, num_frames) if t not in prompts]
-        order = sorted(prompts) + [t for t in others if needed is None or needed[t]]
+        tracked = [t for t in range(min(prompts), num_frames) if t not in prompts]
+        order = sorted(prompts) + tracked
         bank = MemoryBank()
         for position, frame_idx in enumerate(order):
-            if position and self._cuts_graph(position):
+            # Conditioning frames read no memory: together they are the first link of the chain.
+            if self._cuts_graph(position - len(prompts) + 1):
                 bank.detach()
             yield (
                 frame_idx,
@@ -410,11 +422,13 @@ class SAM2Model(nn.Module):
                 ),
             )
 
-    def _cuts_graph(self, position: int) -> bool:
-        if self.memory_gradient == "full":
+    def _cuts_graph(self, link: int) -> bool:
+        """Whether the memory is cut before this link: a gradient then passes `memory_gradient`
+        links at most, as in truncated back-propagation through time."""
+        if self.memory_gradient == "full" or link < 1:
             return False
         span = 0 if self.memory_gradient == "detached" else self.memory_gradient
-        return position % (span + 1) == 0
+        return link % (span + 1) == 0
 
     def track_frame(
         self,
@@ -436,8 +450,9 @@ class SAM2Model(nn.Module):
 
         Returns:
             A dict with `mask_logits` (n, H, W), `low_res_logits` (n, H / 4, W / 4),
-            `iou_predictions` (n,), `object_score_logits` (n, 1), `obj_ptr` (n, C) and the memory; and the decoder passes as tuples (rows,
-            mask_logits (n, M, H, W), iou_predictions (n, M), object_score_logits (n, 1)).
+            `iou_predictions` (n,), `object_score_logits` (n, 1), `obj_ptr` (n, C) and the memory;
+            and the decoder passes as tuples (rows, mask_logits (n, M, H, W), iou_predictions
+            (n, M), object_score_logits (n, 1)).
         """
         if prompts is None:
             everyone = torch.arange(features.levels[-1].shape[1], device=self.device)
@@ -496,38 +511,66 @@ class SAM2Model(nn.Module):
         return current, (candidates, ious, object_score_logits)
 
 
-def group_objects(
-    clip_prompts: Sequence[Sequence[Prompt]], object_valid: torch.Tensor
-) -> list[tuple[torch.Tensor, dict[int, list[Prompt]]]]:
-    """Objects that share their conditioning frames: ((n,) objects of the batch, frame -> prompts).
+@dataclass(frozen=True)
+class ObjectGroup:
+    """Objects that share conditioning frames and clip length: one memory bank, one batch."""
 
-    Objects whose prompts are all empty are in no group: nothing says where they are.
+    objects: list[int]  # n positions on the O axis
+    prompts: dict[int, list[Prompt]]  # conditioning frame -> one prompt for each of the n objects
+    num_frames: int  # real frames of their clips
+
+
+def group_objects(
+    clip_prompts: Sequence[Sequence[Prompt]], lengths: Sequence[int]
+) -> list[ObjectGroup]:
+    """Groups of the objects of a batch; one whose prompts are all empty is in none.
+
+    Args:
+        clip_prompts: of each clip; the objects of the batch are counted in their order.
+        lengths: real frames of each clip.
+
+    Raises:
+        UserError: a prompt outside its clip, or two for one object on one frame.
     """
-    first = torch.cat([torch.zeros(1, dtype=torch.long), object_valid.sum(1).cumsum(0).cpu()])
     groups: dict[tuple[int, ...], list[tuple[int, dict[int, Prompt]]]] = {}
-    for clip, prompts in enumerate(clip_prompts):
-        of_object: dict[Any, dict[int, Prompt]] = {}
-        for prompt in prompts:
-            on_frame = of_object.setdefault(prompt["object_id"], {})
-            if is_empty(prompt):
-                continue
-            if prompt["frame_index"] in on_frame:
-                raise UserError(
-                    f"object {prompt['object_id']} has two prompts on frame "
-                    f"{prompt['frame_index']} of one clip; give one, with all its points"
-                )
-            on_frame[prompt["frame_index"]] = prompt
-        for place, on_frame in enumerate(of_object.values()):
+    index = 0
+    for prompts, length in zip(clip_prompts, lengths, strict=True):
+        for object_id, own in by_object(prompts).items():
+            on_frame: dict[int, Prompt] = {}
+            for prompt in own:
+                if is_empty(prompt):
+                    continue
+                frame_idx = int(prompt["frame_index"])
+                if not 0 <= frame_idx < length:
+                    raise UserError(
+                        f"object {object_id} has a prompt on frame {frame_idx} of a clip with "
+                        f"{length} frames; expected 0 to {length - 1}"
+                    )
+                if frame_idx in on_frame:
+                    raise UserError(
+                        f"object {object_id} has two prompts on frame {frame_idx} of one clip; "
+                        "give one, with all its points"
+                    )
+                on_frame[frame_idx] = prompt
             if on_frame:
-                member = (int(first[clip]) + place, on_frame)
-                groups.setdefault(tuple(sorted(on_frame)), []).append(member)
+                groups.setdefault((length, *sorted(on_frame)), []).append((index, on_frame))
+            index += 1
     return [
-        (
-            torch.tensor([index for index, _ in members], device=object_valid.device),
-            {t: [on_frame[t] for _, on_frame in members] for t in frames},
+        ObjectGroup(
+            [index for index, _ in members],
+            {t: [on_frame[t] for _, on_frame in members] for t in conditioning},
+            length,
         )
-        for frames, members in groups.items()
+        for (length, *conditioning), members in groups.items()
     ]
+
+
+def by_object(prompts: Sequence[Prompt]) -> dict[int | str, list[Prompt]]:
+    """Object id -> its prompts; objects in the order of their first prompt."""
+    objects: dict[int | str, list[Prompt]] = {}
+    for prompt in prompts:
+        objects.setdefault(prompt["object_id"], []).append(prompt)
+    return objects
 
 
 def split_by_kind(prompts: Sequence[Prompt], device: torch.device):
@@ -587,6 +630,11 @@ def mask_prompts(batch: Any) -> list[list[Prompt]]:
 
 def _object_slots(clip_of_object: torch.Tensor, num_clips: int) -> torch.Tensor:
     """(B, N) bool `object_valid` of a datapoint that does not carry it."""
+    if (clip_of_object.diff() < 0).any():
+        raise UserError(
+            "SAM2Model.forward: obj_to_frame_idx mixes the objects of different clips; "
+            "order them clip by clip, as SAM 2's collate_fn does"
+        )
     counts = torch.bincount(clip_of_object.long(), minlength=num_clips)
     return torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
 
@@ -595,7 +643,7 @@ def _valid_objects(
     clip_prompts: Sequence[Sequence[Prompt]], masks: torch.Tensor | None
 ) -> torch.Tensor:
     """(B, N) bool: as many objects of a clip as its prompts name; N as wide as the masks."""
-    counts = torch.tensor([len({p["object_id"] for p in prompts}) for prompts in clip_prompts])
+    counts = torch.tensor([len(by_object(prompts)) for prompts in clip_prompts])
     num_objects = int(counts.max()) if masks is None else masks.shape[2]
     if int(counts.max()) > num_objects:
         raise UserError(
@@ -603,3 +651,46 @@ def _valid_objects(
             f"{num_objects}"
         )
     return torch.arange(num_objects) < counts[:, None]
+
+
+def _check_layout(images: torch.Tensor, masks: torch.Tensor | None) -> None:
+    if images.ndim != 5:
+        raise UserError(
+            f"SAM2Model.forward: images of shape {tuple(images.shape)}; expected (B, T, C, H, W)"
+        )
+    if masks is not None and (masks.ndim != 5 or masks.shape[:2] != images.shape[:2]):
+        raise UserError(
+            f"SAM2Model.forward: masks of shape {tuple(masks.shape)} do not fit images of shape "
+            f"{tuple(images.shape)}; expected (B, T, N, H, W)"
+        )
+
+
+def _check_prompts(
+    prompts: Sequence[Prompt] | Sequence[Sequence[Prompt]], num_clips: int, image_size: int
+) -> Sequence[Sequence[Prompt]]:
+    """One list for each clip, also where B is 1 and the prompts came flat."""
+    flat = all(isinstance(prompt, Mapping) for prompt in prompts)
+    clip_prompts = [prompts] if flat and num_clips == 1 else prompts
+    if (flat and num_clips > 1) or len(clip_prompts) != num_clips:
+        raise UserError(
+            f"SAM2Model.forward: {'one flat list' if flat else len(clip_prompts)} of prompts for "
+            f"{num_clips} clips; expected a list of prompts for each clip"
+        )
+    for prompt in (prompt for clip in clip_prompts for prompt in clip):
+        mask = prompt["mask"]
+        if mask is not None and tuple(mask.shape) != (image_size, image_size):
+            raise UserError(
+                f"object {prompt['object_id']}: a mask prompt of {tuple(mask.shape)} pixels does "
+                f"not fit a model built for {image_size}; resize it with the frames"
+            )
+    return clip_prompts
+
+
+def _check_objects(clip_prompts: Sequence[Sequence[Prompt]], counts: Sequence[int]) -> None:
+    for clip, (prompts, count) in enumerate(zip(clip_prompts, counts, strict=True)):
+        named = len(by_object(prompts))
+        if named != count:
+            raise UserError(
+                f"SAM2Model.forward: prompts name {named} objects in clip {clip}, the datapoint "
+                f"has {count}; give every object a prompt, an empty one where it is not prompted"
+            )

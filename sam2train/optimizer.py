@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
@@ -12,6 +11,7 @@ from pydantic import Field
 
 from sam2train.config import Section
 from sam2train.errors import UserError
+from sam2train.pretrained import selects
 
 
 class OptimizerConfig(Section):
@@ -20,7 +20,7 @@ class OptimizerConfig(Section):
     learning_rate: float = Field(1e-4, gt=0, description="peak, reached after the warm-up")
     learning_rates: dict[str, float] = Field(
         default_factory=dict,
-        description="peaks of parameters by name or pattern, where they differ",
+        description="peaks by module, parameter or pattern; the last match counts",
     )
     schedule: Literal["cosine", "constant"] = "cosine"
     final_ratio: float = Field(0.1, ge=0, le=1, description="cosine ends at this share of the peak")
@@ -40,7 +40,7 @@ def build_optimizer(
     unused = [
         pattern
         for pattern in config.learning_rates
-        if not any(_matches(name, pattern) for name in parameters)
+        if not any(selects(pattern, name) for name in parameters)
     ]
     if unused:
         raise UserError(
@@ -51,7 +51,7 @@ def build_optimizer(
     for name, parameter in parameters.items():
         peak = config.learning_rate
         for pattern, other in config.learning_rates.items():
-            if _matches(name, pattern):
+            if selects(pattern, name):
                 peak = other
         # Vectors are biases and norm gains: decay would only shrink them.
         decay = config.weight_decay if parameter.ndim > 1 else 0.0
@@ -65,12 +65,8 @@ def build_optimizer(
     )
 
 
-def _matches(name: str, pattern: str) -> bool:
-    return name == pattern or name.startswith(f"{pattern}.") or fnmatchcase(name, pattern)
-
-
 def learning_rate_factor(step: int, num_steps: int, config: OptimizerConfig) -> float:
-    """Share of the peak at which step `step` (from 0) is taken: linear warm-up, then the schedule."""
+    """Share of the peak for step `step`, counted from 0: linear warm-up, then the schedule."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.schedule == "constant":

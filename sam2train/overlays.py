@@ -13,9 +13,6 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
-
 # Okabe and Ito, "Color Universal Design" (2008), without black. Most data sets count from 1:
 # sky blue and purple come there because few real things have these colours.
 OKABE_ITO = ((230, 159, 0), (86, 180, 233), (204, 121, 167), (240, 228, 66))
@@ -52,8 +49,10 @@ def palette(num: int) -> np.ndarray:
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
     """(T, H, W, 3) uint8 from (T, 3, H, W) ImageNet-normalised floats."""
+    from sam2train.transforms import MEAN, STD  # here, since torch comes with them
+
     assert images.shape[1:2] == (3,), images.shape
-    pixels = images.transpose(0, 2, 3, 1) * IMAGENET_STD + IMAGENET_MEAN
+    pixels = images.transpose(0, 2, 3, 1) * STD + MEAN
     return np.clip(np.rint(pixels * 255), 0, 255).astype(np.uint8)
 
 

@@ -19,6 +19,15 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 DOWNLOAD_ADDRESS = "https://dl.fbaipublicfiles.com/segment_anything_2/092824/"
 PUBLISHED = tuple(f"sam2.1_hiera_{size}.pt" for size in ("tiny", "small", "base_plus", "large"))
 
+# The guide's names of SAM 2's parts.
+MODULES = {
+    "image_encoder": "image_encoder",
+    "memory_attention": "memory_attention",
+    "memory_encoder": "memory_encoder",
+    "prompt_encoder": "sam_prompt_encoder",
+    "mask_decoder": "sam_mask_decoder",
+}
+
 
 @cache
 def _package_configs() -> dict[str, Path]:
@@ -43,8 +52,8 @@ def resolve_config(config_path: str | Path) -> Path:
     """The file of a SAM 2 model config.
 
     Args:
-        config_path: a file on disk, a name inside the `sam2` package
-            (`configs/sam2.1/sam2.1_hiera_t.yaml`), or its short form (`configs/sam2.1_hiera_t.yaml`).
+        config_path: a file on disk, a name inside the `sam2` package, such as
+            `configs/sam2.1/sam2.1_hiera_t.yaml`, or its short form, `configs/sam2.1_hiera_t.yaml`.
 
     Raises:
         UserError: nothing of that name; lists what exists.
@@ -82,17 +91,19 @@ def build_sam2(config: Path, *, image_size: int, num_maskmem: int, **options: An
     Raises:
         UserError: a file that is no SAM 2 config, or an option it does not have.
     """
+    from hydra.errors import InstantiationException
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from sam2.modeling.sam2_base import SAM2Base
+    from yaml import YAMLError
 
     try:
         loaded = OmegaConf.load(config)
         node = loaded.get("model") if OmegaConf.is_dict(loaded) else None
-    except (OmegaConfBaseException, OSError, ValueError) as problem:
+    except (OmegaConfBaseException, YAMLError, OSError, ValueError) as problem:
         raise UserError(f"model.config_path: {config} cannot be read: {problem}") from None
-    if node is None or "_target_" not in node:
+    if not OmegaConf.is_dict(node) or "_target_" not in node:
         raise UserError(
             f"model.config_path: {config} has no `model:` node with a `_target_`; "
             "expected a SAM 2 model config such as configs/sam2.1_hiera_t.yaml"
@@ -111,7 +122,10 @@ def build_sam2(config: Path, *, image_size: int, num_maskmem: int, **options: An
     tokens = image_size // 16
     for attention in ("self_attention", "cross_attention"):
         OmegaConf.update(node, f"memory_attention.layer.{attention}.feat_sizes", [tokens, tokens])
-    return instantiate(node, _recursive_=True)
+    try:
+        return instantiate(node)
+    except (InstantiationException, OmegaConfBaseException) as problem:
+        raise UserError(f"model.config_path: {config} cannot be built: {problem}") from problem
 
 
 def load_weights(sam2: nn.Module, checkpoint: Path) -> None:
@@ -203,6 +217,15 @@ def fit_temporal_rows(rows: torch.Tensor, num_maskmem: int, fresh: torch.Tensor)
     return torch.cat([kept, added, rows[-1:]])
 
 
+def selects(entry: str, parameter: str, aliases: Mapping[str, str] = MODULES) -> bool:
+    """Whether a module name, a parameter name or a shell pattern covers a parameter of SAM 2."""
+    head, dot, tail = entry.partition(".")
+    target = aliases.get(head, head) + dot + tail
+    return (
+        parameter == target or parameter.startswith(f"{target}.") or fnmatchcase(parameter, target)
+    )
+
+
 def match_parameters(
     model: nn.Module, wanted: Sequence[str], aliases: Mapping[str, str]
 ) -> set[str]:
@@ -219,14 +242,7 @@ def match_parameters(
     }
     selected: set[str] = set()
     for entry in wanted:
-        target = aliases.get(entry, entry)
-        head, _, tail = target.partition(".")
-        target = aliases.get(head, head) + (f".{tail}" if tail else "")
-        matched = [
-            name
-            for name in names
-            if name == target or name.startswith(f"{target}.") or fnmatchcase(name, target)
-        ]
+        matched = [name for name in names if selects(entry, name, aliases)]
         if not matched:
             choices = sorted({*aliases, *modules, *names})
             near = difflib.get_close_matches(entry, choices, n=3, cutoff=0.5)

@@ -21,10 +21,10 @@ class PromptGenerator:
         num_of_pos_points: positive clicks of a point prompt, or a range (low, high), both included.
         include_center: add the centre of the mask as the first positive click.
         num_of_neg_points: negative clicks of a point prompt, anywhere outside the mask.
-        box_jitter: noise of a box corner as a share of the box side; at most 20 px, as SAM 2 has it.
+        box_jitter: noise of a box corner as a share of the box side, 0 to 0.5; see `jitter_box`.
 
     Raises:
-        UserError: an unknown type, or point prompts without any point.
+        UserError: an unknown type, numbers out of range, or point prompts without any point.
     """
 
     def __init__(
@@ -52,8 +52,12 @@ class PromptGenerator:
         low, high = self.num_of_pos_points
         if not 0 <= low <= high or num_of_neg_points < 0:
             raise UserError(
-                f"points: {low} to {high} positive and {num_of_neg_points} negative ones asked for; "
-                "expected 0 <= lowest <= highest, and no negative number"
+                f"points: {low} to {high} positive and {num_of_neg_points} negative ones asked "
+                "for; expected 0 <= lowest <= highest, and no number below 0"
+            )
+        if not 0 <= box_jitter <= 0.5:
+            raise UserError(
+                f"box_jitter: {box_jitter}; expected 0 to 0.5, beyond which corners change places"
             )
         if "point" in self.prompt_types and low == 0 and not include_center:
             raise UserError(
@@ -150,9 +154,9 @@ def mask_to_box(mask: np.ndarray) -> np.ndarray:
 def jitter_box(
     box: np.ndarray, size: tuple[int, int], jitter: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """(4,) float32: each corner moved by up to `jitter` of the box side, 20 px at most, kept inside.
+    """(4,) float32: each corner moved by up to `jitter` of the box side, 20 px at most.
 
-    From SAM 2's `sample_box_points`, which uses a jitter of 0.1.
+    Corners stay inside the frame. From SAM 2's `sample_box_points`, which uses a jitter of 0.1.
 
     Args:
         box: (4,) x_min, y_min, x_max, y_max.

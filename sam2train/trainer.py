@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import platform
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
@@ -24,29 +25,45 @@ from sam2train.config import to_yaml
 from sam2train.datasets import ClipSampler, COCODataset
 from sam2train.errors import UserError
 from sam2train.evaluate import TrackedVideo, evaluate
-from sam2train.experiment import Experiment
+from sam2train.experiment import Experiment, untrained_rows
 from sam2train.losses import compute_losses
-from sam2train.model import MODULES, SAM2Model
+from sam2train.model import SAM2Model
 from sam2train.optimizer import build_optimizer, learning_rate_factor
 from sam2train.overlays import comparison, id_mask, save_png
-from sam2train.pretrained import match_parameters, resolve_path
+from sam2train.pretrained import MODULES, REPOSITORY, match_parameters, resolve_path
 from sam2train.tracking import Overlay, Tracker
 from sam2train.transforms import resize_image
 
 _PACKAGES = ("torch", "torchvision", "sam2", "numpy", "opencv-python", "pycocotools", "wandb")
+_SHOWN_WARNINGS = 5
 
 
 class Interrupted(SystemExit):
     """The run was asked to stop and has saved; the code is the shell's for the signal."""
 
 
-def build_dataset(experiment: Experiment, path: str, *, training: bool) -> COCODataset:
-    """The data set at one of the experiment's paths; augmented where it is for training."""
+def build_dataset(
+    experiment: Experiment, path: str, *, training: bool, say: Callable[[str], None] = print
+) -> COCODataset:
+    """The data set at one of the experiment's paths; augmented where it is for training.
+
+    Args:
+        path: where the demo data belongs, it is drawn if it is not there.
+        say: gets a line for what takes a while and for what looks odd in the data.
+
+    Raises:
+        UserError: what is wrong with the data, all of it.
+    """
     config = experiment.dataset
     path = resolve_path(path)
     if demo.is_demo_path(path):
-        path = demo.ensure(path)
-    return COCODataset(
+        path = path if path.is_absolute() else REPOSITORY / path
+        if not path.exists():
+            say(f"drawing the demo data in {path.parent}/, this once")
+        demo.ensure(path)
+        if not demo.matches_recorded(path):
+            say(f"{path.parent}/ was drawn by another OpenCV: scores may differ in the last digits")
+    dataset = COCODataset(
         path,
         config.image_size,
         config.video_clip_length,
@@ -62,6 +79,11 @@ def build_dataset(experiment: Experiment, path: str, *, training: bool) -> COCOD
         mask_cache_mb=config.mask_cache_mb,
         seed=experiment.trainer.seed,
     )
+    for warning in dataset.warnings[:_SHOWN_WARNINGS]:
+        say(f"{path}: {warning}")
+    if more := len(dataset.warnings[_SHOWN_WARNINGS:]):
+        say(f"{path}: ... and {more} more of these")
+    return dataset
 
 
 def build_model(experiment: Experiment) -> SAM2Model:
@@ -88,6 +110,13 @@ def choose_device(name: str) -> torch.device:
         return torch.device(name)
     except RuntimeError:
         raise UserError(f"trainer.device: {name!r}; expected auto, cpu, cuda or cuda:N") from None
+
+
+def num_cores() -> int:
+    """CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class Trainer:
@@ -122,9 +151,14 @@ class Trainer:
         self.baseline: dict[str, float] = {}
         self.latest: dict[str, float] = {}
         self.stop_signal: int | None = None
-        self.train_data = build_dataset(experiment, experiment.dataset.data_path, training=True)
-        val_path = experiment.dataset.val_path
-        self.val_data = val_path and build_dataset(experiment, val_path, training=False)
+        console = console or Console()
+
+        def say(text: str) -> None:
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+        data, val = experiment.dataset.data_path, experiment.dataset.val_path
+        self.train_data = build_dataset(experiment, data, training=True, say=say)
+        self.val_data = val and build_dataset(experiment, val, training=False, say=say)
         self.model = build_model(experiment)
         self.device = self.model.device
         self.parameters = self.model.trainable_parameters()
@@ -166,6 +200,13 @@ class Trainer:
         with _StopRequests(self), tracker:
             self._write_run_files()
             tracker.parameters(self.model.parameter_report())
+            if rows := untrained_rows(self.experiment):
+                length, enough = self.experiment.dataset.video_clip_length, rows[-1] + 3
+                tracker.say(
+                    f"clips of {length} frames never reach rows {rows[0]} to {rows[-1]} of "
+                    "maskmem_tpos_enc (memories farther back): they stay as loaded. "
+                    f"dataset.video_clip_length={enough} reaches all"
+                )
             tracker.summary({"status": "running", "steps": self.step})
             try:
                 self.model.train()
@@ -206,7 +247,8 @@ class Trainer:
                 self.train_data,
                 batch_size=config.batch_size,
                 sampler=sampler,
-                num_workers=config.num_workers,
+                # More processes than cores only wait for each other; the clips are the same.
+                num_workers=min(config.num_workers, num_cores()),
                 collate_fn=collate_fn,
                 pin_memory=self.device.type == "cuda",
                 # Its own generator: the loader must not draw from the one that dropout uses.

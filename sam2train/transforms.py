@@ -1,4 +1,4 @@
-"""From frames on disk to the model's input: resize, augment and normalise, one draw for a whole clip."""
+"""From decoded frames to the model's input: resize, augment, normalise; one draw for all frames."""
 
 from __future__ import annotations
 
@@ -41,13 +41,21 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) bool: a pixel is set where at least half of the area it covers is."""
+    """(H, W) bool: a pixel is set where at least half of the area it covers is.
+
+    A side that grows is interpolated, and cut at one half. An object too thin for that keeps the
+    pixel it covers most: it is there, and its target must not say that it is absent.
+    """
     if mask.shape == tuple(size):
         return mask
-    shrinks = size[0] <= mask.shape[0] and size[1] <= mask.shape[1]
-    how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    resized = cv2.resize(mask.astype(np.float32), (size[1], size[0]), interpolation=how)
-    return resized >= 0.5
+    height, width = np.minimum(mask.shape, size).tolist()
+    # First the sides that shrink: only there does the area rule hold.
+    coverage = cv2.resize(mask.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
+    coverage = cv2.resize(coverage, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+    resized = coverage >= 0.5
+    if not resized.any() and mask.any():
+        resized.flat[coverage.argmax()] = True
+    return resized
 
 
 def normalise(images: np.ndarray) -> torch.Tensor:
@@ -76,7 +84,13 @@ def augment(
         v2.RandomVerticalFlip(config.vertical_flip),
     ]
     if config.degrees or config.shear:
-        clip_steps.append(v2.RandomAffine(config.degrees, shear=config.shear or None))
+        clip_steps.append(
+            v2.RandomAffine(
+                config.degrees,
+                shear=config.shear or None,
+                interpolation=v2.InterpolationMode.BILINEAR,  # masks take the nearest all the same
+            )
+        )
     if config.crop_scale < 1:
         clip_steps.append(
             v2.RandomResizedCrop(size, scale=(config.crop_scale, 1.0), antialias=True)
@@ -90,8 +104,9 @@ def augment(
     frames = tv_tensors.Image(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
     layers = tv_tensors.Mask(torch.from_numpy(masks))
     # torchvision draws from torch's global generator: seeded from ours, and put back afterwards.
+    # Not torch.manual_seed, which would seed the generators of CUDA devices for good.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(rng.integers(2**63)))
+        torch.default_generator.manual_seed(int(rng.integers(2**63)))
         frames, layers = v2.Compose(clip_steps)(frames, layers)
         frames = torch.stack([frame_jitter(frame) for frame in frames])
     return frames.numpy().transpose(0, 2, 3, 1), layers.numpy().astype(bool)

@@ -7,8 +7,13 @@ from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
+from hypothesis import settings
 from PIL import Image
 from pycocotools import mask as rle
+
+# A busy machine is no failure.
+settings.register_profile("sam2train", deadline=None)
+settings.load_profile("sam2train")
 
 OBJECT_COLOURS = ((220, 40, 40), (40, 200, 60), (60, 80, 230), (230, 210, 40))
 

@@ -163,9 +163,10 @@ def test_masks_are_the_visible_pixels_of_the_picture(monkeypatch, video_index):
         colour = np.bincount(label[masks[:, i]]).argmax()
         assert colour > 0
         wrong = masks[:, i] != (label == colour)
-        # Only half-covered pixels of an outline may be doubtful: never a 2 x 2 block of them.
+        # Doubtful are only half-covered pixels, where two outlines blend: few, and in thin lines.
+        assert wrong.sum() < 0.03 * masks[:, i].sum()
         for frame in wrong.astype(np.uint8):
-            assert not cv2.erode(frame, np.ones((2, 2), np.uint8)).any()
+            assert not cv2.erode(frame, np.ones((3, 3), np.uint8)).any()
 
 
 def test_every_event_is_scheduled_and_every_hard_video_has_one(hard):
@@ -204,9 +205,9 @@ def test_a_hidden_object_loses_most_of_its_area_and_regains_it(hard):
             area = video.areas[:, 0]
             lowest = int(area.argmin())
             limit = 0.35 if "occlusion" in events else 0.5
-            # Sizes change by up to 1.6 within a video, so compare with the neighbours in time.
+            # Radii change by a factor of up to 1.6 within a video.
             assert area[lowest] < limit * area[: lowest + 1].max() * 1.3
-            assert area[-3:].max() > 0.6 * area[0] / 1.6
+            assert area[-3:].max() > 0.6 * area[0] / 1.6**2
         if "crossing" in events:
             # Whatever hides it is annotated: another object covers the place.
             others = video.masks[lowest, 1:].any(0)
@@ -266,6 +267,37 @@ def test_one_spell():
     flags[9] = True
     assert not demo.one_spell(flags, 2, 8)  # twice
     assert not demo.one_spell(flags & False, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("events", "track", "low", "frames", "expected"),
+    [
+        (("leaves",), 0, 0, range(8, 12), True),
+        (("leaves",), 0, 0, range(8, 17), False),  # 9 frames are too long
+        (("leaves",), 0, 0, range(20, 24), False),  # does not come back
+        (("leaves",), 0, 50, range(8, 12), False),  # half of it stays in view
+        (("occlusion",), 0, 30, range(8, 12), True),
+        (("occlusion",), 0, 60, range(8, 12), False),
+        (("crossing",), 0, 45, range(8, 12), True),
+        (("crossing",), 1, 0, range(8, 12), False),  # happens to another object
+        (("lookalike",), 0, 0, range(8, 12), False),  # an event that is not listed
+        (("lookalike",), 0, 0, range(0), True),
+        (("late",), 2, 0, range(5), True),
+        (("late",), 2, 0, range(13), False),
+        (("late",), 2, 0, range(1, 5), False),  # is there on frame 0
+        (("late",), 0, 0, range(5), False),
+        ((), 0, 90, range(24), True),
+        ((), 0, 80, range(3, 4), False),
+    ],
+)
+def test_holds(events, track, low, frames, expected):
+    """Three objects of 100 px in full; one of them shows `low` px on the given frames."""
+    corners = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) / np.sqrt(2)
+    radius, still = np.full(24, 5 * np.sqrt(2)), np.zeros(24)
+    layers = [demo.Layer(corners, np.zeros((24, 2)), radius, still, i) for i in (1, 2, 3)]
+    areas = np.full((24, 3), 100)
+    areas[list(frames), track] = low
+    assert demo.holds(layers, areas, events) is expected
 
 
 def test_the_splits_as_published():

@@ -8,8 +8,6 @@ from PIL import Image
 from sam2train import overlays
 from sam2train.overlays import (
     ERRORS,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     NEGATIVE,
     POSITIVE,
     colour,
@@ -24,6 +22,7 @@ from sam2train.overlays import (
     save_png,
     to_uint8,
 )
+from sam2train.transforms import normalise
 
 
 def square(height, width, top, left, side):
@@ -85,8 +84,7 @@ def test_first_objects_differ_for_deuteranopes():
 
 def test_to_uint8_returns_every_pixel_value():
     pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
-    normalised = ((pixels / np.float32(255) - IMAGENET_MEAN) / IMAGENET_STD).transpose(0, 3, 1, 2)
-    np.testing.assert_array_equal(to_uint8(normalised.astype(np.float32)), pixels)
+    np.testing.assert_array_equal(to_uint8(normalise(pixels).numpy()), pixels)
 
 
 def test_to_uint8_by_hand_and_clipped():

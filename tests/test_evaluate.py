@@ -1,0 +1,114 @@
+"""Whole videos through the streaming path: the protocol, and the training forward's answers."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_coco
+
+from sam2train.clips import collate_fn
+from sam2train.datasets import COCODataset
+from sam2train.errors import UserError
+from sam2train.evaluate import EvaluationConfig, evaluate, first_prompts, track_frames, track_video
+from sam2train.model import SAM2Model
+
+CONFIG = "sam2train/configs/sam2.1_hiera_demo.yaml"
+SIZE = (64, 64)
+
+
+@pytest.fixture(scope="module")
+def model() -> SAM2Model:
+    torch.manual_seed(0)
+    model = SAM2Model(None, CONFIG, device="cpu", image_size=64).load()
+    with torch.no_grad():  # random weights call every object absent: show what the masks are
+        model.sam2.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.fill_(5.0)
+    return model.train()
+
+
+def dataset(tmp_path, prompt_type="mask", **options) -> COCODataset:
+    path = make_coco(tmp_path, **options)
+    return COCODataset(
+        path, SIZE, video_clip_length=options["num_frames"], prompt_types=[prompt_type]
+    )
+
+
+@pytest.mark.parametrize("prompt_type", ["mask", "bbox", "point"])
+def test_streaming_gives_what_the_training_forward_gives(model, tmp_path, prompt_type):
+    """Both run SAM 2 in eval mode on the same frames: the same logits, frame by frame."""
+    data = dataset(tmp_path, prompt_type, num_frames=9, size=SIZE)
+    clip = data[0]
+    model.eval()
+    with torch.no_grad():
+        whole = model(collate_fn([clip]))["pred_masks"][0]  # (T, N, H, W)
+    for t, object_ids, low_res in track_frames(model, data, data.videos[0], clip.prompts):
+        assert object_ids == clip.object_ids
+        if t == 0 and prompt_type == "mask":
+            continue  # the mask itself, once with and once without the way through a smaller one
+        upscaled = torch.nn.functional.interpolate(low_res[:, None], SIZE, mode="bilinear")[:, 0]
+        torch.testing.assert_close(upscaled, whole[t], atol=1e-4, rtol=1e-4)
+
+
+def test_each_object_is_prompted_on_its_first_frame_and_empty_before(model, tmp_path):
+    data = dataset(tmp_path, num_frames=6, absent=[(1, 0, 2), (1, 1, 2)])
+    video = data.videos[0]
+    prompts = first_prompts(data, video, None, np.random.default_rng(0))
+    assert {p["object_id"]: p["frame_index"] for p in prompts} == {1: 0, 2: 2}
+    masks = track_video(model, data, video, prompts)
+    assert masks[2].shape == (6, 48, 64)
+    assert not masks[2][:2].any()
+    # A mask prompt is the answer on its own frame, but for the way through the model's size.
+    truth = data.read_mask(video, 0, 1)
+    assert (masks[1][0] & truth).sum() / (masks[1][0] | truth).sum() > 0.9
+
+
+def test_objects_never_overlap(model, tmp_path):
+    data = dataset(tmp_path, "point", num_frames=4, num_objects=3)
+    video = data.videos[0]
+    prompts = first_prompts(data, video, None, np.random.default_rng(0))
+    masks = track_video(model, data, video, prompts)
+    assert np.stack(list(masks.values())).sum(0).max() <= 1
+
+
+def test_scores_repeat_and_the_model_is_left_as_it_was(model, tmp_path):
+    data = dataset(tmp_path, "point", num_frames=4, num_videos=2)
+    random_state = torch.get_rng_state()
+    model.train()
+    config = EvaluationConfig()
+    first = evaluate(model, data, config, seed=1)
+    assert evaluate(model, data, config, seed=1) == first
+    assert model.training
+    assert model.memory_attention.training
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert first["num_objects"] == 4
+    assert first["J_and_F"] == pytest.approx((first["J"] + first["F"]) / 2)
+
+
+def test_the_memory_of_a_long_video_is_bounded(model, tmp_path, monkeypatch):
+    data = dataset(tmp_path, num_frames=30, num_objects=1)
+    held = []
+    track_frame = model.track_frame
+
+    def watch(t, features, bank, *rest, **options):
+        held.append(len(bank.tracked) + len(bank.conditioning))
+        return track_frame(t, features, bank, *rest, **options)
+
+    monkeypatch.setattr(model, "track_frame", watch)
+    prompts = first_prompts(data, data.videos[0], None, np.random.default_rng(0))
+    track_video(model, data, data.videos[0], prompts)
+    assert len(held) == 30
+    assert max(held) <= 1 + 16  # the prompt, and as many frames as object pointers reach
+
+
+def test_limits_and_prompt_types_of_the_section(model, tmp_path):
+    data = dataset(tmp_path, "mask", num_frames=5, num_videos=3)
+    seen = []
+    config = EvaluationConfig(max_videos=2, max_frames=3, prompt_types=("bbox",))
+    evaluate(model, data, config, seed=0, on_video=lambda index, video: seen.append(video))
+    assert [len(video.video.frames) for video in seen] == [3, 3]
+    assert {p["type"] for video in seen for p in video.prompts} == {"bbox"}
+    assert seen[0].prediction[1].shape == (3, 48, 64)
+
+
+def test_nothing_to_score_is_an_error(model, tmp_path):
+    data = dataset(tmp_path, num_frames=1)
+    with pytest.raises(UserError, match="no frame to score"):
+        evaluate(model, data, EvaluationConfig(), seed=0)

@@ -1,0 +1,110 @@
+"""Sections together: rules that cross them, spellings, errors a user can act on."""
+
+from pathlib import Path
+
+import pytest
+
+from sam2train.config import to_yaml
+from sam2train.errors import UserError
+from sam2train.experiment import Experiment, load_experiment, untrained_rows
+
+GUIDE_COCO = """\
+dataset:
+  dataset_type: "coco"
+  data_path: "{data}"
+  image_size: [512, 512]
+  video_clip_length: 5
+  batch_size: 1
+  num_workers: 16
+  shuffle: True
+  prompt_types: ["point", "bbox"]
+  num_of_pos_points: 1
+  include_center_point: True
+"""
+GUIDE_MODEL = """\
+model:
+  checkpoint_path: "/path/to/sam2_checkpoint.pt"
+  config_path: "configs/sam2.1_hiera_t.yaml"
+  trainable_modules: ["memory_attention", "memory_encoder"]
+  image_size: 512
+  num_maskmem: 7
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str) -> Path:
+        path = tmp_path / "experiment.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_the_blocks_of_the_guide_load_unchanged(write):
+    experiment = load_experiment(write(GUIDE_COCO.format(data="/d/coco.json") + GUIDE_MODEL))
+    assert experiment.dataset.include_center is True
+    assert experiment.dataset.prompt_types == ("point", "bbox")
+    assert experiment.model.trainable_modules == ("memory_attention", "memory_encoder")
+    assert experiment.model.num_maskmem == 7
+
+
+def test_both_spellings_of_include_center(write):
+    path = write("dataset: {data_path: a.json, include_center: true}")
+    assert load_experiment(path).dataset.include_center is True
+
+
+def test_a_resolved_config_reads_back_as_itself(write):
+    experiment = load_experiment(
+        write("dataset: {data_path: a.json}\nmodel: {memory_gradient: 3}"),
+        {"optimizer.learning_rate": "1e-05", "optimizer.learning_rates.memory_encoder": 2e-6},
+    )
+    assert experiment.optimizer.learning_rate == 1e-5
+    assert load_experiment(write(to_yaml(experiment))) == experiment
+
+
+def test_sizes_must_agree_and_the_message_gives_the_cure(write):
+    path = write("dataset: {data_path: a.json, image_size: [256, 256]}")
+    with pytest.raises(
+        UserError, match=r"\[256, 256\].*512.*set dataset.image_size to \[512, 512\]"
+    ):
+        load_experiment(path)
+
+
+def test_all_problems_come_in_one_message(write):
+    path = write(
+        "dataset: {data_path: a.json, num_worker: 2, prompt_types: [point, box]}\n"
+        "trainer: {num_steps: -1, sed: 3}\n"
+    )
+    with pytest.raises(UserError) as caught:
+        load_experiment(path)
+    for part in (
+        str(path),
+        "dataset.num_worker",
+        "dataset.num_workers",
+        "box",
+        "trainer.num_steps",
+    ):
+        assert part in str(caught.value)
+    assert "trainer.sed" in str(caught.value)
+    assert "trainer.seed" in str(caught.value)
+
+
+def test_data_path_is_required(write):
+    with pytest.raises(UserError, match=r"dataset\.data_path"):
+        load_experiment(write("dataset: {batch_size: 2}"))
+
+
+@pytest.mark.parametrize(
+    ("clip_length", "num_maskmem", "rows"),
+    # A clip of 4 uses rows 0 and 1, and the last; one of 8 all seven (measured on SAM 2).
+    [(4, 7, [2, 3, 4, 5]), (8, 7, []), (2, 7, [0, 1, 2, 3, 4, 5]), (5, 1, []), (3, 0, [])],
+)
+def test_rows_that_no_clip_reaches(clip_length, num_maskmem, rows):
+    experiment = Experiment.model_validate(
+        {
+            "dataset": {"data_path": "a.json", "video_clip_length": clip_length},
+            "model": {"num_maskmem": num_maskmem},
+        }
+    )
+    assert list(untrained_rows(experiment)) == rows

@@ -1,0 +1,330 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import encode
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from PIL import Image
+from pycocotools import mask as rle
+
+from sam2train.errors import UserError
+from sam2train.images import (
+    decode_segmentation,
+    read_header,
+    read_image,
+    run_lengths,
+    segmentation_area,
+)
+
+ORIENTATION = 0x0112
+SHAPES = st.tuples(st.integers(1, 24), st.integers(1, 24))
+
+
+def ramp(height=6, width=10):
+    """(H, W, 3) uint8 in which every pixel differs."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[..., 0] = np.arange(width) * 20
+    pixels[..., 1] = np.arange(height)[:, None] * 30
+    return pixels
+
+
+def save(path, pixels, orientation=None, **options):
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    if orientation is not None:
+        options["exif"] = Image.Exif()
+        options["exif"][ORIENTATION] = orientation
+    image.save(path, **options)
+    return path
+
+
+# Pictures
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "webp"])
+def test_lossless_formats_come_back_as_they_were(tmp_path, suffix):
+    options = {"lossless": True} if suffix == "webp" else {}
+    path = save(tmp_path / f"a.{suffix}", ramp(), **options)
+    np.testing.assert_array_equal(read_image(path), ramp())
+    assert read_header(path) == ((6, 10), (6, 10), False)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_jpeg_is_close(tmp_path, progressive):
+    pixels = np.full((16, 24, 3), (200, 60, 30), np.uint8)
+    path = save(tmp_path / "a.jpg", pixels, progressive=progressive, quality=95)
+    assert np.abs(read_image(path).astype(int) - pixels).max() <= 3
+
+
+def test_one_grey_becomes_three_equal_channels(tmp_path):
+    grey = np.arange(60, dtype=np.uint8).reshape(6, 10) * 4
+    for mode in ("L", "LA"):
+        pixels = read_image(save(tmp_path / f"{mode}.png", Image.fromarray(grey).convert(mode)))
+        np.testing.assert_array_equal(pixels, np.stack([grey] * 3, axis=-1))
+    bilevel = read_image(save(tmp_path / "1.png", Image.fromarray(grey >= 120)))
+    np.testing.assert_array_equal(bilevel[..., 0], (grey >= 120) * 255)
+
+
+def test_transparency_is_dropped(tmp_path):
+    image = Image.fromarray(ramp()).convert("RGBA")
+    image.putalpha(128)
+    np.testing.assert_array_equal(read_image(save(tmp_path / "a.png", image)), ramp())
+
+
+def test_palette_with_transparent_entries_is_read_without_a_warning(tmp_path):
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    pixels[:2] = (250, 10, 40)
+    image = Image.fromarray(pixels).quantize(2)
+    path = save(tmp_path / "a.png", image, transparency=bytes([0, 128]))
+    np.testing.assert_array_equal(read_image(path), pixels)
+
+
+def test_16_bit_grey_keeps_its_shades(tmp_path):
+    grey = np.linspace(0, 65535, 60).reshape(6, 10).astype(np.uint16)
+    pixels = read_image(save(tmp_path / "a.png", Image.fromarray(grey)))
+    np.testing.assert_allclose(pixels[..., 1], grey / 257, atol=0.5)
+
+
+def test_a_dark_16_bit_frame_stays_dark_among_its_neighbours(tmp_path):
+    dark = np.full((4, 4), 200, np.uint16)  # of 65535: a fade to black
+    assert read_image(save(tmp_path / "a.png", Image.fromarray(dark))).max() == 1
+
+
+def test_cmyk_is_converted(tmp_path):
+    pixels = np.full((16, 16, 3), (200, 60, 30), np.uint8)
+    path = save(tmp_path / "a.jpg", Image.fromarray(pixels).convert("CMYK"), quality=95)
+    assert np.abs(read_image(path).astype(int) - pixels).max() <= 6
+
+
+# EXIF: orientation 6 is "turn by 90 degrees clockwise to show"
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_header_has_the_size_before_and_after_the_orientation(tmp_path, suffix):
+    path = save(tmp_path / f"a.{suffix}", ramp(), orientation=6)
+    assert read_header(path) == ((6, 10), (10, 6), True)
+
+
+def test_a_tiff_is_turned_by_pillow_and_has_one_size(tmp_path):
+    path = save(tmp_path / "a.tiff", ramp(), orientation=6)
+    assert read_header(path) == ((10, 6), (10, 6), False)
+    np.testing.assert_array_equal(read_image(path, (10, 6)), np.rot90(ramp(), -1))
+
+
+def test_orientations_that_keep_the_size_are_told_too(tmp_path):
+    assert read_header(save(tmp_path / "a.jpg", ramp(), orientation=3)) == ((6, 10), (6, 10), True)
+    assert read_header(save(tmp_path / "b.jpg", ramp(), orientation=1)) == ((6, 10), (6, 10), False)
+
+
+def test_the_expected_size_decides_whether_a_picture_is_turned(tmp_path):
+    path = save(tmp_path / "a.png", ramp(), orientation=6)
+    np.testing.assert_array_equal(read_image(path, (6, 10)), ramp())
+    np.testing.assert_array_equal(read_image(path, (10, 6)), np.rot90(ramp(), -1))
+    np.testing.assert_array_equal(read_image(path), np.rot90(ramp(), -1))
+
+
+def test_a_header_is_read_without_decoding_a_png(tmp_path):
+    path = save(tmp_path / "a.png", np.random.default_rng(0).integers(0, 255, (64, 64, 3), "uint8"))
+    path.write_bytes(path.read_bytes()[:200])
+    assert read_header(path).stored == (64, 64)
+    with pytest.raises(UserError, match="damaged or cut short"):
+        read_image(path)
+
+
+# Broken pictures
+
+
+def test_another_size_than_expected_is_an_error(tmp_path):
+    path = save(tmp_path / "a.png", ramp())
+    with pytest.raises(UserError, match=r"a\.png: the picture is 10x6, expected 9x6"):
+        read_image(path, (6, 9))
+
+
+def test_a_truncated_jpeg_is_an_error_not_half_a_picture(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), "uint8")
+    path = save(tmp_path / "a.jpg", noise)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert read_header(path).stored == (64, 64)
+    with pytest.raises(UserError, match=r"a\.jpg: is damaged or cut short"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("read", [read_header, read_image])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><title>404</title>", "is an HTML page"),
+        (b"<HTML><body>", "is an HTML page"),
+        (b"track 1, frame 2", "is not a picture"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00", "is (damaged|not a picture)"),
+        (b"\xff\xd8\xff\xe0\x00\x10JFIF", "is (damaged|not a picture)"),
+    ],
+)
+def test_what_is_no_picture_says_what_it_is(tmp_path, read, content, message):
+    path = tmp_path / "frame.jpg"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"frame\.jpg: .*{message}"):
+        read(path)
+
+
+@pytest.mark.parametrize("read", [read_header, read_image])
+def test_missing_files_and_folders_are_named(tmp_path, read):
+    with pytest.raises(UserError, match=r"a\.jpg: no such file"):
+        read(tmp_path / "a.jpg")
+    with pytest.raises(UserError, match="cannot be read"):
+        read(tmp_path)
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    path = save(tmp_path / "a.png", ramp())
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(UserError, match=r"a\.png: cannot be read \(Permission denied\)"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tiff", "bmp"])
+def test_whatever_damages_a_file_is_a_users_error(tmp_path, suffix):
+    path = save(tmp_path / f"a.{suffix}", ramp(), orientation=None if suffix == "bmp" else 6)
+    good = np.frombuffer(path.read_bytes(), np.uint8)
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(60):
+        bad = good.copy()
+        # Half of the damage in the first bytes, where headers are.
+        places = rng.integers(0, rng.choice([64, len(bad)]), size=3)
+        bad[places] = rng.integers(0, 256, size=3)
+        path.write_bytes(bad.tobytes())
+        try:
+            pixels = read_image(path)
+        except (UserError, UserWarning):  # Pillow warns of odd EXIF data
+            refused += 1
+        else:
+            assert pixels.dtype == np.uint8
+            assert pixels.shape[2] == 3
+    assert refused > 5
+
+
+# Segmentations
+
+
+def test_uncompressed_runs_by_hand():
+    # Down the columns of a 2x3 frame: 1 pixel out, 2 in, 3 out.
+    segmentation = {"size": [2, 3], "counts": [1, 2, 3]}
+    expected = [[False, True, False], [True, False, False]]
+    np.testing.assert_array_equal(decode_segmentation(segmentation, (2, 3)), expected)
+    assert segmentation_area(segmentation, (2, 3)) == 2
+
+
+@given(SHAPES.flatmap(lambda shape: arrays(bool, shape)))
+def test_rle_text_of_pycocotools_comes_back(mask):
+    segmentation = encode(mask)
+    decoded = decode_segmentation(segmentation, mask.shape)
+    np.testing.assert_array_equal(decoded, mask)
+    assert decoded.dtype == bool
+    assert decoded.flags.c_contiguous
+    assert segmentation_area(segmentation, mask.shape) == mask.sum()
+    as_list = {"size": list(mask.shape), "counts": run_lengths(segmentation, mask.shape).tolist()}
+    np.testing.assert_array_equal(decode_segmentation(as_list, mask.shape), mask)
+
+
+def test_long_runs_of_a_large_frame():
+    mask = np.zeros((1080, 1920), bool)
+    mask[200:900, 300:1700] = True
+    mask[500, 1000] = False
+    np.testing.assert_array_equal(decode_segmentation(encode(mask), mask.shape), mask)
+
+
+@given(
+    st.integers(1, 4).flatmap(
+        lambda corners: st.lists(
+            st.lists(st.floats(-5, 45), min_size=6 + 2 * corners, max_size=6 + 2 * corners),
+            min_size=1,
+            max_size=3,
+        )
+    )
+)
+def test_polygons_are_what_pycocotools_makes_of_them(polygons):
+    merged = rle.merge(rle.frPyObjects(polygons, 30, 40))
+    expected = rle.decode(merged).astype(bool)
+    np.testing.assert_array_equal(decode_segmentation(polygons, (30, 40)), expected)
+    assert segmentation_area(polygons, (30, 40)) == expected.sum()
+
+
+def test_a_square_polygon_by_hand():
+    mask = decode_segmentation([[2, 1, 6, 1, 6, 4, 2, 4]], (8, 10))
+    expected = np.zeros((8, 10), bool)
+    expected[1:4, 2:6] = True
+    np.testing.assert_array_equal(mask, expected)
+
+
+@pytest.mark.parametrize("nothing", [None, []])
+def test_nothing_is_an_empty_mask(nothing):
+    mask = decode_segmentation(nothing, (3, 5))
+    assert mask.shape == (3, 5)
+    assert not mask.any()
+    assert segmentation_area(nothing, (3, 5)) == 0
+
+
+GOOD = encode(np.eye(6, dtype=bool))["counts"]
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        ({"size": [6, 5], "counts": GOOD}, r"size \[6, 5\], the frame \[6, 6\]"),
+        ({"size": 6, "counts": GOOD}, r"size 6, the frame \[6, 6\]"),
+        ({"size": None, "counts": GOOD}, "size None"),
+        ({"counts": GOOD}, "expected an RLE with"),
+        ({"size": [6, 6]}, "expected an RLE with"),
+        ("polygon", "expected an RLE with"),
+        (7, "expected an RLE with"),
+        (True, "expected an RLE with"),
+        ({"size": [6, 6], "counts": ""}, "expected RLE text or a list"),
+        ({"size": [6, 6], "counts": None}, "expected RLE text or a list"),
+        ({"size": [6, 6], "counts": GOOD[:-1]}, "add up to"),
+        ({"size": [6, 6], "counts": GOOD + "1"}, "add up to"),
+        ({"size": [6, 6], "counts": GOOD + "q"}, "no RLE text"),
+        ({"size": [6, 6], "counts": GOOD + " "}, "no RLE text"),
+        ({"size": [6, 6], "counts": GOOD[:3] + "é"}, "no RLE text"),
+        ({"size": [6, 6], "counts": "o" * 20 + "0"}, "no RLE text"),  # one endless number
+        ({"size": [6, 6], "counts": GOOD[:-1] + "o"}, "no RLE text"),  # a number cut short
+        ({"size": [6, 6], "counts": [3, 4]}, "add up to 7, not 6 x 6"),
+        ({"size": [6, 6], "counts": [40, -4]}, "one is negative"),
+        ({"size": [6, 6], "counts": []}, "not of whole numbers"),
+        ({"size": [6, 6], "counts": [30.5, 5.5]}, "not of whole numbers"),
+        ({"size": [6, 6], "counts": ["36"]}, "not of whole numbers"),
+        ({"size": [6, 6], "counts": [[36]]}, "not of whole numbers"),
+        ({"size": [6, 6], "counts": [True, 35]}, "not of whole numbers"),
+        ({"size": [6, 6], "counts": [2**70, 1]}, "not of whole numbers"),
+        ([[1, 1, 4, 4]], "a polygon of 4 numbers"),
+        ([[1, 1, 4, 1, 4, 4, 2]], "a polygon of 7 numbers"),
+        ([[]], "a polygon of 0 numbers"),
+        ([1, 1, 4, 1, 4, 4], "expected polygons"),
+        ([{"size": [6, 6], "counts": GOOD}], "expected polygons"),
+        ([[1, 1, 4, "1", 4, 4]], "a corner that is no number"),
+        ([[1, 1, 4, float("nan"), 4, 4]], "a corner that is no number"),
+        ([[1, 1, 4, 1e9, 4, 4]], r"beyond \+-60 px"),
+    ],
+)
+def test_bad_segmentations_say_what_is_wrong(segmentation, message):
+    for read in (decode_segmentation, segmentation_area):
+        with pytest.raises(ValueError, match=message):
+            read(segmentation, (6, 6))
+
+
+@given(st.text("0123456789:;<=>?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[]^_`abcdefghijklmno", max_size=12))
+def test_any_text_is_a_mask_of_its_size_or_an_error(text):
+    try:
+        mask = decode_segmentation({"size": [4, 5], "counts": text}, (4, 5))
+    except ValueError:
+        return
+    assert mask.shape == (4, 5)
+    assert segmentation_area({"size": [4, 5], "counts": text}, (4, 5)) == mask.sum()

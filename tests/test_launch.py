@@ -1,0 +1,176 @@
+"""The command line as a user meets it: what it prints, writes, and answers to a mistake."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import make_coco
+
+from sam2train import launch
+
+ROOT = Path(__file__).parents[1]
+
+EXPERIMENT = """\
+# A small experiment of the tests.
+dataset: {{data_path: "{data}", val_path: "{data}", image_size: [64, 64], video_clip_length: 3}}
+model:
+  config_path: sam2train/configs/sam2.1_hiera_demo.yaml
+  image_size: 64
+trainer: {{num_steps: 2, val_every: 2, save_every: 2, device: cpu}}
+tracking: {{mode: disabled}}
+"""
+
+
+@pytest.fixture
+def experiment(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in ("WANDB_SWEEP_PARAM_PATH", "WANDB_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    data = make_coco(tmp_path / "data", num_frames=5, size=(64, 64))
+    path = tmp_path / "small.yaml"
+    path.write_text(EXPERIMENT.format(data=data))
+    return path
+
+
+def fails(capsys, *words) -> str:
+    """The message of a command that must fail as a user's mistake."""
+    assert launch.main([str(word) for word in words]) == 2
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    assert printed.startswith("error: ")
+    return printed
+
+
+@pytest.mark.parametrize("option", ["--help", "--list"])
+def test_help_and_list_answer_at_once(option):
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, ROOT / "run.py", option], capture_output=True, text=True, check=True
+        )
+        seconds.append(time.perf_counter() - start)
+    # Without anything heavy it takes 0.1 s; the best of three forgives a busy machine.
+    assert min(seconds) < 0.5
+    assert ("--dry-run" if option == "--help" else "coco_point_bbox.yaml  Fine-tune") in done.stdout
+
+
+def test_train_then_resume_then_the_same_folder_again(experiment, tmp_path, capsys):
+    run_dir = tmp_path / "my run"
+    assert launch.main([str(experiment), "--run-dir", str(run_dir)]) == 0
+    printed = capsys.readouterr().out
+    assert f"{run_dir}/" in printed
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "environment.json"):
+        assert (run_dir / name).is_file()
+
+    message = fails(capsys, experiment, "--run-dir", run_dir)
+    assert "--resume" in message
+
+    more = ["--run-dir", str(run_dir), "--resume", "trainer.num_steps=3"]
+    assert launch.main([str(experiment), *more]) == 0
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["steps"], summary["status"]) == (3, "finished")
+
+    message = fails(capsys, experiment, *more, "model.num_maskmem=3", "optimizer.learning_rate=1")
+    assert "model.num_maskmem: 7 in the run, 3 now" in message
+    assert "optimizer.learning_rate" in message
+
+
+def test_runs_go_to_a_folder_of_their_own(experiment, tmp_path):
+    assert launch.main([str(experiment), "--trainer.num_steps=0"]) == 0
+    (first,) = (tmp_path / "runs" / "small").iterdir()
+    assert launch.main([str(experiment), "--resume", "trainer.num_steps=1"]) == 0
+    assert json.loads((first / "summary.json").read_text())["steps"] == 1
+    assert [first] == list((tmp_path / "runs" / "small").iterdir())
+
+
+def test_smoke_is_two_steps_of_anything(experiment, tmp_path):
+    assert launch.main([str(experiment), "--smoke", "trainer.num_steps=2"]) == 0
+    (run_dir,) = (tmp_path / "runs" / "smoke").iterdir()
+    assert json.loads((run_dir / "summary.json").read_text())["steps"] == 2
+
+
+def test_dry_run_shows_and_writes_nothing(experiment, tmp_path, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    assert launch.main([str(experiment), "--dry-run", "model.num_maskmem=4"]) == 0
+    printed = capsys.readouterr().out
+    for part in (
+        "num_maskmem: 4",
+        "memory_attention",
+        "(3, 1, 3, 64, 64)",
+        "object 1:",
+        "training",
+    ):
+        assert part in printed
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_export_gives_weights_that_sam2_loads(experiment, tmp_path, capsys):
+    run_dir, out = tmp_path / "run", tmp_path / "out" / "sam2.pt"
+    assert launch.main([str(experiment), "--run-dir", str(run_dir)]) == 0
+    source = str(run_dir / "checkpoints" / "last.pt")
+    assert launch.main([str(experiment), "--export", source, str(out)]) == 0
+    again = [str(experiment), "--dry-run", f"model.checkpoint_path={out}"]
+    assert launch.main(again) == 0
+    capsys.readouterr()
+    assert launch.main([str(experiment), "--half", "--export", source, str(out)]) == 0
+    assert out.stat().st_size < 6e6
+
+
+def test_a_sweep_agents_typed_values_win(experiment, tmp_path, monkeypatch, capsys):
+    typed = tmp_path / "params.yaml"
+    typed.write_text("model.num_maskmem: {value: 5}\nwandb_version: 1\n")
+    monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(typed))
+    assert launch.main([str(experiment), "--dry-run", "--model.num_maskmem=4"]) == 0
+    assert "num_maskmem: 5" in capsys.readouterr().out
+
+
+class TestMistakes:
+    def test_no_file(self, capsys):
+        assert "experiments/coco_point_bbox.yaml" in fails(capsys)
+
+    def test_a_file_that_is_not_there(self, capsys, experiment):
+        assert "small.yaml" in fails(capsys, experiment.with_name("smal.yaml"))
+
+    def test_an_unknown_option(self, capsys, experiment):
+        assert "--dryrun" in fails(capsys, experiment, "--dryrun")
+
+    def test_an_unknown_key_names_the_near_one(self, capsys, experiment):
+        message = fails(capsys, experiment, "trainer.num_step=3")
+        assert "trainer.num_step" in message
+        assert "trainer.num_steps" in message
+
+    def test_a_word_that_is_no_override(self, capsys, experiment):
+        assert "epochs" in fails(capsys, experiment, "epochs")
+
+    def test_data_that_is_not_there(self, capsys, experiment):
+        assert "nowhere.json" in fails(capsys, experiment, "dataset.data_path=nowhere.json")
+
+    def test_a_checkpoint_that_is_not_there_names_the_address(self, capsys, experiment):
+        path = "checkpoints/sam2.1_hiera_tiny.pt"
+        message = fails(capsys, experiment, f"model.checkpoint_path={path}")
+        assert (
+            "https://dl.fbaipublicfiles.com/segment_anything_2/092824/sam2.1_hiera_tiny.pt"
+            in message
+        )
+        assert "--download" in message
+
+    def test_nothing_to_resume(self, capsys, experiment):
+        assert "runs/small" in fails(capsys, experiment, "--resume")
+
+    def test_a_gpu_that_is_not_there(self, capsys, experiment):
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("there is one")
+        assert "cuda" in fails(capsys, experiment, "trainer.device=cuda")
+
+    def test_nothing_to_train(self, capsys, experiment):
+        assert "trainable_modules" in fails(capsys, experiment, "model.trainable_modules=[]")
+
+    def test_a_module_that_does_not_exist(self, capsys, experiment):
+        message = fails(capsys, experiment, "model.trainable_modules=[memory_atention]")
+        assert "memory_attention" in message

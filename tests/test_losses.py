@@ -1,0 +1,346 @@
+"""The loss: values by hand, SAM 2's reference numbers, and what must not change it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sam2train.clips import FramePrediction
+from sam2train.losses import LossConfig, compute_losses, dice_loss, focal_loss, mask_iou
+
+ORACLE = Path(__file__).parents[2] / "shared" / "oracles" / "oracle_losses.pt"
+
+# Far enough from 0 that the sigmoid is 0 or 1 in float32.
+SURE = 30.0
+
+
+def square(top, left, side=4, size=8):
+    mask = torch.zeros(size, size, dtype=torch.bool)
+    mask[top : top + side, left : left + side] = True
+    return mask
+
+
+def logits_of(mask):
+    return torch.where(mask, SURE, -SURE)
+
+
+def predict(logits, objects=None, iou=0.5, score=2.0):
+    """A decoder pass with (n, M, H, W) logits and the same IoU and score everywhere."""
+    n, m = logits.shape[:2]
+    objects = torch.arange(n) if objects is None else torch.as_tensor(objects)
+    return FramePrediction(objects, logits, torch.full((n, m), iou), torch.full((n, 1), score))
+
+
+def random_frames(num_frames, num_objects, seed=0, size=8):
+    """Random predictions, 3 candidates on odd frames, with targets (T, O, H, W)."""
+    rng = torch.Generator().manual_seed(seed)
+    frames = []
+    for t in range(num_frames):
+        m = 3 if t % 2 else 1
+        frames.append(
+            [
+                FramePrediction(
+                    torch.arange(num_objects),
+                    torch.randn(num_objects, m, size, size, generator=rng),
+                    torch.rand(num_objects, m, generator=rng),
+                    torch.randn(num_objects, 1, generator=rng),
+                )
+            ]
+        )
+    targets = torch.rand(num_frames, num_objects, size, size, generator=rng) > 0.6
+    return frames, targets
+
+
+# -- the terms by hand ----------------------------------------------------------------------------
+
+
+def test_dice_of_half_overlapping_squares():
+    logits, target = logits_of(square(0, 0)), square(0, 2)
+    # 16 px each, 8 shared: 1 - (2 * 8 + 1) / (16 + 16 + 1), which is 1/2 but for the smoothing.
+    assert dice_loss(logits, target.float()).item() == pytest.approx(1 - 17 / 33)
+    assert dice_loss(logits, target.float()).item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_dice_extremes():
+    mask = square(0, 0)
+    assert dice_loss(logits_of(mask), mask.float()).item() == pytest.approx(0, abs=1e-6)
+    assert dice_loss(logits_of(mask), (~mask).float()).item() == pytest.approx(1 - 1 / 65)
+    empty = torch.zeros(8, 8)
+    assert dice_loss(logits_of(empty > 0), empty).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_focal_at_zero_logit():
+    # p = 1/2: (1/2)^2 ln 2, times alpha on the object and 1 - alpha beside it.
+    loss = focal_loss(torch.zeros(2), torch.tensor([1.0, 0.0]), alpha=0.25, gamma=2)
+    expected = 0.25 * torch.log(torch.tensor(2.0))
+    torch.testing.assert_close(loss, expected * torch.tensor([0.25, 0.75]))
+
+
+def test_iou_of_masks():
+    truth = square(0, 0)
+    assert mask_iou(logits_of(square(0, 2)), truth).item() == pytest.approx(8 / 24)
+    assert mask_iou(logits_of(truth), truth).item() == 1
+    assert mask_iou(torch.zeros(8, 8), torch.zeros(8, 8)).item() == 0  # 0 is not above 0
+
+
+def test_total_by_hand():
+    logits, target = logits_of(square(0, 0))[None, None], square(0, 2)[None, None]
+    losses = compute_losses([[predict(logits, iou=0.5, score=0.0)]], target, LossConfig())
+    dice = 1 - 17 / 33
+    # 8 missed px weigh 0.25, 8 invented ones 0.75; their cross entropy is the logit itself.
+    focal = (8 * 0.25 + 8 * 0.75) * SURE / 64
+    iou = 0.5 - 8 / 24
+    score = torch.log(torch.tensor(2.0)).item()
+    assert losses["loss/focal"].item() == pytest.approx(focal, rel=1e-5)
+    assert losses["loss/dice"].item() == pytest.approx(dice, rel=1e-5)
+    assert losses["loss/iou"].item() == pytest.approx(iou, rel=1e-5)
+    assert losses["loss/object_score"].item() == pytest.approx(score, rel=1e-5)
+    total = 20 * focal + dice + iou + score
+    assert losses["loss"].item() == pytest.approx(total, rel=1e-5)
+
+
+def test_weights_scale_their_term_alone():
+    frames, targets = random_frames(3, 2)
+    one = compute_losses(frames, targets, LossConfig(focal=0, dice=0, iou=2.5, object_score=0))
+    assert one["loss"].item() == pytest.approx(2.5 * one["loss/iou"].item(), rel=1e-6)
+
+
+def test_squared_iou_error():
+    logits, target = logits_of(square(0, 0))[None, None], square(0, 2)[None, None]
+    losses = compute_losses([[predict(logits, iou=0.9)]], target, LossConfig(iou_l1=False))
+    assert losses["loss/iou"].item() == pytest.approx((0.9 - 1 / 3) ** 2, rel=1e-5)
+
+
+# -- best of the candidates -----------------------------------------------------------------------
+
+
+def test_only_the_best_candidate_learns():
+    truth = square(0, 0)
+    candidates = torch.stack([logits_of(square(4, 4)), logits_of(square(0, 1)), -logits_of(truth)])
+    candidates = (candidates[None] / 10).requires_grad_()
+    losses = compute_losses(
+        [[predict(candidates)]], truth[None, None], LossConfig(iou=0, object_score=0)
+    )
+    losses["loss"].backward()
+    per_candidate = candidates.grad.abs().sum((-2, -1))[0]
+    assert per_candidate[1] > 0
+    assert per_candidate[0] == per_candidate[2] == 0
+
+
+def test_iou_of_all_candidates_or_of_the_best():
+    truth = square(0, 0)
+    candidates = torch.stack([logits_of(square(0, 2)), logits_of(truth)])[None]  # IoU 1/3 and 1
+    frames = [[predict(candidates, iou=0.5)]]
+    every = compute_losses(frames, truth[None, None], LossConfig())
+    best = compute_losses(frames, truth[None, None], LossConfig(supervise_all_iou=False))
+    assert every["loss/iou"].item() == pytest.approx((0.5 - 1 / 3 + 0.5) / 2, rel=1e-5)
+    assert best["loss/iou"].item() == pytest.approx(0.5, rel=1e-5)
+
+
+# -- absence and the gate -------------------------------------------------------------------------
+
+
+def test_absent_object_costs_only_its_score():
+    logits = torch.full((1, 1, 8, 8), 5.0)
+    losses = compute_losses(
+        [[predict(logits, score=3.0)]], torch.zeros(1, 1, 8, 8, dtype=torch.bool), LossConfig()
+    )
+    assert losses["loss/focal"] == losses["loss/dice"] == losses["loss/iou"] == 0
+    expected = torch.nn.functional.softplus(torch.tensor(3.0)).item()  # -log(1 - sigmoid(3))
+    assert losses["loss"].item() == pytest.approx(expected, rel=1e-6)
+    assert losses["gate/fraction"] == 0
+
+
+def test_gate_is_counted_apart():
+    """A visible object called absent: 256 x foreground share of focal loss, and no gradient."""
+    target = torch.stack([square(0, 0), square(4, 4)])[None]  # (1, 2, 8, 8), a quarter each
+    raw = torch.zeros(2, 1, 8, 8, requires_grad=True)
+    score = torch.tensor([[-1.0], [1.0]], requires_grad=True)
+    logits = torch.where(score[..., None, None] > 0, raw, -1024.0)
+    prediction = FramePrediction(torch.arange(2), logits, torch.full((2, 1), 0.5), score)
+    losses = compute_losses([[prediction]], target, LossConfig())
+    assert losses["gate/fraction"].item() == 0.5
+    focal_gated = 0.25 * 1024 * 16 / 64  # alpha x logit x foreground share
+    dice_gated = 1 - 1 / 17
+    assert losses["gate/loss"].item() == pytest.approx((20 * focal_gated + dice_gated) / 2)
+    losses["loss"].backward()
+    assert raw.grad[0].abs().sum() == 0
+    assert raw.grad[1].abs().sum() > 0
+    assert score.grad[0] < 0  # the score term pushes the wrong "absent" up
+
+
+def test_gate_of_an_absent_object_is_right():
+    logits = torch.full((1, 1, 8, 8), -1024.0)
+    target = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    losses = compute_losses([[predict(logits, score=-4.0)]], target, LossConfig())
+    assert losses["gate/fraction"] == losses["gate/loss"] == 0
+
+
+# -- what must not change it ----------------------------------------------------------------------
+
+
+def test_padding_frames_contribute_nothing():
+    frames, targets = random_frames(4, 2)
+    valid = torch.tensor([[True, True], [True, True], [True, False], [False, False]])
+    alone = compute_losses(
+        [*frames[:2], [FramePrediction(torch.tensor([0]), *_rows(frames[2][0], [0]))]],
+        targets[:3],
+        LossConfig(),
+    )
+    padded = compute_losses(frames, targets, LossConfig(), valid)
+    for name in alone:
+        torch.testing.assert_close(padded[name], alone[name], msg=name)
+
+
+def _rows(prediction, rows):
+    return (
+        prediction.mask_logits[rows],
+        prediction.iou_predictions[rows],
+        prediction.object_score_logits[rows],
+    )
+
+
+def test_object_order_does_not_matter():
+    frames, targets = random_frames(3, 3)
+    order = torch.tensor([2, 0, 1])
+    shuffled = [
+        [FramePrediction(torch.arange(3), *_rows(prediction, order)) for prediction in passes]
+        for passes in frames
+    ]
+    a = compute_losses(frames, targets, LossConfig())
+    b = compute_losses(shuffled, targets[:, order], LossConfig())
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], msg=name)
+
+
+def test_passes_may_be_split():
+    frames, targets = random_frames(3, 3)
+    split = [
+        [
+            FramePrediction(torch.tensor(rows), *_rows(prediction, rows))
+            for prediction in passes
+            for rows in ([1], [2, 0])
+        ]
+        for passes in frames
+    ]
+    a = compute_losses(frames, targets, LossConfig())
+    b = compute_losses(split, targets, LossConfig())
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], msg=name)
+
+
+def test_sums_over_frames_and_divides_by_objects():
+    frames, targets = random_frames(1, 2)
+    once = compute_losses(frames, targets, LossConfig())["loss"]
+    thrice = compute_losses(frames * 3, targets.expand(3, -1, -1, -1), LossConfig())["loss"]
+    torch.testing.assert_close(thrice, 3 * once)
+    one = compute_losses([[predict(torch.ones(1, 1, 8, 8), [0])]], targets[:, :1], LossConfig())
+    of_two = compute_losses([[predict(torch.ones(1, 1, 8, 8), [0])]], targets, LossConfig())
+    torch.testing.assert_close(of_two["loss"], one["loss"] / 2)
+
+
+def test_bfloat16_predictions_are_summed_in_float32():
+    frames, targets = random_frames(2, 2)
+    half = [
+        [FramePrediction(p.objects, *(x.bfloat16() for x in _rows(p, slice(None)))) for p in passes]
+        for passes in frames
+    ]
+    losses = compute_losses(half, targets, LossConfig())
+    assert losses["loss"].dtype == torch.float32
+    assert losses["loss"].item() == pytest.approx(
+        compute_losses(frames, targets, LossConfig())["loss"].item(), rel=0.02
+    )
+
+
+def test_nothing_to_learn_from_is_an_error():
+    with pytest.raises(ValueError, match="no object of the batch has a prompt"):
+        compute_losses([[], []], torch.zeros(2, 1, 8, 8, dtype=torch.bool), LossConfig())
+
+
+# -- SAM 2's numbers ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    if not ORACLE.exists():
+        pytest.skip("the reference numbers are not beside this checkout")
+    return torch.load(ORACLE, weights_only=True)
+
+
+def test_elementary_losses_equal_sam2(oracle):
+    seen = set()
+    for case in oracle["elementary"]:
+        if not case["loss_on_multimask"]:
+            continue  # another reduction of the same elements; nothing of ours does it
+        data = oracle["elementary_inputs"][case["data"]]
+        logits = data["inputs"].clone().requires_grad_()
+        if case["fn"] == "dice_loss":
+            ours = dice_loss(logits, data["targets"])
+        elif case["fn"] == "sigmoid_focal_loss":
+            # SAM 2 reads a negative alpha as "no weighting": twice alpha = 1/2.
+            alpha, scale = (case["alpha"], 1) if case["alpha"] >= 0 else (0.5, 2)
+            ours = scale * focal_loss(logits, data["targets"], alpha, case["gamma"]).mean((-2, -1))
+        else:
+            difference = data["pred_ious"] - mask_iou(data["inputs"], data["targets"])
+            ours = difference.abs() if case["use_l1_loss"] else difference**2
+        torch.testing.assert_close(ours / case["num_objects"], case["out"], rtol=1e-5, atol=1e-6)
+        if "grad_inputs" in case and ours.requires_grad:
+            (ours / case["num_objects"]).sum().backward()
+            torch.testing.assert_close(logits.grad, case["grad_inputs"], rtol=1e-4, atol=1e-7)
+            seen.add((case["fn"], case["data"]))
+    assert len(seen) == 6  # two functions with gradients on three sets of inputs
+
+
+NAMES = {"focal": "mask", "dice": "dice", "iou": "iou", "object_score": "class"}
+
+
+def test_combined_loss_equals_sam2(oracle):
+    inputs, checked = oracle["multi_inputs"], 0
+    for case in oracle["multi"]:
+        settings = inputs["configs"][case["config"]]
+        targets = inputs["targets"][case["targets"]]
+        all_present = bool(targets.flatten(2).any(-1).all())
+        if not settings.get("pred_obj_scores", False) and not all_present:
+            continue  # without object scores SAM 2 counts absent objects as present; ours never
+        weights = settings["weight_dict"]
+        config = LossConfig(
+            **{name: weights.get(f"loss_{theirs}", 0) for name, theirs in NAMES.items()},
+            supervise_all_iou=settings.get("supervise_all_iou", False),
+            iou_l1=settings.get("iou_use_l1_loss", False),
+        )
+        frames, leaves = [], []
+        for frame in inputs["outs_batch"][case["outs"]][: len(targets)]:
+            steps = [
+                [value.clone().requires_grad_() for value in frame[f"multistep_{name}"]]
+                for name in (
+                    "pred_multimasks_high_res",
+                    "pred_ious",
+                    "object_score_logits",
+                )
+            ]
+            leaves.append(steps)
+            frames.append(
+                [FramePrediction(torch.arange(3), *step) for step in zip(*steps, strict=True)]
+            )
+        losses = compute_losses(frames, targets, config)
+        plain_score = settings.get("focal_gamma_obj_score", 0.0) == 0
+        for name, theirs in NAMES.items():
+            if name == "object_score" and not (
+                plain_score and settings.get("pred_obj_scores", False)
+            ):
+                continue  # ours is plain cross entropy, SAM 2.1's setting
+            expected = case["losses"][f"loss_{theirs}"]
+            torch.testing.assert_close(
+                losses[f"loss/{name}"], torch.as_tensor(expected), rtol=1e-5, atol=1e-6
+            )
+        if plain_score and settings.get("pred_obj_scores", False):
+            torch.testing.assert_close(
+                losses["loss"], case["losses"]["core_loss"], rtol=1e-5, atol=1e-6
+            )
+            losses["loss"].backward()
+            for steps, norms in zip(leaves, case["grad_norms"], strict=True):
+                for values, expected in zip(steps, norms.values(), strict=True):
+                    for value, norm in zip(values, expected, strict=True):
+                        assert value.grad.norm().item() == pytest.approx(norm, rel=1e-4, abs=1e-7)
+        checked += 1
+    assert checked == 27  # three of the four settings; the fourth has absent objects everywhere

@@ -1,0 +1,359 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from sam2train.clips import is_empty
+from sam2train.errors import UserError
+from sam2train.prompts import (
+    PROMPT_TYPES,
+    PromptGenerator,
+    jitter_box,
+    mask_center,
+    mask_to_box,
+    sample_points,
+)
+
+ORACLE = Path(__file__).parents[2] / "shared" / "oracles" / "oracle_points.pt"
+MASKS = st.tuples(st.integers(1, 16), st.integers(1, 16)).flatmap(
+    lambda shape: arrays(bool, shape, elements=st.booleans())
+)
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def rectangle(size, top, left, bottom, right):
+    """(H, W) bool: rows top to bottom and columns left to right, all included."""
+    mask = np.zeros(size, bool)
+    mask[top : bottom + 1, left : right + 1] = True
+    return mask
+
+
+def u_shape():
+    mask = rectangle((30, 30), 2, 2, 26, 26)
+    mask[2:20, 8:21] = False
+    return mask
+
+
+def generate(mask, kind, seed=0, **options):
+    generator = PromptGenerator([kind], **options)
+    return generator.generate(mask, np.random.default_rng(seed), object_id=7, frame_index=3)
+
+
+# The centre
+
+
+def test_centre_of_a_square_by_hand():
+    assert mask_center(rectangle((20, 20), 4, 6, 8, 10)).tolist() == [8, 6]
+
+
+def test_centre_of_a_long_rectangle_lies_on_its_middle_line():
+    x, y = mask_center(rectangle((20, 40), 5, 3, 9, 30))
+    assert y == 7  # 3 px from either long side
+    assert 3 + 2 <= x <= 30 - 2
+
+
+def test_centre_of_a_u_shape_lies_inside_where_the_centroid_does_not():
+    mask = u_shape()
+    y, x = np.argwhere(mask).mean(axis=0).round().astype(int)
+    assert not mask[y, x]
+    x, y = mask_center(mask).astype(int)
+    assert mask[y, x]
+    assert y >= 20  # the bottom bar is 7 px thick, the arms are 6
+
+
+def test_centre_of_two_parts_lies_in_the_thicker_one():
+    mask = rectangle((20, 40), 2, 2, 6, 6) | rectangle((20, 40), 4, 25, 14, 35)
+    assert mask_center(mask).tolist() == [30, 9]
+
+
+def test_the_border_of_the_frame_counts_as_boundary():
+    assert mask_center(np.ones((9, 9), bool)).tolist() == [4, 4]
+
+
+def test_centre_of_one_pixel():
+    assert mask_center(rectangle((5, 6), 4, 5, 4, 5)).tolist() == [5, 4]
+
+
+# The box
+
+
+def test_box_by_hand_has_x_first_and_includes_its_last_pixels():
+    assert mask_to_box(rectangle((20, 30), 4, 6, 8, 25)).tolist() == [6, 4, 25, 8]
+    assert mask_to_box(rectangle((20, 30), 4, 6, 4, 6)).tolist() == [6, 4, 6, 4]
+    assert mask_to_box(np.ones((20, 30), bool)).tolist() == [0, 0, 29, 19]
+
+
+def test_box_of_two_parts_spans_both():
+    mask = rectangle((20, 40), 2, 3, 4, 5) | rectangle((20, 40), 10, 30, 12, 33)
+    assert mask_to_box(mask).tolist() == [3, 2, 33, 12]
+
+
+class Extreme:
+    """Stands in for a generator, and always draws the bound."""
+
+    def __init__(self, sign):
+        self.sign = sign
+
+    def uniform(self, low, high, size):
+        return np.full(size, high if self.sign > 0 else low, float)
+
+
+def test_jitter_reaches_a_tenth_of_the_side_and_20_px_as_in_sam2():
+    box = np.array([100, 100, 200, 400], np.float32)  # 100 wide: 10 px; 300 high: 30, so 20 px
+    size = (1000, 1000)
+    assert jitter_box(box, size, 0.1, Extreme(1)).tolist() == [110, 120, 210, 420]
+    assert jitter_box(box, size, 0.1, Extreme(-1)).tolist() == [90, 80, 190, 380]
+
+
+def test_jitter_stays_inside_the_frame():
+    box = np.array([0, 0, 99, 49], np.float32)
+    assert jitter_box(box, (50, 100), 0.1, Extreme(1)).tolist()[2:] == [99, 49]
+    assert jitter_box(box, (50, 100), 0.1, Extreme(-1)).tolist()[:2] == [0, 0]
+
+
+def test_without_jitter_nothing_is_drawn():
+    box = np.array([3, 4, 5, 6], np.float32)
+    rng = np.random.default_rng(0)
+    assert jitter_box(box, (10, 10), 0.0, rng).tolist() == [3, 4, 5, 6]
+    assert rng.random() == np.random.default_rng(0).random()
+
+
+def test_jitter_matches_the_distribution_of_sam2():
+    """Mean and spread of each corner, against SAM 2's sampler on the same mask."""
+    sam2_utils = pytest.importorskip("sam2.modeling.sam2_utils")
+    mask = rectangle((300, 300), 100, 50, 250, 110)
+    rng = np.random.default_rng(0)
+    box = mask_to_box(mask)
+    ours = np.stack([jitter_box(box, mask.shape, 0.1, rng) for _ in range(2000)])
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        theirs, labels = sam2_utils.sample_box_points(
+            torch.from_numpy(mask)[None, None].expand(2000, -1, -1, -1), noise=0.1
+        )
+    theirs = theirs.reshape(-1, 4).numpy()
+    assert labels[0].tolist() == [2, 3]
+    reach = np.array([6, 15, 6, 15])
+    for boxes in (ours, theirs):  # uniform on +-reach: the standard deviation is reach / sqrt(3)
+        assert (np.abs(boxes - box) <= reach + 1e-4).all()
+        np.testing.assert_allclose(boxes.mean(axis=0), box, atol=0.6)
+        np.testing.assert_allclose(boxes.std(axis=0), reach / np.sqrt(3), rtol=0.06)
+
+
+@pytest.mark.skipif(not ORACLE.exists(), reason="needs the reference numbers")
+def test_centres_and_boxes_equal_those_of_sam2():
+    cases = torch.load(ORACLE, weights_only=True)["cases"]
+    compared = 0
+    for case in cases.values():
+        if case["pred_masks"] is not None:
+            continue  # SAM 2 then clicks on errors, not on the object
+        for row, mask in enumerate(case["gt_masks"][:, 0].numpy()):
+            if not mask.any():
+                continue
+            expected = case["center_padding_True"]["points"][row, 0].numpy()
+            np.testing.assert_array_equal(mask_center(mask), expected)
+            np.testing.assert_array_equal(mask_to_box(mask), case["mask_to_box"][row, 0].numpy())
+            compared += 1
+    assert compared >= 5
+
+
+# Prompts
+
+
+@pytest.mark.parametrize("kind", PROMPT_TYPES)
+def test_a_prompt_has_all_its_fields(kind):
+    prompt = generate(rectangle((10, 12), 2, 3, 7, 9), kind)
+    assert list(prompt) == ["object_id", "frame_index", "type", "points", "labels", "box", "mask"]
+    assert (prompt["object_id"], prompt["frame_index"], prompt["type"]) == (7, 3, kind)
+    assert prompt["points"].dtype == np.float32
+    assert prompt["labels"].dtype == np.int32
+    assert prompt["points"].shape == (len(prompt["labels"]), 2)
+    assert (prompt["box"] is None) == (kind != "bbox")
+    assert (prompt["mask"] is None) == (kind != "mask")
+    assert not is_empty(prompt)
+
+
+@pytest.mark.parametrize("kind", PROMPT_TYPES)
+def test_an_empty_mask_gives_an_empty_prompt(kind):
+    prompt = generate(np.zeros((8, 9), bool), kind, include_center=True, num_of_neg_points=3)
+    assert is_empty(prompt)
+    assert prompt["points"].shape == (0, 2)
+    assert prompt["labels"].shape == (0,)
+    assert prompt["points"].dtype == np.float32
+    assert prompt["labels"].dtype == np.int32
+    assert prompt["box"] is None
+    assert prompt["mask"] is None
+
+
+def test_a_box_prompt_is_two_points_with_labels_2_and_3():
+    prompt = generate(rectangle((10, 12), 2, 3, 7, 9), "bbox")
+    assert prompt["points"].tolist() == [[3, 2], [9, 7]]
+    assert prompt["labels"].tolist() == [2, 3]
+    assert prompt["box"].tolist() == [3, 2, 9, 7]
+    assert prompt["box"].dtype == np.float32
+
+
+def test_a_mask_prompt_is_a_copy():
+    mask = rectangle((10, 12), 2, 3, 7, 9)
+    prompt = generate(mask, "mask")
+    np.testing.assert_array_equal(prompt["mask"], mask)
+    assert prompt["mask"].dtype == bool
+    assert len(prompt["points"]) == len(prompt["labels"]) == 0
+    prompt["mask"][:] = False
+    assert mask.any()
+
+
+def test_the_centre_comes_first_then_positive_then_negative_points():
+    mask = rectangle((20, 20), 4, 6, 8, 10)
+    options = {"num_of_pos_points": 2, "include_center": True, "num_of_neg_points": 3}
+    prompt = generate(mask, "point", **options)
+    assert prompt["labels"].tolist() == [1, 1, 1, 0, 0, 0]
+    assert prompt["points"][0].tolist() == [8, 6]
+
+
+def test_the_centre_alone_is_enough():
+    prompt = generate(
+        rectangle((20, 20), 4, 6, 8, 10), "point", num_of_pos_points=0, include_center=True
+    )
+    assert prompt["points"].tolist() == [[8, 6]]
+    assert prompt["labels"].tolist() == [1]
+
+
+def test_a_mask_that_fills_the_frame_has_no_negative_points():
+    prompt = generate(np.ones((8, 9), bool), "point", num_of_pos_points=2, num_of_neg_points=3)
+    assert prompt["labels"].tolist() == [1, 1]
+
+
+def test_a_range_of_points_is_drawn_with_both_ends():
+    mask = rectangle((20, 20), 4, 6, 8, 10)
+    counts = {
+        len(generate(mask, "point", seed, num_of_pos_points=(1, 3))["points"]) for seed in range(40)
+    }
+    assert counts == {1, 2, 3}
+
+
+def test_every_pixel_of_a_region_can_be_drawn():
+    mask = rectangle((4, 5), 1, 1, 2, 3)
+    points = sample_points(mask, 300, np.random.default_rng(0))
+    assert {tuple(point) for point in points} == {(x, y) for x in (1, 2, 3) for y in (1, 2)}
+
+
+def test_the_types_are_drawn_evenly():
+    generator = PromptGenerator()
+    mask = rectangle((10, 12), 2, 3, 7, 9)
+    rng = np.random.default_rng(0)
+    kinds = [generator.generate(mask, rng)["type"] for _ in range(600)]
+    assert all(150 < kinds.count(kind) < 250 for kind in PROMPT_TYPES)
+
+
+def same(a, b):
+    return all(
+        np.array_equal(a[key], b[key]) if isinstance(a[key], np.ndarray) else a[key] == b[key]
+        for key in a
+    )
+
+
+def test_the_same_generator_state_gives_the_same_prompts():
+    generator = PromptGenerator(num_of_pos_points=(1, 4), num_of_neg_points=2, box_jitter=0.1)
+    mask = u_shape()
+    first, second, other = (
+        [generator.generate(mask, rng) for _ in range(20)]
+        for rng in map(np.random.default_rng, (5, 5, 6))
+    )
+    assert all(map(same, first, second))
+    assert not all(map(same, first, other))
+
+
+def test_prompts_leave_the_global_generators_alone():
+    before = np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
+    for kind in PROMPT_TYPES:
+        generate(u_shape(), kind, box_jitter=0.1)
+    assert (np.random.get_state()[1] == before[0]).all()  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), before[1])
+
+
+@settings(max_examples=60)
+@given(MASKS, SEEDS, st.integers(1, 5), st.integers(0, 5), st.booleans())
+def test_points_lie_where_their_labels_say(mask, seed, num_positive, num_negative, center):
+    prompt = generate(
+        mask,
+        "point",
+        seed,
+        num_of_pos_points=num_positive,
+        num_of_neg_points=num_negative,
+        include_center=center,
+    )
+    x, y = prompt["points"].astype(int).T
+    np.testing.assert_array_equal(mask[y, x], prompt["labels"] == 1)
+    assert (prompt["labels"] == 1).sum() == (num_positive + center if mask.any() else 0)
+    assert (prompt["labels"] == 0).sum() == (0 if mask.all() or not mask.any() else num_negative)
+    assert prompt["points"].dtype == np.float32
+    assert prompt["labels"].dtype == np.int32
+
+
+@settings(max_examples=60)
+@given(MASKS.filter(np.any), SEEDS, st.floats(0, 0.5))
+def test_a_box_contains_its_mask_and_a_noisy_one_keeps_its_corners_in_order(mask, seed, jitter):
+    x0, y0, x1, y1 = box = mask_to_box(mask).astype(int)
+    outside = mask.copy()
+    outside[y0 : y1 + 1, x0 : x1 + 1] = False
+    assert not outside.any()
+    assert mask[y0].any()
+    assert mask[y1].any()
+    assert mask[:, x0].any()
+    assert mask[:, x1].any()
+    noisy = jitter_box(box.astype(np.float32), mask.shape, jitter, np.random.default_rng(seed))
+    assert noisy.dtype == np.float32
+    assert (noisy >= 0).all()
+    assert noisy[0] <= noisy[2] <= mask.shape[1] - 1
+    assert noisy[1] <= noisy[3] <= mask.shape[0] - 1
+
+
+@settings(max_examples=60)
+@given(MASKS.filter(np.any))
+def test_the_centre_is_inside_and_no_pixel_lies_deeper(mask):
+    x, y = mask_center(mask).astype(int)
+    assert mask[y, x]
+    outside = np.argwhere(~np.pad(mask, 1)) - 1  # with a rim around the frame
+    pixels = np.argwhere(mask)
+    depths = np.linalg.norm(pixels[:, None] - outside[None], axis=2).min(axis=1)
+    depth = np.linalg.norm(np.array([y, x]) - outside, axis=1).min()
+    assert depth == pytest.approx(depths.max(), rel=1e-5)
+
+
+@settings(max_examples=60)
+@given(MASKS.filter(np.any))
+def test_flipping_the_mask_flips_the_box(mask):
+    x0, y0, x1, y1 = mask_to_box(mask)
+    width = mask.shape[1] - 1
+    assert mask_to_box(mask[:, ::-1]).tolist() == [width - x1, y0, width - x0, y1]
+
+
+# A user's mistakes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt_types": ["points"]}, r"\['points'\] must be one or more of point, bbox, mask"),
+        ({"prompt_types": []}, r"\[\] must be one or more of point, bbox, mask"),
+        ({"num_of_pos_points": (3, 1)}, "3 to 1 positive"),
+        ({"num_of_pos_points": -1}, "-1 to -1 positive"),
+        ({"num_of_neg_points": -2}, "-2 negative"),
+        ({"num_of_pos_points": 0}, "without a positive point"),
+        ({"num_of_pos_points": (0, 2)}, "without a positive point"),
+        ({"box_jitter": 0.6}, "box_jitter: 0.6; expected 0 to 0.5"),
+        ({"box_jitter": -0.1}, "box_jitter: -0.1"),
+    ],
+)
+def test_settings_that_make_no_prompt_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        PromptGenerator(**options)
+
+
+def test_without_point_prompts_no_point_is_needed():
+    prompt = generate(rectangle((10, 12), 2, 3, 7, 9), "bbox", num_of_pos_points=0)
+    assert len(prompt["points"]) == 2

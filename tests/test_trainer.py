@@ -1,0 +1,278 @@
+"""The loop: what it writes, that it resumes bit for bit, how it stops."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_coco
+from rich.console import Console
+
+from sam2train import checkpoint
+from sam2train.clips import collate_fn
+from sam2train.config import load_yaml
+from sam2train.errors import UserError
+from sam2train.experiment import Experiment
+from sam2train.pretrained import resolve_config
+from sam2train.trainer import Interrupted, Trainer, build_model, choose_device
+
+CONFIG = "sam2train/configs/sam2.1_hiera_demo.yaml"
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """A small experiment on a small data set; sections are changed by keyword."""
+    data = str(make_coco(tmp_path / "data", num_videos=3, num_frames=5, size=(64, 64)))
+
+    def build(**changes) -> Experiment:
+        sections = {
+            "dataset": {
+                "data_path": data,
+                "val_path": data,
+                "image_size": [64, 64],
+                "video_clip_length": 3,
+                "prompt_types": ["point", "bbox", "mask"],
+            },
+            "model": {"config_path": CONFIG, "image_size": 64, "num_maskmem": 2},
+            "optimizer": {"learning_rate": 1e-3},
+            "trainer": {
+                "num_steps": 4,
+                "val_every": 2,
+                "save_every": 2,
+                "log_every": 1,
+                "device": "cpu",
+            },
+            "evaluation": {"max_videos": 1, "num_overlays": 1},
+            "tracking": {"mode": "disabled"},
+        }
+        for name, change in changes.items():
+            sections[name] = {**sections.get(name, {}), **change}
+        return Experiment.model_validate(sections)
+
+    return build
+
+
+def make_trainer(experiment, run_dir, **options) -> Trainer:
+    quiet = Console(quiet=True)
+    return Trainer(experiment, run_dir, run_id="run", name="test", console=quiet, **options)
+
+
+def rows(run_dir) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(path)["model"]
+
+
+def assert_same(left: dict, right: dict) -> None:
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value, right[name]), name
+
+
+def test_a_run_writes_what_the_readme_names(experiment, tmp_path):
+    run_dir = tmp_path / "run"
+    trainer = make_trainer(experiment(), run_dir)
+    scores = trainer.run()
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["steps"] == 4
+    assert summary["seconds"] > 0
+    assert summary["val/J_and_F"] == scores["J_and_F"]
+    assert summary["val/J"] == scores["J"]
+    assert summary["val/F"] == scores["F"]
+    assert summary["best/J_and_F"] >= max(summary["baseline/J_and_F"], summary["val/J_and_F"])
+    report = trainer.model.parameter_report()
+    assert summary["params/total"] == sum(total for _, total in report.values()) == 2_585_138
+    assert summary["params/memory_encoder"] == 253_952
+    trained = report["memory_encoder"][1] + report["memory_attention"][1]
+    assert summary["params/trainable"] == trained
+
+    written = rows(run_dir)
+    assert [row["step"] for row in written if "val/J_and_F" in row] == [0, 2, 4]
+    losses = [row for row in written if "loss" in row]
+    assert [row["step"] for row in losses] == [1, 2, 3, 4]
+    terms = {"loss/focal", "loss/dice", "loss/iou", "loss/object_score", "gate/fraction", "lr"}
+    assert terms <= losses[0].keys()
+    assert load_yaml(run_dir / "config.yaml")["trainer"]["num_steps"] == 4
+    environment = json.loads((run_dir / "environment.json").read_text())
+    assert environment["packages"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert len(list((run_dir / "overlays").glob("step_*.png"))) == 3
+    assert {p.name for p in (run_dir / "checkpoints").iterdir()} == {"last.pt", "best.pt"}
+
+
+def test_best_is_the_checkpoint_of_the_best_score(experiment, tmp_path):
+    run_dir = tmp_path / "run"
+    make_trainer(experiment(), run_dir).run()
+    scored = {row["step"]: row["val/J_and_F"] for row in rows(run_dir) if "val/J_and_F" in row}
+    best = checkpoint.load(run_dir / "checkpoints" / "best.pt")
+    assert best["step"] == max(scored, key=lambda step: (scored[step], -step))
+    assert best["scores"]["J_and_F"] == max(scored.values())
+
+
+@pytest.mark.parametrize("stopped_at", [2, 3])
+def test_a_resumed_run_equals_one_that_was_never_stopped(experiment, tmp_path, stopped_at):
+    """Weights, optimiser, losses and scores, bit for bit, also with dropout and augmentation."""
+    # The real dropout of SAM 2, switched on where the demo config has none.
+    config = (tmp_path / "dropout.yaml").resolve()
+    text = resolve_config(CONFIG).read_text()
+    config.write_text(text.replace("dropout: 0.0", "dropout: 0.1"))
+    settings = experiment(
+        model={"config_path": str(config)},
+        trainer={"save_every": stopped_at, "grad_accumulation": 2},
+        augment={"horizontal_flip": 0.5, "brightness": 0.2},
+    )
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    make_trainer(settings, whole).run()
+
+    first = make_trainer(settings, parts)
+    saved = first._save
+
+    def save_and_crash(name):
+        saved(name)
+        if name == "last.pt":
+            raise RuntimeError("the machine goes down")
+
+    first._save = save_and_crash
+    with pytest.raises(RuntimeError, match="goes down"):
+        first.run()
+    torch.manual_seed(12345)  # another process has another state
+    second = make_trainer(settings, parts, resume=parts / "checkpoints" / "last.pt")
+    assert second.step == stopped_at
+    second.run()
+
+    left, right = (checkpoint.load(d / "checkpoints" / "last.pt") for d in (whole, parts))
+    assert_same(left["model"], right["model"])
+    for a, b in zip(
+        left["optimizer"]["state"].values(), right["optimizer"]["state"].values(), strict=True
+    ):
+        assert_same(a, b)
+    timed = ("seconds", "clips_per_second", "memory_gb")
+    plain = [
+        [{k: v for k, v in row.items() if k not in timed} for row in rows(d)]
+        for d in (whole, parts)
+    ]
+    assert plain[0] == plain[1]
+
+
+def test_workers_do_not_change_the_clips(experiment, tmp_path):
+    for workers in (0, 2):
+        settings = experiment(dataset={"num_workers": workers}, trainer={"num_steps": 3})
+        make_trainer(settings, tmp_path / str(workers)).run()
+    assert_same(*(weights(tmp_path / w / "checkpoints" / "last.pt") for w in ("0", "2")))
+
+
+def test_only_what_is_listed_changes(experiment, tmp_path):
+    settings = experiment(model={"trainable_modules": ["memory_encoder", "maskmem_tpos_enc"]})
+    before = build_model(settings).sam2.state_dict()
+    before = {name: value.clone() for name, value in before.items()}
+    make_trainer(settings, tmp_path / "run").run()
+    after = weights(tmp_path / "run" / "checkpoints" / "last.pt")
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    listed = {n for n in before if n.startswith("memory_encoder.") or n == "maskmem_tpos_enc"}
+    assert changed == listed
+
+
+def test_a_signal_saves_first_and_the_run_goes_on(experiment, tmp_path):
+    run_dir = tmp_path / "run"
+    settings = experiment(trainer={"save_every": 100, "val_every": 100})
+    trainer = make_trainer(settings, run_dir)
+    step = trainer._train_step
+
+    def step_and_signal(batches):
+        scalars = step(batches)
+        if trainer.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return scalars
+
+    trainer._train_step = step_and_signal
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted) as stopped:
+        trainer.run()
+    assert stopped.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert json.loads((run_dir / "summary.json").read_text())["status"] == "interrupted"
+    last = run_dir / "checkpoints" / "last.pt"
+    assert checkpoint.load(last)["step"] == 2
+    make_trainer(settings, run_dir, resume=last).run()
+    assert json.loads((run_dir / "summary.json").read_text())["status"] == "finished"
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights(experiment, tmp_path):
+    trainer = make_trainer(experiment(), tmp_path / "run")
+    before = {name: value.clone() for name, value in trainer.model.sam2.state_dict().items()}
+    clip = trainer.train_data[0]
+    clip.images[:, :, 10, 10] = float("nan")
+    trainer._batches = lambda: iter([collate_fn([clip])])
+    with pytest.raises(FloatingPointError, match=r"step 1: .*not finite.* video 1 frames \d\.\.\d"):
+        trainer.run()
+    assert_same(before, trainer.model.sam2.state_dict())
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "failed"
+
+
+def test_a_listed_module_without_gradient_stops_the_run(experiment, tmp_path):
+    settings = experiment(
+        model={"memory_gradient": "detached"}, dataset={"prompt_types": ["point"]}
+    )
+    trainer = make_trainer(settings, tmp_path / "run")
+    with pytest.raises(UserError, match=r"memory_encoder got no gradient.*memory_gradient"):
+        trainer.run()
+
+
+def test_the_audit_is_logged_at_step_one(experiment, tmp_path):
+    make_trainer(experiment(), tmp_path / "run").run()
+    audit = next(row for row in rows(tmp_path / "run") if "audit/memory_encoder/norm" in row)
+    assert audit["step"] == 1
+    assert (
+        audit["audit/memory_encoder/with_gradient"] == audit["audit/memory_encoder/tensors"] == 40
+    )
+    assert audit["audit/memory_attention/norm"] > 0
+
+
+def test_no_validation_videos_is_no_scores(experiment, tmp_path):
+    run_dir = tmp_path / "run"
+    settings = experiment(dataset={"val_path": None}, trainer={"num_steps": 2})
+    assert make_trainer(settings, run_dir).run() == {}
+    assert (run_dir / "checkpoints" / "last.pt").exists()
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert "val/J_and_F" not in summary
+    assert summary["status"] == "finished"
+
+
+def test_zero_steps_evaluates_and_saves(experiment, tmp_path):
+    settings = experiment(trainer={"num_steps": 0})
+    scores = make_trainer(settings, tmp_path / "run").run()
+    assert scores["J_and_F"] >= 0
+    assert (tmp_path / "run" / "checkpoints" / "last.pt").exists()
+
+
+def test_best_pt_cannot_be_resumed(experiment, tmp_path):
+    make_trainer(experiment(), tmp_path / "run").run()
+    with pytest.raises(UserError, match=r"last\.pt"):
+        make_trainer(
+            experiment(), tmp_path / "run", resume=tmp_path / "run" / "checkpoints" / "best.pt"
+        )
+
+
+def test_a_short_training_lowers_the_loss(experiment, tmp_path):
+    """Not the overfit proof: a sign that gradients go the right way through the whole loop."""
+    settings = experiment(
+        model={"trainable_modules": ["*"]},
+        dataset={"prompt_types": ["mask"], "shuffle": False},
+        trainer={"num_steps": 25, "val_every": 100, "save_every": 100, "max_grad_norm": 1.0},
+        optimizer={"learning_rate": 2e-3, "schedule": "constant"},
+    )
+    make_trainer(settings, tmp_path / "run").run()
+    losses = [row["loss/dice"] for row in rows(tmp_path / "run") if "loss" in row]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.05
+
+
+def test_devices():
+    assert choose_device("cpu").type == "cpu"
+    assert choose_device("auto").type in ("cpu", "cuda")
+    with pytest.raises(UserError, match=r"trainer\.device.*gpu"):
+        choose_device("gpu")
