@@ -61,6 +61,14 @@ def fetch_checkpoint(config: ModelConfig, console: Console) -> Path:
 
 
 def _download(address: str, partial: Path, console: Console) -> None:
+    try:
+        _stream(address, partial, console)
+    except urllib.error.HTTPError as problem:
+        problem.close()  # it holds the connection
+        raise OSError(f"the server answers {problem.code} {problem.reason}") from None
+
+
+def _stream(address: str, partial: Path, console: Console) -> None:
     with urllib.request.urlopen(address, timeout=TIMEOUT) as reply, open(partial, "wb") as file:
         size = int(reply.headers.get("Content-Length") or 0)
         with Progress(console=console, transient=True) as progress:

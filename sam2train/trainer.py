@@ -150,6 +150,7 @@ class Trainer:
         self.best = -math.inf
         self.baseline: dict[str, float] = {}
         self.latest: dict[str, float] = {}
+        self.audit: dict[str, float] = {}
         self.stop_signal: int | None = None
         console = console or Console()
 
@@ -227,6 +228,8 @@ class Trainer:
                     self.step += 1
                     clips = self.experiment.dataset.batch_size * config.grad_accumulation
                     tracker.log(self.step, scalars, clips=clips)
+                    if self.step == 1:
+                        tracker.record(self.step, self.audit)
             except BaseException as error:
                 status = "interrupted" if isinstance(error, Interrupted) else "failed"
                 self._summarise(status)
@@ -294,7 +297,7 @@ class Trainer:
         return {**scalars, "grad_norm": grad_norm, "lr": lr}
 
     def _audit_gradients(self) -> None:
-        """Record what each trained module got at the first step; a listed one without any stops.
+        """Keep what each trained module got at the first step; a listed one without any stops.
 
         A single tensor may rest for a step (the embedding of absence does while nothing is absent);
         what the experiment lists may not.
@@ -308,7 +311,7 @@ class Trainer:
             record[f"audit/{module}/tensors"] = len(gradients)
             record[f"audit/{module}/with_gradient"] = len(norms)
             record[f"audit/{module}/norm"] = float(torch.stack(norms).norm()) if norms else 0.0
-        self.tracker.record(self.step + 1, record)
+        self.audit = record
         idle = [
             entry
             for entry in self.model.trainable_modules

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
+import torch
 from hypothesis import settings
 from PIL import Image
 from pycocotools import mask as rle
@@ -14,6 +15,10 @@ from pycocotools import mask as rle
 # A busy machine is no failure.
 settings.register_profile("sam2train", deadline=None)
 settings.load_profile("sam2train")
+
+# The models of the tests are so small that threads mostly wait for each other, on a busy machine
+# for very long.
+torch.set_num_threads(1)
 
 OBJECT_COLOURS = ((220, 40, 40), (40, 200, 60), (60, 80, 230), (230, 210, 40))
 
