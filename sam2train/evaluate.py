@@ -19,8 +19,8 @@ from sam2train.model import MemoryBank, SAM2Model
 from sam2train.prompts import PromptGenerator
 from sam2train.transforms import normalise, resize_image
 
-# Separates the random numbers of evaluation prompts from those of training clips.
-_PROMPT_STREAM = 1
+# Keeps the random numbers of evaluation prompts apart from those of training clips.
+_PROMPT_STREAM = (1,)
 
 
 class EvaluationConfig(Section):
@@ -72,7 +72,7 @@ def evaluate(
     ]
     scores = []
     for index, video in enumerate(videos):
-        rng = np.random.default_rng([seed, _PROMPT_STREAM, index])
+        rng = np.random.default_rng(np.random.SeedSequence([seed, index], spawn_key=_PROMPT_STREAM))
         prompts = first_prompts(dataset, video, config.prompt_types, rng)
         prediction = track_video(model, dataset, video, prompts, bf16=bf16)
         truth = {

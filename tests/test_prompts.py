@@ -125,18 +125,18 @@ def test_without_jitter_nothing_is_drawn():
 def test_jitter_matches_the_distribution_of_sam2():
     """Mean and spread of each corner, against SAM 2's sampler on the same mask."""
     sam2_utils = pytest.importorskip("sam2.modeling.sam2_utils")
-    mask = rectangle((300, 300), 100, 50, 250, 110)
+    mask = rectangle((160, 200), 30, 50, 130, 110)
     rng = np.random.default_rng(0)
     box = mask_to_box(mask)
-    ours = np.stack([jitter_box(box, mask.shape, 0.1, rng) for _ in range(2000)])
+    ours = np.stack([jitter_box(box, mask.shape, 0.1, rng) for _ in range(1000)])
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         theirs, labels = sam2_utils.sample_box_points(
-            torch.from_numpy(mask)[None, None].expand(2000, -1, -1, -1), noise=0.1
+            torch.from_numpy(mask)[None, None].expand(1000, -1, -1, -1), noise=0.1
         )
     theirs = theirs.reshape(-1, 4).numpy()
     assert labels[0].tolist() == [2, 3]
-    reach = np.array([6, 15, 6, 15])
+    reach = np.array([6, 10, 6, 10])
     for boxes in (ours, theirs):  # uniform on +-reach: the standard deviation is reach / sqrt(3)
         assert (np.abs(boxes - box) <= reach + 1e-4).all()
         np.testing.assert_allclose(boxes.mean(axis=0), box, atol=0.6)
