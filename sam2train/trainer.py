@@ -414,7 +414,9 @@ class Trainer:
 
     def _save(self, name: str) -> None:
         weights = self.model.sam2.state_dict()
-        if self.base_hash is not None:  # else nobody could tell what the rest was
+        everything = len(self.parameters) == len(list(self.model.sam2.parameters()))
+        # Over random weights nobody could tell what the rest was; all of them need no base.
+        if self.base_hash is not None and not everything:
             weights = {key: weights[key] for key in self.parameters}
         checkpoint.save(
             self.run_dir / "checkpoints" / name,
