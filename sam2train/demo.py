@@ -21,6 +21,7 @@ import numpy as np
 from pycocotools import mask as rle
 
 from sam2train.errors import UserError
+from sam2train.shapes import coverage, outline, sway, view
 
 DEFAULT_ROOT = Path(__file__).resolve().parents[1] / "data" / "demo"
 SIZE = 128  # px, height and width of every frame
@@ -29,7 +30,6 @@ GENERATOR_VERSION = 1  # raise it when the same Split should give other pictures
 JPEG_QUALITY = 88
 PATCH = 64  # px, side of an object's texture; its radius is half of that
 MAX_ATTEMPTS = 2000  # layouts tried for a video before giving up
-SUPERSAMPLE = 4  # outlines are filled on a grid this much finer, which gives the soft edge
 
 # One entry per video index, in turn. The object an event happens to has track_id 1, its partner (in
 # `crossing` and `lookalike`) track_id 2; `late` happens to the last object.
@@ -89,24 +89,12 @@ class Layer:
 
     def alpha(self, frame_idx: int) -> np.ndarray:
         """(SIZE, SIZE) float32 coverage of each pixel, 0..1."""
-        cos, sin = np.cos(self.angle[frame_idx]), np.sin(self.angle[frame_idx])
-        points = self.outline @ np.array([[cos, sin], [-sin, cos]]) * self.radius[frame_idx]
-        points = (points + self.centre[frame_idx]) * SUPERSAMPLE
-        fine = np.zeros((SIZE * SUPERSAMPLE, SIZE * SUPERSAMPLE), np.uint8)
-        cv2.fillPoly(fine, [np.round(points).astype(np.int32)], 255)
-        return cv2.resize(fine, (SIZE, SIZE), interpolation=cv2.INTER_AREA) / np.float32(255)
+        t = frame_idx
+        return coverage(self.outline, self.radius[t], self.angle[t], self.centre[t], (SIZE, SIZE))
 
     def full_area(self) -> np.ndarray:
         """(T,) px, the area if nothing hid it."""
         return cv2.contourArea(self.outline.astype(np.float32)) * self.radius**2
-
-
-def view(picture: np.ndarray, scale: float, angle: float, target: np.ndarray) -> np.ndarray:
-    """(SIZE, SIZE, 3): the square picture scaled, turned, its middle put at target, (x, y) px."""
-    cos, sin = scale * np.cos(angle), scale * np.sin(angle)
-    matrix = np.array([[cos, -sin, 0.0], [sin, cos, 0.0]])
-    matrix[:, 2] = target - matrix[:, :2] @ np.full(2, len(picture) / 2)
-    return cv2.warpAffine(picture, matrix, (SIZE, SIZE), borderMode=cv2.BORDER_REFLECT_101)
 
 
 def noise(rng: np.random.Generator, size: int, cells: int, octaves: int) -> np.ndarray:
@@ -157,41 +145,6 @@ def palette(rng: np.random.Generator, taken: list[np.ndarray], spread: float) ->
         for draw in draws
     ]
     return draws[int(np.argmax(away))]
-
-
-def outline(rng: np.random.Generator) -> np.ndarray:
-    """(K, 2) closed outline about the origin, largest distance 1: one of six shape families."""
-    theta = np.linspace(0, 2 * np.pi, 72, endpoint=False)
-    radius = np.ones_like(theta)
-    family = rng.integers(6)
-    if family == 0:  # a blob
-        for order in range(2, 6):
-            radius += rng.uniform(0.0, 0.5 / order) * np.cos(order * theta + rng.uniform(0, 6.3))
-    elif family == 1:  # a star
-        arms, depth = rng.integers(3, 7), rng.uniform(0.15, 0.4)
-        radius += depth * np.cos(arms * theta)
-    elif family == 2:  # a polygon; the running mean rounds its corners
-        sides = rng.integers(3, 7)
-        radius = 1 / np.cos(theta % (2 * np.pi / sides) - np.pi / sides)
-        radius = (radius + np.roll(radius, 1) + np.roll(radius, -1)) / 3
-    elif family == 3:  # a bean: a disc with one deep dent
-        radius -= rng.uniform(0.35, 0.7) * np.exp(-(((theta - np.pi) / 0.6) ** 2))
-    if family == 4:  # a thick arc, from a C to a horseshoe
-        gap, inner = rng.uniform(0.5, 1.3), rng.uniform(0.4, 0.6)
-        arc = np.linspace(gap, 2 * np.pi - gap, 36)
-        theta, radius = np.r_[arc, arc[::-1]], np.r_[np.ones(36), np.full(36, inner)]
-    points = radius[:, None] * np.stack([np.cos(theta), np.sin(theta)], 1)
-    points[:, 1] *= rng.uniform(0.55, 1.0) if family in (2, 5) else rng.uniform(0.85, 1.0)
-    points -= points.mean(0)
-    return points / np.linalg.norm(points, axis=1).max()
-
-
-def sway(rng: np.random.Generator, num_frames: int, max_speed: float) -> np.ndarray:
-    """(T, 2) smooth path around (0, 0) that never moves more than max_speed a frame."""
-    heading = rng.uniform(0, 2 * np.pi)
-    speed = max_speed * rng.uniform(0.4, 1.0) * np.array([np.cos(heading), np.sin(heading)])
-    omega = 2 * np.pi / rng.uniform(22, 48, 2)  # one swing takes 22 to 48 frames
-    return speed / omega * np.sin(np.arange(num_frames)[:, None] * omega + rng.uniform(0, 6.3, 2))
 
 
 def draw_layer(rng: np.random.Generator, split: Split, calm: float) -> Layer:
@@ -360,7 +313,9 @@ def backdrop(rng: np.random.Generator, split: Split, calm: float) -> tuple[np.nd
     frames = np.arange(split.num_frames)
     angle = rng.uniform(0, 6.3) + rng.uniform(-0.012, 0.012) * calm * frames
     zoom = 1.0 + rng.uniform(-0.008, 0.008) * calm * frames
-    return np.stack([view(ground, zoom[t], angle[t], pan[t]) for t in frames]), colours
+    return np.stack(
+        [view(ground, zoom[t], angle[t], pan[t], (SIZE, SIZE)) for t in frames]
+    ), colours
 
 
 def make_video(split: Split, video_index: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
@@ -401,7 +356,9 @@ def make_video(split: Split, video_index: int) -> tuple[np.ndarray, np.ndarray, 
     for t in frames:
         for i, layer in enumerate(layers):
             own = textures[id(layer.double_of or layer)]
-            patch = view(own, 2 * layer.radius[t] / PATCH, layer.angle[t], layer.centre[t])
+            patch = view(
+                own, 2 * layer.radius[t] / PATCH, layer.angle[t], layer.centre[t], (SIZE, SIZE)
+            )
             pictures[t] += (patch - pictures[t]) * alphas[t, i, ..., None]
     light = 1 + rng.uniform(0, 0.12) * np.sin(np.arange(split.num_frames) / 5 + rng.uniform(0, 6.3))
     pictures *= light.astype(np.float32)[:, None, None, None]

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from sam2train.clips import BatchedVideoDatapoint, collate_fn
 from sam2train.config import to_yaml
-from sam2train.datasets import COCODataset
+from sam2train.datasets import COCODataset, VideoDataset
 from sam2train.experiment import Experiment
 from sam2train.tracking import parameter_table
 from sam2train.trainer import build_dataset, build_model
@@ -38,7 +38,7 @@ def describe(experiment: Experiment, console: Console) -> None:
     console.print(batch_table(batch))
 
 
-def data_table(datasets: dict[str, COCODataset]) -> Table:
+def data_table(datasets: dict[str, COCODataset | VideoDataset]) -> Table:
     table = Table(title="Data", title_justify="left")
     table.add_column("split")
     for heading in ("videos", "frames", "objects", "masks", "frame sizes (H, W)"):
@@ -52,7 +52,7 @@ def data_table(datasets: dict[str, COCODataset]) -> Table:
             f"{len(videos):,}",
             f"{sum(len(video.frames) for video in videos):,}",
             f"{sum(len(video.object_ids) for video in videos):,}",
-            f"{masks:,}",
+            "made up" if isinstance(dataset, VideoDataset) else f"{masks:,}",
             ", ".join(map(str, sizes[:3])) + (f" and {len(sizes) - 3} more" if sizes[3:] else ""),
         )
     return table

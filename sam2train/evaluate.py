@@ -13,11 +13,12 @@ from pydantic import Field
 
 from sam2train.clips import Prompt
 from sam2train.config import Section
-from sam2train.datasets import COCODataset, Video
+from sam2train.datasets import COCODataset, VideoDataset
 from sam2train.metrics import FramePolicy, VideoScores, mean_scores, score_video
 from sam2train.model import MemoryBank, SAM2Model
 from sam2train.prompts import PromptGenerator
 from sam2train.transforms import normalise, resize_image
+from sam2train.videos import Video
 
 # Keeps the random numbers of evaluation prompts apart from those of training clips.
 _PROMPT_STREAM = (1,)
@@ -48,7 +49,7 @@ class TrackedVideo:
 
 def evaluate(
     model: SAM2Model,
-    dataset: COCODataset,
+    dataset: COCODataset | VideoDataset,
     config: EvaluationConfig,
     *,
     seed: int,
@@ -89,7 +90,7 @@ def evaluate(
 
 
 def first_prompts(
-    dataset: COCODataset,
+    dataset: COCODataset | VideoDataset,
     video: Video,
     prompt_types: tuple[str, ...] | None,
     rng: np.random.Generator,
@@ -115,7 +116,7 @@ def first_prompts(
 
 def track_video(
     model: SAM2Model,
-    dataset: COCODataset,
+    dataset: COCODataset | VideoDataset,
     video: Video,
     prompts: list[Prompt],
     *,
@@ -138,7 +139,7 @@ def track_video(
 @torch.inference_mode()
 def track_frames(
     model: SAM2Model,
-    dataset: COCODataset,
+    dataset: COCODataset | VideoDataset,
     video: Video,
     prompts: list[Prompt],
     *,

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from sam2train import checkpoint, demo
 from sam2train.clips import BatchedVideoDatapoint, collate_fn
 from sam2train.config import to_yaml
-from sam2train.datasets import ClipSampler, COCODataset
+from sam2train.datasets import ClipSampler, COCODataset, VideoDataset
 from sam2train.errors import UserError
 from sam2train.evaluate import TrackedVideo, evaluate
 from sam2train.experiment import Experiment, untrained_rows
@@ -44,7 +44,7 @@ class Interrupted(SystemExit):
 
 def build_dataset(
     experiment: Experiment, path: str, *, training: bool, say: Callable[[str], None] = print
-) -> COCODataset:
+) -> COCODataset | VideoDataset:
     """The data set at one of the experiment's paths; augmented where it is for training.
 
     Args:
@@ -56,29 +56,33 @@ def build_dataset(
     """
     config = experiment.dataset
     path = resolve_path(path)
-    if demo.is_demo_path(path):
-        path = path if path.is_absolute() else REPOSITORY / path
-        if not path.exists():
-            say(f"drawing the demo data in {path.parent}/, this once")
-        demo.ensure(path)
-        if not demo.matches_recorded(path):
+    drawn = path.with_name("annotations.json")  # beside the folder of frames, too
+    if demo.is_demo_path(drawn) and path.name in ("annotations.json", "video_data"):
+        if not path.is_absolute():
+            path, drawn = REPOSITORY / path, REPOSITORY / drawn
+        if not drawn.exists():
+            say(f"drawing the demo data in {drawn.parent}/, this once")
+        demo.ensure(drawn)
+        if not demo.matches_recorded(drawn):
             say(f"{path.parent}/ was drawn by another OpenCV: scores may differ in the last digits")
-    dataset = COCODataset(
-        path,
-        config.image_size,
-        config.video_clip_length,
-        config.prompt_types,
-        config.num_of_pos_points,
-        config.include_center,
-        config.num_of_neg_points,
-        box_jitter=config.box_jitter if training else 0.0,
-        image_root=config.image_root,
-        max_objects=config.max_objects,
-        max_frame_stride=config.max_frame_stride,
-        augment=experiment.augment if training else None,
-        mask_cache_mb=config.mask_cache_mb,
-        seed=experiment.trainer.seed,
+    frames = (path, config.image_size, config.video_clip_length, config.prompt_types)
+    points = (
+        config.num_of_pos_points if config.number_of_points is None else config.number_of_points
     )
+    clicks = (points, config.include_center, config.num_of_neg_points)
+    shared = {
+        "box_jitter": config.box_jitter if training else 0.0,
+        "max_objects": config.max_objects,
+        "max_frame_stride": config.max_frame_stride,
+        "augment": experiment.augment if training else None,
+        "mask_cache_mb": config.mask_cache_mb,
+        "seed": experiment.trainer.seed,
+    }
+    # A JSON has real masks: what trains on made-up objects can be validated on them.
+    if config.dataset_type == "video" and path.suffix != ".json":
+        dataset = VideoDataset(*frames, *clicks, synthetic=config.synthetic, **shared)
+    else:
+        dataset = COCODataset(*frames, *clicks, image_root=config.image_root, **shared)
     for warning in dataset.warnings[:_SHOWN_WARNINGS]:
         say(f"{path}: {warning}")
     if more := len(dataset.warnings[_SHOWN_WARNINGS:]):

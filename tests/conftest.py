@@ -7,10 +7,15 @@ from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import settings
 from PIL import Image
 from pycocotools import mask as rle
+
+from sam2train.datasets import COCODataset
+from sam2train.errors import UserError
+from sam2train.transforms import MEAN, STD
 
 # A busy machine is no failure.
 settings.register_profile("sam2train", deadline=None)
@@ -20,6 +25,8 @@ settings.load_profile("sam2train")
 # for very long.
 torch.set_num_threads(1)
 
+SIZE = (48, 64)  # (H, W) of the frames of make_coco
+SHARED = Path(__file__).parents[2] / "shared" / "data"
 OBJECT_COLOURS = ((220, 40, 40), (40, 200, 60), (60, 80, 230), (230, 210, 40))
 
 
@@ -47,7 +54,7 @@ def make_coco(
     num_videos: int = 1,
     num_frames: int = 6,
     num_objects: int = 2,
-    size: tuple[int, int] = (48, 64),
+    size: tuple[int, int] = SIZE,
     absent: Collection[tuple[int, int, int]] = (),
 ) -> Path:
     """The path of a COCO video JSON in `folder`, its PNG frames beside it.
@@ -97,3 +104,65 @@ def make_coco(
     content["categories"] = [{"id": 1, "name": "thing"}]
     path.write_text(json.dumps(content))
     return path
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """One video of 6 frames with the objects 1 and 2."""
+    return make_coco(tmp_path)
+
+
+def edit(path, change):
+    """Let `change` work on the content of a JSON file; returns its path."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def load(path, **options):
+    options = {"image_size": SIZE, "video_clip_length": 4} | options
+    return COCODataset(path, **options)
+
+
+def fails(path, **options):
+    """The message of the error that reading the file raises."""
+    with pytest.raises(UserError) as caught:
+        load(path, **options)
+    message = str(caught.value)
+    assert str(path) in message or "image_root" in message
+    return message
+
+
+def same(a, b):
+    """Whether two clips are equal, bit for bit, prompts included."""
+    return (
+        torch.equal(a.images, b.images)
+        and torch.equal(a.masks, b.masks)
+        and torch.equal(a.frame_valid, b.frame_valid)
+        and (a.frame_indices, a.object_ids, a.video_id)
+        == (b.frame_indices, b.object_ids, b.video_id)
+        and len(a.prompts) == len(b.prompts)
+        and all(
+            np.array_equal(p[key], q[key]) if isinstance(p[key], np.ndarray) else p[key] == q[key]
+            for p, q in zip(a.prompts, b.prompts, strict=True)
+            for key in p
+        )
+    )
+
+
+def to_pixels(images):
+    """(T, H, W, 3) uint8 from the images of a clip."""
+    pixels = images.permute(0, 2, 3, 1).numpy() * STD + MEAN
+    return (pixels * 255).round().astype(np.uint8)
+
+
+def make_frames(folder, names, *, size=SIZE, seed=0, exif=None):
+    """Write pictures of smooth noise, another one for each name; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for name in names:
+        coarse = rng.integers(0, 256, (4, 5, 3), np.uint8)
+        picture = Image.fromarray(coarse).resize((size[1], size[0]), Image.Resampling.BICUBIC)
+        picture.save(folder / name, **({} if exif is None else {"exif": exif}))
+    return folder

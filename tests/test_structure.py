@@ -16,9 +16,10 @@ PACKAGE = ROOT / "sam2train"
 # A module imports from lower levels only.
 LEVELS = [
     {"errors"},
-    {"clips", "config", "metrics", "checkpoint", "images", "pretrained"},
-    {"demo", "prompts", "losses", "transforms", "tracking", "optimizer"},
-    {"overlays", "model", "datasets"},
+    {"clips", "config", "metrics", "checkpoint", "images", "pretrained", "shapes"},
+    {"demo", "prompts", "losses", "transforms", "tracking", "optimizer", "videos", "synthetic"},
+    {"overlays", "model", "coco", "sampling"},
+    {"datasets"},
     {"evaluate", "download"},
     {"experiment"},
     {"trainer"},
