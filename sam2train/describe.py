@@ -5,12 +5,12 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from sam2train.build import build_dataset, build_model
 from sam2train.clips import BatchedVideoDatapoint, collate_fn
 from sam2train.config import to_yaml
 from sam2train.datasets import COCODataset, VideoDataset
 from sam2train.experiment import Experiment
 from sam2train.tracking import parameter_table
-from sam2train.trainer import build_dataset, build_model
 
 
 def describe(experiment: Experiment, console: Console) -> None:

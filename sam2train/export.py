@@ -9,9 +9,9 @@ import torch
 from rich.console import Console
 
 from sam2train import checkpoint
+from sam2train.build import build_model
 from sam2train.experiment import Experiment
 from sam2train.pretrained import build_sam2, load_weights, resolve_config, resolve_path
-from sam2train.trainer import build_model
 
 
 def export_checkpoint(

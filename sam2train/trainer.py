@@ -5,12 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
-import platform
 import signal
-import subprocess
-from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -19,108 +15,25 @@ import torch
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from sam2train import checkpoint, demo
+from sam2train import checkpoint
+from sam2train.build import build_dataset, build_model, num_cores
 from sam2train.clips import BatchedVideoDatapoint, collate_fn
 from sam2train.config import to_yaml
-from sam2train.datasets import ClipSampler, COCODataset, VideoDataset
+from sam2train.datasets import ClipSampler
+from sam2train.environment import describe_environment
 from sam2train.errors import UserError
 from sam2train.evaluate import TrackedVideo, evaluate
 from sam2train.experiment import Experiment, untrained_rows
 from sam2train.losses import compute_losses
-from sam2train.model import SAM2Model
 from sam2train.optimizer import build_optimizer, learning_rate_factor
 from sam2train.overlays import comparison, id_mask, save_png
-from sam2train.pretrained import MODULES, REPOSITORY, match_parameters, resolve_path
+from sam2train.pretrained import MODULES, match_parameters, resolve_path
 from sam2train.tracking import Overlay, Tracker
 from sam2train.transforms import resize_image
-
-_PACKAGES = ("torch", "torchvision", "sam2", "numpy", "opencv-python", "pycocotools", "wandb")
-_SHOWN_WARNINGS = 5
 
 
 class Interrupted(SystemExit):
     """The run was asked to stop and has saved; the code is the shell's for the signal."""
-
-
-def build_dataset(
-    experiment: Experiment, path: str, *, training: bool, say: Callable[[str], None] = print
-) -> COCODataset | VideoDataset:
-    """The data set at one of the experiment's paths; augmented where it is for training.
-
-    Args:
-        path: where the demo data belongs, it is drawn if it is not there.
-        say: gets a line for what takes a while and for what looks odd in the data.
-
-    Raises:
-        UserError: what is wrong with the data, all of it.
-    """
-    config = experiment.dataset
-    path = resolve_path(path)
-    drawn = path.with_name("annotations.json")  # beside the folder of frames, too
-    if demo.is_demo_path(drawn) and path.name in ("annotations.json", "video_data"):
-        if not path.is_absolute():
-            path, drawn = REPOSITORY / path, REPOSITORY / drawn
-        if not drawn.exists():
-            say(f"drawing the demo data in {drawn.parent}/, this once")
-        demo.ensure(drawn)
-        if not demo.matches_recorded(drawn):
-            say(f"{path.parent}/ was drawn by another OpenCV: scores may differ in the last digits")
-    frames = (path, config.image_size, config.video_clip_length, config.prompt_types)
-    points = (
-        config.num_of_pos_points if config.number_of_points is None else config.number_of_points
-    )
-    clicks = (points, config.include_center, config.num_of_neg_points)
-    shared = {
-        "box_jitter": config.box_jitter if training else 0.0,
-        "max_objects": config.max_objects,
-        "max_frame_stride": config.max_frame_stride,
-        "augment": experiment.augment if training else None,
-        "mask_cache_mb": config.mask_cache_mb,
-        "seed": experiment.trainer.seed,
-    }
-    # A JSON has real masks: what trains on made-up objects can be validated on them.
-    if config.dataset_type == "video" and path.suffix != ".json":
-        dataset = VideoDataset(*frames, *clicks, synthetic=config.synthetic, **shared)
-    else:
-        dataset = COCODataset(*frames, *clicks, image_root=config.image_root, **shared)
-    for warning in dataset.warnings[:_SHOWN_WARNINGS]:
-        say(f"{path}: {warning}")
-    if more := len(dataset.warnings[_SHOWN_WARNINGS:]):
-        say(f"{path}: ... and {more} more of these")
-    return dataset
-
-
-def build_model(experiment: Experiment) -> SAM2Model:
-    """The experiment's model, loaded and frozen as it says; random weights come from its seed."""
-    config, trainer = experiment.model, experiment.trainer
-    torch.manual_seed(trainer.seed)
-    return SAM2Model(
-        config.checkpoint_path,
-        config.config_path,
-        config.trainable_modules,
-        choose_device(trainer.device),
-        config.image_size,
-        config.num_maskmem,
-        max_obj_ptrs_in_encoder=config.max_obj_ptrs_in_encoder,
-        memory_gradient=config.memory_gradient,
-    ).load()
-
-
-def choose_device(name: str) -> torch.device:
-    """The device an experiment names; `auto` is CUDA where there is one, else the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise UserError(f"trainer.device: {name!r}; expected auto, cpu, cuda or cuda:N") from None
-
-
-def num_cores() -> int:
-    """CPU cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class Trainer:
@@ -482,32 +395,6 @@ def resize_image_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def _file_name(text: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in text)
-
-
-def describe_environment(device: torch.device) -> dict:
-    """What results depend on besides the config: versions, machine, code."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    try:
-        here = Path(__file__).resolve().parent
-        git = ["git", "-C", str(here)]
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
-        code = {"commit": commit.stdout.strip() or None, "changed": bool(dirty.stdout.strip())}
-    except FileNotFoundError:
-        code = {"commit": None, "changed": None}
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": versions,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(),
-        "code": code,
-    }
 
 
 class _StopRequests:

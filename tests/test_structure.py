@@ -21,9 +21,9 @@ LEVELS = [
     {"overlays", "model", "coco", "sampling"},
     {"datasets"},
     {"evaluate", "download"},
-    {"experiment"},
-    {"trainer"},
-    {"describe", "export"},
+    {"experiment", "environment"},
+    {"build"},
+    {"trainer", "describe", "export"},
     {"launch"},
 ]
 HEAVY = {"torch", "torchvision", "sam2", "wandb", "hydra", "cv2"}

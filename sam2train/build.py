@@ -1,0 +1,98 @@
+"""An experiment's settings -> data set, model and device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+
+from sam2train import demo
+from sam2train.datasets import COCODataset, VideoDataset
+from sam2train.errors import UserError
+from sam2train.experiment import Experiment
+from sam2train.model import SAM2Model
+from sam2train.pretrained import REPOSITORY, resolve_path
+
+_SHOWN_WARNINGS = 5
+
+
+def build_dataset(
+    experiment: Experiment, path: str, *, training: bool, say: Callable[[str], None] = print
+) -> COCODataset | VideoDataset:
+    """The data set at one of the experiment's paths; augmented where it is for training.
+
+    Args:
+        path: where the demo data belongs, it is drawn if it is not there.
+        say: gets a line for what takes a while and for what looks odd in the data.
+
+    Raises:
+        UserError: what is wrong with the data, all of it.
+    """
+    config = experiment.dataset
+    path = resolve_path(path)
+    drawn = path.with_name("annotations.json")  # beside the folder of frames, too
+    if demo.is_demo_path(drawn) and path.name in ("annotations.json", "video_data"):
+        if not path.is_absolute():
+            path, drawn = REPOSITORY / path, REPOSITORY / drawn
+        if not drawn.exists():
+            say(f"drawing the demo data in {drawn.parent}/, this once")
+        demo.ensure(drawn)
+        if not demo.matches_recorded(drawn):
+            say(f"{path.parent}/ was drawn by another OpenCV: scores may differ in the last digits")
+    frames = (path, config.image_size, config.video_clip_length, config.prompt_types)
+    points = (
+        config.num_of_pos_points if config.number_of_points is None else config.number_of_points
+    )
+    clicks = (points, config.include_center, config.num_of_neg_points)
+    shared = {
+        "box_jitter": config.box_jitter if training else 0.0,
+        "max_objects": config.max_objects,
+        "max_frame_stride": config.max_frame_stride,
+        "augment": experiment.augment if training else None,
+        "mask_cache_mb": config.mask_cache_mb,
+        "seed": experiment.trainer.seed,
+    }
+    # A JSON has real masks: what trains on made-up objects can be validated on them.
+    if config.dataset_type == "video" and path.suffix != ".json":
+        dataset = VideoDataset(*frames, *clicks, synthetic=config.synthetic, **shared)
+    else:
+        dataset = COCODataset(*frames, *clicks, image_root=config.image_root, **shared)
+    for warning in dataset.warnings[:_SHOWN_WARNINGS]:
+        say(f"{path}: {warning}")
+    if more := len(dataset.warnings[_SHOWN_WARNINGS:]):
+        say(f"{path}: ... and {more} more of these")
+    return dataset
+
+
+def build_model(experiment: Experiment) -> SAM2Model:
+    """The experiment's model, loaded and frozen as it says; random weights come from its seed."""
+    config, trainer = experiment.model, experiment.trainer
+    torch.manual_seed(trainer.seed)
+    return SAM2Model(
+        config.checkpoint_path,
+        config.config_path,
+        config.trainable_modules,
+        choose_device(trainer.device),
+        config.image_size,
+        config.num_maskmem,
+        max_obj_ptrs_in_encoder=config.max_obj_ptrs_in_encoder,
+        memory_gradient=config.memory_gradient,
+    ).load()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device an experiment names; `auto` is CUDA where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise UserError(f"trainer.device: {name!r}; expected auto, cpu, cuda or cuda:N") from None
+
+
+def num_cores() -> int:
+    """CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
