@@ -223,7 +223,7 @@ class Tracker:
 
     def scores(self, before: Mapping[str, float], after: Mapping[str, float] | None = None) -> None:
         """Show `J`, `F`, `J_and_F` at step 0 and, once there are any, of now."""
-        table = Table("", title="Scores on the validation videos", title_justify="left")
+        table = Table("validation")
         for heading in ("step 0", "now", "difference") if after else ("step 0",):
             table.add_column(heading, justify="right")
         for name in ("J", "F", "J_and_F"):
