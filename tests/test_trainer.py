@@ -14,6 +14,7 @@ from sam2train import checkpoint
 from sam2train.build import build_model, choose_device
 from sam2train.clips import collate_fn
 from sam2train.config import load_yaml
+from sam2train.datasets import COCODataset, VideoDataset
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment
 from sam2train.pretrained import resolve_config
@@ -277,3 +278,15 @@ def test_devices():
     assert choose_device("auto").type in ("cpu", "cuda")
     with pytest.raises(UserError, match=r"trainer\.device.*gpu"):
         choose_device("gpu")
+
+
+def test_folders_of_frames_train_and_real_masks_validate(experiment, tmp_path):
+    """The guide's other data set through the same loop: pictures only, then a JSON for the scores."""
+    video = experiment().dataset.model_dump(exclude={"number_of_points", "synthetic"})
+    video |= {"dataset_type": "video", "data_path": str(tmp_path / "data")}
+    settings = experiment(dataset=video, trainer={"num_steps": 2})
+    trainer = make_trainer(settings, tmp_path / "run")
+    assert isinstance(trainer.train_data, VideoDataset)
+    assert isinstance(trainer.val_data, COCODataset)
+    assert trainer.run()["num_objects"] == 2  # those of the JSON
+    assert len([row for row in rows(tmp_path / "run") if "loss" in row]) == 2
