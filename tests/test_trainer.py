@@ -281,7 +281,7 @@ def test_devices():
 
 
 def test_folders_of_frames_train_and_real_masks_validate(experiment, tmp_path):
-    """The guide's other data set through the same loop: pictures only, then a JSON for the scores."""
+    """The other data set of the guide through the same loop; scores from the masks of a JSON."""
     video = experiment().dataset.model_dump(exclude={"number_of_points", "synthetic"})
     video |= {"dataset_type": "video", "data_path": str(tmp_path / "data")}
     settings = experiment(dataset=video, trainer={"num_steps": 2})
