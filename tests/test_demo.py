@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as rle
 
-from sam2train import demo
+from sam2train import demo, demo_videos
 from sam2train.errors import UserError
 
 # pycocotools 2 decodes without the `copy` keyword that NumPy 2 asks of __array__.
@@ -30,7 +30,7 @@ class Video:
         self.frames = np.stack([cv2.imread(str(folder / image["path"])) for image in images])
         frame_of = {image["id"]: t for t, image in enumerate(images)}
         mine = [a for a in content["annotations"] if a["image_id"] in frame_of]
-        shape = (len(images), max(a["track_id"] for a in mine), demo.SIZE, demo.SIZE)
+        shape = (len(images), max(a["track_id"] for a in mine), demo_videos.SIZE, demo_videos.SIZE)
         self.masks = np.zeros(shape, bool)
         for a in mine:
             self.masks[frame_of[a["image_id"]], a["track_id"] - 1] = rle.decode(a["segmentation"])
@@ -92,7 +92,7 @@ def test_same_split_same_bytes_other_seed_other_bytes(tmp_path):
 
 
 def test_a_video_does_not_depend_on_the_number_of_videos_or_on_its_neighbours(hard_folder):
-    frames, masks, events = demo.make_video(demo.SPLITS["val"], 7)
+    frames, masks, events = demo_videos.make_video(demo.SPLITS["val"], 7)
     _, videos = read(hard_folder)
     assert videos[7][0] == list(events)
     assert (videos[7][1].masks == masks).all()
@@ -113,7 +113,7 @@ def test_annotations_are_coco_and_their_numbers_follow_from_the_masks(hard, hard
     for a in content["annotations"]:
         mask = rle.decode(a["segmentation"])
         ys, xs = np.nonzero(mask)
-        assert a["area"] == mask.sum() >= demo.MIN_AREA
+        assert a["area"] == mask.sum() >= demo_videos.MIN_AREA
         assert a["bbox"] == [xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1]
 
 
@@ -127,7 +127,7 @@ def test_objects_of_a_frame_share_no_pixel_and_have_sensible_sizes(hard):
 def test_alpha_of_a_square_is_exact():
     corners = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) / np.sqrt(2)
     still = np.zeros(2)
-    layer = demo.Layer(
+    layer = demo_videos.Layer(
         corners, np.array([(40.0, 60.0)] * 2), still + 10 * np.sqrt(2), np.array([0, np.pi / 2])
     )
     np.testing.assert_allclose(layer.full_area(), 400, rtol=1e-5)
@@ -145,17 +145,17 @@ def test_masks_are_the_visible_pixels_of_the_picture(monkeypatch, video_index):
     handed_out = []
 
     def plain(rng, size, colours, repeats):
-        is_backdrop = size != demo.PATCH or repeats == 6.0
+        is_backdrop = size != demo_videos.PATCH or repeats == 6.0
         colour = (0, 0, 0) if is_backdrop else flat[len(handed_out)]
         if not is_backdrop:
             handed_out.append(colour)
         return np.full((size, size, 3), colour, np.float32)
 
-    monkeypatch.setattr(demo, "texture", plain)
+    monkeypatch.setattr(demo_videos, "texture", plain)
     # A look-alike shares its double's texture, so of a pair only the union could be told.
-    monkeypatch.setattr(demo, "EVENTS", (("occlusion",), ("crossing",)))
+    monkeypatch.setattr(demo_videos, "EVENTS", (("occlusion",), ("crossing",)))
     split = demo.SPLITS["val"]
-    frames, masks, _ = demo.make_video(split, video_index)
+    frames, masks, _ = demo_videos.make_video(split, video_index)
     known = np.array([(0, 0, 0), *handed_out])
     away = np.linalg.norm(frames[..., None, :].astype(float) - known, axis=-1)
     label = away.argmin(-1)  # (T, H, W), 0 is the background
@@ -246,7 +246,7 @@ def test_a_late_object_is_missing_first_and_then_stays(hard):
 def test_easy_videos_show_every_object_on_every_frame_and_a_third_is_almost_still():
     split, speeds = demo.SPLITS["easy"], {True: [], False: []}
     for video_index in range(12):
-        _, masks, events = demo.make_video(split, video_index)
+        _, masks, events = demo_videos.make_video(split, video_index)
         assert events == ()
         assert 1 <= masks.shape[1] <= 3
         assert masks.any((2, 3)).all()
@@ -260,13 +260,13 @@ def test_easy_videos_show_every_object_on_every_frame_and_a_third_is_almost_stil
 def test_one_spell():
     flags = np.zeros(12, bool)
     flags[4:7] = True
-    assert demo.one_spell(flags, 3, 3)
-    assert not demo.one_spell(flags, 4, 8)
-    assert not demo.one_spell(np.roll(flags, -4), 2, 8)  # from the first frame on
-    assert not demo.one_spell(np.roll(flags, 3), 2, 8)  # until two frames before the end
+    assert demo_videos.one_spell(flags, 3, 3)
+    assert not demo_videos.one_spell(flags, 4, 8)
+    assert not demo_videos.one_spell(np.roll(flags, -4), 2, 8)  # from the first frame on
+    assert not demo_videos.one_spell(np.roll(flags, 3), 2, 8)  # until two frames before the end
     flags[9] = True
-    assert not demo.one_spell(flags, 2, 8)  # twice
-    assert not demo.one_spell(flags & False, 2, 8)
+    assert not demo_videos.one_spell(flags, 2, 8)  # twice
+    assert not demo_videos.one_spell(flags & False, 2, 8)
 
 
 @pytest.mark.parametrize(
@@ -294,15 +294,15 @@ def test_holds(events, track, low, frames, expected):
     """Three objects of 100 px in full; one of them shows `low` px on the given frames."""
     corners = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) / np.sqrt(2)
     radius, still = np.full(24, 5 * np.sqrt(2)), np.zeros(24)
-    layers = [demo.Layer(corners, np.zeros((24, 2)), radius, still, i) for i in (1, 2, 3)]
+    layers = [demo_videos.Layer(corners, np.zeros((24, 2)), radius, still, i) for i in (1, 2, 3)]
     areas = np.full((24, 3), 100)
     areas[list(frames), track] = low
-    assert demo.holds(layers, areas, events) is expected
+    assert demo_videos.holds(layers, areas, events) is expected
 
 
 def test_the_splits_as_published():
     assert {name: (split.num_videos, split.num_frames) for name, split in demo.SPLITS.items()} == {
-        "easy": (700, 6),
+        "easy": (2400, 6),
         "train": (48, 24),
         "val": (12, 24),
         "test": (12, 24),
@@ -315,7 +315,7 @@ def test_the_splits_as_published():
 
 
 def test_splits_share_no_picture():
-    firsts = [demo.make_video(split, 0)[0][0] for split in demo.SPLITS.values()]
+    firsts = [demo_videos.make_video(split, 0)[0][0] for split in demo.SPLITS.values()]
     for i, a in enumerate(firsts):
         for b in firsts[:i]:
             assert np.abs(a.astype(int) - b).mean() > 5
@@ -447,7 +447,7 @@ def test_errors_of_the_user(tmp_path, easy_path):
 
 
 def test_a_layout_that_cannot_be_found_is_reported(monkeypatch):
-    monkeypatch.setattr(demo, "MAX_ATTEMPTS", 3)
-    monkeypatch.setattr(demo, "promises", lambda *_: False)
+    monkeypatch.setattr(demo_videos, "MAX_ATTEMPTS", 3)
+    monkeypatch.setattr(demo_videos, "promises", lambda *_: False)
     with pytest.raises(RuntimeError, match=r"video 1 of Split.*leaves"):
-        demo.make_video(HARD, 1)
+        demo_videos.make_video(HARD, 1)
