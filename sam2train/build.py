@@ -13,13 +13,16 @@ from sam2train.errors import UserError
 from sam2train.experiment import Experiment
 from sam2train.model import SAM2Model
 from sam2train.pretrained import REPOSITORY, resolve_path
+from sam2train.sampling import AnnotatedVideos
+from sam2train.sav import SAVDataset
+from sam2train.vos import VOSDataset, find_masks
 
 _SHOWN_WARNINGS = 5
 
 
 def build_dataset(
     experiment: Experiment, path: str, *, training: bool, say: Callable[[str], None] = print
-) -> COCODataset | VideoDataset:
+) -> AnnotatedVideos | VideoDataset:
     """The data set at one of the experiment's paths; augmented where it is for training.
 
     Args:
@@ -40,24 +43,27 @@ def build_dataset(
         demo.ensure(drawn)
         if not demo.matches_recorded(drawn):
             say(f"{path.parent}/ was drawn by another OpenCV: scores may differ in the last digits")
-    frames = (path, config.image_size, config.video_clip_length, config.prompt_types)
-    points = (
-        config.num_of_pos_points if config.number_of_points is None else config.number_of_points
-    )
-    clicks = (points, config.include_center, config.num_of_neg_points)
+    guide = (path, config.image_size, config.video_clip_length, config.prompt_types)
+    guide += (config.num_of_pos_points, config.include_center, config.num_of_neg_points)
     shared = {
         "box_jitter": config.box_jitter if training else 0.0,
         "max_objects": config.max_objects,
         "max_frame_stride": config.max_frame_stride,
+        "max_conditioning_frames": config.max_conditioning_frames,
         "augment": experiment.augment if training else None,
         "mask_cache_mb": config.mask_cache_mb,
         "seed": experiment.trainer.seed,
     }
-    # A JSON has real masks: what trains on made-up objects can be validated on them.
-    if config.dataset_type == "video" and path.suffix != ".json":
-        dataset = VideoDataset(*frames, *clicks, synthetic=config.synthetic, **shared)
+    # A JSON has real masks: what trains on anything else can be validated on them.
+    if config.dataset_type == "coco" or path.suffix == ".json":
+        dataset = COCODataset(*guide, image_root=config.image_root, **shared)
+    elif config.dataset_type == "video":
+        dataset = VideoDataset(*guide, synthetic=config.synthetic, **shared)
+    # SA-V's validation and test sets are folders of PNGs.
+    elif config.dataset_type == "vos" or find_masks(path) is not None:
+        dataset = VOSDataset(*guide, **shared)
     else:
-        dataset = COCODataset(*frames, *clicks, image_root=config.image_root, **shared)
+        dataset = SAVDataset(*guide, **shared)
     for warning in dataset.warnings[:_SHOWN_WARNINGS]:
         say(f"{path}: {warning}")
     if more := len(dataset.warnings[_SHOWN_WARNINGS:]):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
 import json
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,7 +12,7 @@ from typing import Any
 
 from sam2train.errors import UserError
 from sam2train.images import Header, read_header, segmentation_area
-from sam2train.videos import Annotation, Frame, Video, all_problems, listed
+from sam2train.videos import Annotation, DataError, Frame, Video, listed, tracking_warnings
 
 _IDENTITY_KEYS = ("track_id", "instance_id", "object_id", "category_id")
 
@@ -30,12 +30,15 @@ def read_coco_videos(
         raise UserError(f"dataset.image_root: {image_root} is no folder")
     problems: list[str] = []
     warnings: list[str] = []
+    if path.read_bytes().startswith(codecs.BOM_UTF8):
+        warnings.append("the file begins with a byte order mark; read without it")
     images = _read_images(content["images"], path.parent, image_root, problems, warnings)
     frames = {image_id: Frame(image.path, {}) for image_id, image in images.items()}
     _read_annotations(content["annotations"], images, frames, problems, warnings)
-    videos = _group_videos(images, frames, problems, warnings)
+    videos = _group_videos(images, frames, problems)
+    warnings += tracking_warnings(videos)
     if problems:
-        raise all_problems(path, problems)
+        raise DataError(path, problems, videos, warnings)
     return videos, warnings
 
 
@@ -142,6 +145,10 @@ def _read_images(
             told.setdefault("`order_in_video` is text; read as a number", []).append(where)
         if "\\" in _image_name(entry) and "\\" not in path.as_posix():
             told.setdefault("backslashes in the path; read as folders", []).append(where)
+        if ".." in path.parts:
+            told.setdefault(
+                "`..` in the path: found while the folders have these names", []
+            ).append(where)
         stated = (entry.get("height"), entry.get("width"))
         size = header.shown if stated == header.shown else header.stored
         if stated not in ((None, None), size):
@@ -294,13 +301,11 @@ def _group_videos(
     images: _Images,
     frames: dict[int | str, Frame],
     problems: list[str],
-    warnings: list[str],
 ) -> list[Video]:
     by_video: dict[int | str, list[tuple[int | str, _Image]]] = {}
     for image_id, image in images.items():
         by_video.setdefault(image.video_id, []).append((image_id, image))
     videos = []
-    without, short = [], []
     for video_id, members in by_video.items():
         members.sort(key=lambda member: member[1].order)
         for (a, first), (b, second) in pairwise(members):
@@ -315,15 +320,5 @@ def _group_videos(
             problems.append(f"video {video_id!r}: frames of different sizes ({shown})")
         ordered = [frames[image_id] for image_id, _ in members]
         object_ids = list(dict.fromkeys(o for frame in ordered for o in frame.annotations))
-        video = Video(video_id, members[0][1].size, ordered, object_ids)
-        videos.append(video)
-        num_shown = Counter(o for t in range(len(ordered)) for o in video.visible(t))
-        if not num_shown:
-            without.append(f"video {video_id!r}")
-        elif max(num_shown.values()) == 1:
-            short.append(f"video {video_id!r}")
-    if without:
-        warnings.append(f"{listed(without)}: no object, so no clip for training")
-    if short:
-        warnings.append(f"{listed(short)}: no object is on more than one frame: nothing to track")
+        videos.append(Video(video_id, members[0][1].size, ordered, object_ids))
     return videos

@@ -3,38 +3,50 @@
 from __future__ import annotations
 
 import zlib
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from sam2train.clips import Clip
+from sam2train.clips import collate_fn as collate_fn  # beside the data sets it batches
 from sam2train.coco import read_coco_videos
 from sam2train.config import Section
 from sam2train.errors import UserError
 from sam2train.images import decode_segmentation, read_image
-from sam2train.prompts import PromptGenerator
-from sam2train.sampling import draw_frames, finish_clip, locate_clip
+from sam2train.mask_cache import MaskCache
+from sam2train.sampling import (
+    AnnotatedVideos,
+    clip_settings,
+    draw_frames,
+    finish_clip,
+    locate_clip,
+)
 from sam2train.synthetic import Scene, SyntheticConfig, draw_num_objects, draw_scene
-from sam2train.transforms import AugmentConfig, resize_image, resize_mask
+from sam2train.transforms import resize_image, resize_mask
 from sam2train.videos import Video, read_video_folders
 
 # Keeps the random numbers of whole synthetic videos apart from those of everything else.
 _WHOLE_VIDEO_STREAM = (2,)
 
+Clicks = Annotated[int, Field(ge=0)]
+
 
 class DatasetConfig(Section):
     """The `dataset:` section of an experiment."""
 
-    dataset_type: Literal["coco", "video"] = Field(
+    dataset_type: Literal["coco", "video", "vos", "sav"] = Field(
         "coco",
-        description="coco: masks from a COCO JSON; video: folders of frames, made-up objects",
+        description="coco: masks from a COCO JSON; video: folders of frames, made-up objects; "
+        "vos: JPEGImages and Annotations as DAVIS has them; sav: films or frames and SA-V's JSON",
     )
-    data_path: str = Field(description="training data: the COCO JSON file, or the folder of videos")
+    data_path: str = Field(
+        description="training data: the COCO JSON, the folder of videos, or for vos and sav the "
+        "folder that holds them or a list of some of them (.txt) below it"
+    )
     val_path: str | None = Field(None, description="videos that choose the best checkpoint")
     test_path: str | None = Field(None, description="videos that a result is reported on")
     image_root: str | None = Field(None, description="coco: what image paths are relative to")
@@ -46,106 +58,56 @@ class DatasetConfig(Section):
     num_workers: int = Field(0, ge=0, description="processes that load data; 0 loads in line")
     shuffle: bool = True
     prompt_types: tuple[Literal["point", "bbox", "mask"], ...] = ("point", "bbox", "mask")
-    num_of_pos_points: int | None = Field(1, ge=0, description="of a point prompt; video: (n, n)")
-    number_of_points: tuple[int, int] | None = Field(
-        None, description="video: a range in place of `num_of_pos_points`; (1, 3) without either"
+    num_of_pos_points: Clicks | tuple[Clicks, Clicks] = Field(
+        default_factory=lambda known: (1, 3) if known.get("dataset_type") == "video" else 1,
+        alias="number_of_points",
+        description="positive clicks of a point prompt, or their range [low, high]; "
+        "1, and [1, 3] for video, where it is not given",
     )
     include_center: bool = Field(False, alias="include_center_point")
     num_of_neg_points: int = Field(0, ge=0)
     box_jitter: float = Field(0.0, ge=0, le=0.5, description="noise of boxes, share of their side")
-    mask_cache_mb: int = Field(256, ge=0, description="decoded masks kept in memory, per process")
+    max_conditioning_frames: int = Field(
+        1, ge=1, description="a clip has 1 to so many; objects get a prompt on each"
+    )
+    mask_cache_mb: int = Field(
+        256, ge=0, description="decoded masks kept in memory, of one data set in all processes"
+    )
     synthetic: SyntheticConfig = Field(
         default_factory=SyntheticConfig, description="video: the made-up objects"
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _points_of_video(cls, raw: Any) -> Any:
-        """For `video`, either spelling becomes `number_of_points`, and the other one null."""
-        if not isinstance(raw, Mapping) or raw.get("dataset_type") != "video":
-            return raw
-        raw = dict(raw)
-        number = raw.setdefault("num_of_pos_points", None)
-        if raw.get("number_of_points") is None:
-            is_number = isinstance(number, int) and not isinstance(number, bool)
-            raw["number_of_points"] = (number, number) if is_number else (1, 3)
-            raw["num_of_pos_points"] = None if is_number else number
-        return raw
-
     @model_validator(mode="after")
-    def _of_one_type(self) -> DatasetConfig:
-        if self.dataset_type == "video":
-            if self.num_of_pos_points is not None:
-                raise ValueError(
-                    f"number_of_points is {list(self.number_of_points)} and num_of_pos_points "
-                    f"{self.num_of_pos_points}; keep one"
-                )
-            low, high = self.number_of_points
-            if not 0 <= low <= high:
-                raise ValueError(
-                    f"number_of_points is [{low}, {high}]; expected the lowest and the highest "
-                    "number of clicks, 0 or more"
-                )
-            if self.image_root is not None:
-                raise ValueError("image_root is for coco; frames of a video lie below data_path")
-            return self
-        if self.num_of_pos_points is None:
-            raise ValueError("num_of_pos_points is null; expected a whole number of at least 0")
-        foreign = {"number_of_points": None, "synthetic": SyntheticConfig()}
-        for name, unset in foreign.items():
-            if getattr(self, name) != unset:
-                raise ValueError(f'{name} is for dataset_type "video"; remove it')
+    def _fits_together(self) -> DatasetConfig:
+        clicks = self.num_of_pos_points
+        if isinstance(clicks, tuple) and clicks[0] > clicks[1]:
+            raise ValueError(f"num_of_pos_points is {list(clicks)}; expected [lowest, highest]")
+        if self.image_root is not None and self.dataset_type != "coco":
+            raise ValueError("image_root is for coco; other frames lie below data_path")
+        if self.synthetic != SyntheticConfig() and self.dataset_type != "video":
+            raise ValueError('synthetic is for dataset_type "video"; remove it')
         return self
 
 
-@dataclass
-class MaskCache:
-    """Decoded masks, packed to bits, the least recently used dropped beyond a bound."""
-
-    max_bytes: int
-    masks: OrderedDict[tuple, np.ndarray] = field(default_factory=OrderedDict)
-    num_bytes: int = 0
-
-    def get(self, key: tuple, shape: tuple[int, int]) -> np.ndarray | None:
-        packed = self.masks.get(key)
-        if packed is None:
-            return None
-        self.masks.move_to_end(key)
-        return np.unpackbits(packed, count=shape[0] * shape[1]).astype(bool).reshape(shape)
-
-    def put(self, key: tuple, mask: np.ndarray) -> None:
-        packed = np.packbits(mask)
-        if packed.nbytes > self.max_bytes:
-            return
-        self.masks[key] = packed
-        self.num_bytes += packed.nbytes
-        while self.num_bytes > self.max_bytes:
-            self.num_bytes -= self.masks.popitem(last=False)[1].nbytes
-
-
-class COCODataset:
+class COCODataset(AnnotatedVideos):
     """Clips of COCO video annotations: one random clip of video i is `dataset[i]`.
-
-    `dataset[i]` is that of epoch 0; `dataset[epoch, i]` draws another clip of the same video. Both
-    depend on the seed, the epoch and i alone, whatever the process that loads them.
 
     Args:
         coco_json_path: the annotation file. `images` need `id`, `video_id`, `order_in_video` and
             `path` (or `file_name`); `annotations` need `image_id` and `segmentation`. Objects are
             told apart by `track_id`, `instance_id` or `object_id`, else by category.
-        image_size: (H, W) of the clips; frames are stretched to it.
-        video_clip_length: T. A video with fewer frames is padded with invalid ones.
-        prompt_types, num_of_pos_points, include_center, num_of_neg_points, box_jitter: see
-            `PromptGenerator`.
         image_root: folder that image paths are relative to, instead of the file's own.
-        max_objects: at most so many objects of a clip, drawn at random; None takes all.
-        max_frame_stride: largest step between neighbouring frames of a clip.
-        augment: see `AugmentConfig`; None changes nothing.
-        mask_cache_mb: bound of the cache of decoded masks.
+        mask_cache_mb: see `AnnotatedVideos`.
+        The others: see `clip_settings`.
 
     Raises:
         UserError: everything that is wrong with the annotations, in one message.
     """
+
+    what_masks_are = (
+        "expected a `segmentation` (RLE or polygons) in at least one; boxes alone train nothing "
+        "here"
+    )
 
     def __init__(
         self,
@@ -153,102 +115,30 @@ class COCODataset:
         image_size: tuple[int, int] = (512, 512),
         video_clip_length: int = 5,
         prompt_types: Sequence[str] | None = None,
-        num_of_pos_points: int = 1,
+        num_of_pos_points: int | tuple[int, int] = 1,
         include_center: bool = False,
         num_of_neg_points: int = 0,
         *,
-        box_jitter: float = 0.0,
         image_root: str | Path | None = None,
-        max_objects: int | None = None,
-        max_frame_stride: int = 1,
-        augment: AugmentConfig | None = None,
         mask_cache_mb: int = 256,
-        seed: int = 0,
+        **settings: Any,
     ):
-        self.image_size = tuple(image_size)
-        self.video_clip_length = video_clip_length
-        self.prompts = PromptGenerator(
-            prompt_types,
-            num_of_pos_points,
-            include_center,
-            num_of_neg_points,
-            box_jitter=box_jitter,
-        )
-        self.max_objects = max_objects
-        self.max_frame_stride = max_frame_stride
-        self.augment = augment or AugmentConfig()
-        self.seed = seed
-        self.cache = MaskCache(mask_cache_mb * 2**20)
-        self.videos, self.warnings = read_coco_videos(Path(coco_json_path), image_root)
-        self.trainable = [
-            video
-            for video in self.videos
-            if any(
-                annotation.area
-                for frame in video.frames
-                for annotation in frame.annotations.values()
-            )
-        ]
-        if not self.trainable:
+        points = (num_of_pos_points, include_center, num_of_neg_points)
+        settings = clip_settings(image_size, video_clip_length, prompt_types, *points, **settings)
+        videos, warnings = read_coco_videos(Path(coco_json_path), image_root)
+        super().__init__(coco_json_path, videos, warnings, settings, mask_cache_mb)
+
+    def decode(
+        self, video: Video, frame_idx: int, object_id: int | str
+    ) -> dict[int | str, np.ndarray]:
+        annotation = video.frames[frame_idx].annotations[object_id]
+        try:
+            return {object_id: decode_segmentation(annotation.segmentation, video.size)}
+        except ValueError as problem:
             raise UserError(
-                f"{coco_json_path}: no annotation has a mask; expected a `segmentation` (RLE or "
-                "polygons) in at least one; boxes alone train nothing here"
-            )
-
-    def __len__(self) -> int:
-        return len(self.trainable)
-
-    def __getitem__(self, index: int | tuple[int, int]) -> Clip:
-        index, rng = locate_clip(index, len(self), self.seed)
-        return self._draw_clip(self.trainable[index], rng)
-
-    def _draw_clip(self, video: Video, rng: np.random.Generator) -> Clip:
-        size = self.image_size
-        indices, num_padding = draw_frames(
-            video, self.video_clip_length, self.max_frame_stride, rng
-        )
-        seen = [o for o in video.object_ids if any(o in video.visible(t) for t in indices)]
-        if self.max_objects is not None and len(seen) > self.max_objects:
-            chosen = rng.choice(len(seen), self.max_objects, replace=False)
-            seen = [seen[place] for place in sorted(chosen)]
-
-        images = np.stack([resize_image(self.read_frame(video, t), size) for t in indices])
-        masks = np.stack(
-            [[self.read_mask(video, t, o, size) for o in seen] for t in indices]
-        )  # (T, N, H, W)
-        return finish_clip(
-            video, indices, images, masks, seen, num_padding, self.prompts, self.augment, rng
-        )
-
-    def read_frame(self, video: Video, frame_idx: int) -> np.ndarray:
-        """(H, W, 3) uint8 at the video's own size."""
-        return read_image(video.frames[frame_idx].path, video.size)
-
-    def read_mask(
-        self,
-        video: Video,
-        frame_idx: int,
-        object_id: int | str,
-        size: tuple[int, int] | None = None,
-    ) -> np.ndarray:
-        """(H, W) bool of one object; empty where it has no annotation. At `size` where given."""
-        size = video.size if size is None else size
-        annotation = video.frames[frame_idx].annotations.get(object_id)
-        if annotation is None or annotation.area == 0:
-            return np.zeros(size, bool)
-        key = (video.video_id, frame_idx, object_id, size)
-        mask = self.cache.get(key, size)
-        if mask is None:
-            try:
-                mask = decode_segmentation(annotation.segmentation, video.size)
-            except ValueError as problem:
-                raise UserError(
-                    f"annotation {annotation.annotation_id} (object {object_id}, "
-                    f"{video.frames[frame_idx].path}): {problem}"
-                ) from None
-            mask = resize_mask(mask, size)
-            self.cache.put(key, mask)
-        return mask
+                f"annotation {annotation.annotation_id} (object {object_id}, "
+                f"{video.frames[frame_idx].path}): {problem}"
+            ) from None
 
 
 class VideoDataset:
@@ -263,15 +153,10 @@ class VideoDataset:
     Args:
         data_path: a folder with one sub-folder of frames for each video, or the frames of one
             video; see `read_video_folders`.
-        image_size: (H, W) of the clips; frames are stretched to it.
-        video_clip_length: T. A video with fewer frames is padded with invalid ones.
         number_of_points: range of the positive clicks of a point prompt, both ends included.
-        prompt_types, include_center, num_of_neg_points, box_jitter: see `PromptGenerator`.
-        max_objects: at most so many objects of a clip.
-        max_frame_stride: largest step between neighbouring frames of a clip.
         synthetic: see `SyntheticConfig`.
-        augment: see `AugmentConfig`; None changes nothing.
         mask_cache_mb: bound of the cache of masks of whole videos.
+        The others: see `clip_settings`.
 
     Raises:
         UserError: no videos, or everything that is wrong with the pictures, in one message.
@@ -287,34 +172,22 @@ class VideoDataset:
         include_center: bool = False,
         num_of_neg_points: int = 0,
         *,
-        box_jitter: float = 0.0,
-        max_objects: int | None = None,
-        max_frame_stride: int = 1,
         synthetic: SyntheticConfig | None = None,
-        augment: AugmentConfig | None = None,
         mask_cache_mb: int = 256,
-        seed: int = 0,
+        **settings: Any,
     ):
-        self.image_size = tuple(image_size)
-        self.video_clip_length = video_clip_length
-        self.prompts = PromptGenerator(
-            prompt_types,
-            number_of_points,
-            include_center,
-            num_of_neg_points,
-            box_jitter=box_jitter,
+        points = (number_of_points, include_center, num_of_neg_points)
+        self.settings = clip_settings(
+            image_size, video_clip_length, prompt_types, *points, **settings
         )
-        self.max_objects = max_objects
-        self.max_frame_stride = max_frame_stride
+        self.image_size, self.prompts = self.settings.image_size, self.settings.prompts
         self.synthetic = synthetic or SyntheticConfig()
-        self.augment = augment or AugmentConfig()
-        self.seed = seed
-        self.cache = MaskCache(mask_cache_mb * 2**20)
         videos, self.warnings = read_video_folders(Path(data_path))
         self.videos = []
         for video in videos:
-            num_objects = draw_num_objects(self.synthetic, max_objects, _whole_video_rng(video))
+            num_objects = self._draw_num_objects(_whole_video_rng(video))
             self.videos.append(replace(video, object_ids=list(range(1, num_objects + 1))))
+        self.cache = MaskCache(mask_cache_mb * 2**20, self.videos, self.image_size)
         self._places = {video.video_id: place for place, video in enumerate(self.videos)}
         self._staged: tuple[int, Scene] | None = None  # the whole video that was read last
 
@@ -322,19 +195,16 @@ class VideoDataset:
         return len(self.videos)
 
     def __getitem__(self, index: int | tuple[int, int]) -> Clip:
-        index, rng = locate_clip(index, len(self), self.seed)
-        return self._draw_clip(index, rng)
-
-    def _draw_clip(self, place: int, rng: np.random.Generator) -> Clip:
-        video = self.videos[place]
+        place, rng = locate_clip(index, len(self), self.settings.seed)
+        video, settings = self.videos[place], self.settings
         indices, num_padding = draw_frames(
-            video, self.video_clip_length, self.max_frame_stride, rng
+            video, settings.video_clip_length, settings.max_frame_stride, rng
         )
         images = [resize_image(_read_upright(video, t), self.image_size) for t in indices]
         scene = draw_scene(
             images[0],
             indices[-1] - indices[0] + 1,
-            draw_num_objects(self.synthetic, self.max_objects, rng),
+            self._draw_num_objects(rng),
             self.synthetic,
             lambda rng: self._draw_picture(place, rng),
             rng,
@@ -344,9 +214,10 @@ class VideoDataset:
         ]
         images, masks = (np.stack(parts) for parts in zip(*composed, strict=True))
         objects = list(range(1, scene.num_objects + 1))
-        return finish_clip(
-            video, indices, images, masks, objects, num_padding, self.prompts, self.augment, rng
-        )
+        return finish_clip(video, indices, images, masks, objects, num_padding, settings, rng)
+
+    def _draw_num_objects(self, rng: np.random.Generator) -> int:
+        return draw_num_objects(self.synthetic, self.settings.max_objects, rng)
 
     def _draw_picture(self, place: int, rng: np.random.Generator) -> np.ndarray:
         """A frame of another video, of the same one where there is no other."""
@@ -361,7 +232,7 @@ class VideoDataset:
         if self._staged is None or self._staged[0] != place:
             video = self.videos[place]
             rng = _whole_video_rng(video)
-            num_objects = draw_num_objects(self.synthetic, self.max_objects, rng)
+            num_objects = self._draw_num_objects(rng)
             scene = draw_scene(
                 _read_upright(video, 0),
                 len(video.frames),
@@ -385,11 +256,11 @@ class VideoDataset:
         size: tuple[int, int] | None = None,
     ) -> np.ndarray:
         """(H, W) bool of one object of the whole video. At `size` where given."""
-        mask = self.cache.get((video.video_id, frame_idx, object_id), video.size)
+        mask = self.cache.get(video, frame_idx, object_id, video.size)
         if mask is None:
             masks = self._stage(video.video_id).masks(frame_idx)
             for place, of_object in enumerate(masks, start=1):
-                self.cache.put((video.video_id, frame_idx, place), of_object)
+                self.cache.put(video, frame_idx, place, of_object)
             mask = masks[object_id - 1]
         return mask if size is None else resize_mask(mask, size)
 

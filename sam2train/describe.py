@@ -8,8 +8,9 @@ from rich.table import Table
 from sam2train.build import build_dataset, build_model
 from sam2train.clips import BatchedVideoDatapoint, collate_fn
 from sam2train.config import to_yaml
-from sam2train.datasets import COCODataset, VideoDataset
+from sam2train.datasets import VideoDataset
 from sam2train.experiment import Experiment
+from sam2train.sampling import AnnotatedVideos
 from sam2train.tracking import parameter_table
 
 
@@ -38,7 +39,7 @@ def describe(experiment: Experiment, console: Console) -> None:
     console.print(batch_table(batch))
 
 
-def data_table(datasets: dict[str, COCODataset | VideoDataset]) -> Table:
+def data_table(datasets: dict[str, AnnotatedVideos | VideoDataset]) -> Table:
     table = Table(title="Data", title_justify="left")
     table.add_column("split")
     for heading in ("videos", "frames", "objects", "masks", "frame sizes (H, W)"):

@@ -13,10 +13,11 @@ from pydantic import Field
 
 from sam2train.clips import Prompt
 from sam2train.config import Section
-from sam2train.datasets import COCODataset, VideoDataset
+from sam2train.datasets import VideoDataset
 from sam2train.metrics import FramePolicy, VideoScores, mean_scores, score_video
 from sam2train.model import MemoryBank, SAM2Model
 from sam2train.prompts import PromptGenerator
+from sam2train.sampling import AnnotatedVideos
 from sam2train.transforms import normalise, resize_image
 from sam2train.videos import Video
 
@@ -49,7 +50,7 @@ class TrackedVideo:
 
 def evaluate(
     model: SAM2Model,
-    dataset: COCODataset | VideoDataset,
+    dataset: AnnotatedVideos | VideoDataset,
     config: EvaluationConfig,
     *,
     seed: int,
@@ -82,15 +83,33 @@ def evaluate(
             )
             for object_id in video.object_ids
         }
-        scored = score_video(prediction, truth, config.frame_policy)
+        scored = score_labelled(video, prediction, truth, config.frame_policy)
         scores.append(scored)
         if on_video is not None:
             on_video(index, TrackedVideo(video, prompts, prediction, truth, scored))
     return mean_scores(scores)
 
 
+def score_labelled(
+    video: Video,
+    prediction: dict[int | str, np.ndarray],
+    ground_truth: dict[int | str, np.ndarray],
+    policy: FramePolicy,
+) -> VideoScores:
+    """The scores of a video on its labelled frames; `frames` counts in the video."""
+    labelled = np.array(video.labelled, np.int64)
+    scored = score_video(
+        {o: masks[labelled] for o, masks in prediction.items()},
+        {o: masks[labelled] for o, masks in ground_truth.items()},
+        policy,
+    )
+    return replace(
+        scored, objects=tuple(replace(s, frames=labelled[s.frames]) for s in scored.objects)
+    )
+
+
 def first_prompts(
-    dataset: COCODataset | VideoDataset,
+    dataset: AnnotatedVideos | VideoDataset,
     video: Video,
     prompt_types: tuple[str, ...] | None,
     rng: np.random.Generator,
@@ -116,7 +135,7 @@ def first_prompts(
 
 def track_video(
     model: SAM2Model,
-    dataset: COCODataset | VideoDataset,
+    dataset: AnnotatedVideos | VideoDataset,
     video: Video,
     prompts: list[Prompt],
     *,
@@ -139,7 +158,7 @@ def track_video(
 @torch.inference_mode()
 def track_frames(
     model: SAM2Model,
-    dataset: COCODataset | VideoDataset,
+    dataset: AnnotatedVideos | VideoDataset,
     video: Video,
     prompts: list[Prompt],
     *,

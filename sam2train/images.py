@@ -12,6 +12,7 @@ from pycocotools import mask as rle
 from sam2train.errors import UserError
 
 _EXIF_ORIENTATION = 0x0112
+MAX_ID = 65535  # of an object in a picture of ids
 
 
 class Header(NamedTuple):
@@ -65,6 +66,29 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
             f"{size[1]}x{size[0]} (width x height)"
         )
     return pixels
+
+
+def read_id_mask(path: Path) -> np.ndarray:
+    """(H, W) uint16: the palette index or grey value of each pixel, 0 for the background.
+
+    Raises:
+        UserError: missing, truncated, no picture, or one in colours.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            mode, pixels = image.mode, np.asarray(image)
+    except Exception as problem:
+        raise UserError(_why_unreadable(path, problem)) from problem
+    if pixels.ndim == 3:  # grey all the same, in a few masks of DAVIS-2016
+        colours = pixels[..., :3] if pixels.shape[2] > 2 else pixels[..., :1]
+        pixels = colours[..., 0] if (colours == colours[..., :1]).all() else pixels
+    if pixels.ndim != 2 or pixels.dtype.kind not in "bui" or not 0 <= pixels.min() <= MAX_ID:
+        raise UserError(
+            f"{path}: a picture of mode {mode}; expected a palette or grey PNG whose pixels are "
+            f"the ids of objects, up to {MAX_ID}"
+        )
+    return pixels.astype(np.uint16)
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

@@ -69,6 +69,12 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--dry-run", action="store_true", help="show config, data, parameters and one batch; stop"
     )
+    parser.add_argument(
+        "--check-data",
+        action="store_true",
+        help="read every frame and mask, list all that is wrong with them; stop",
+    )
+    parser.add_argument("--json", action="store_true", help="the report of --check-data as JSON")
     parser.add_argument("--smoke", action="store_true", help="two steps and one short video")
     parser.add_argument("--run-dir", type=Path, metavar="PATH", help="the folder of this run")
     parser.add_argument(
@@ -98,6 +104,8 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     unknown = [word for word in rest if word.startswith("-") and "=" not in word]
     if unknown:
         raise UserError(f"unknown option {unknown[0]}; `python run.py --help` lists them")
+    if arguments.json and not arguments.check_data:
+        raise UserError("--json is a form of --check-data; give both")
     if arguments.file is None and not arguments.list:
         parser.print_help()
         raise UserError("no experiment given; for example experiments/coco_point_bbox.yaml")
@@ -143,6 +151,15 @@ def launch(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 
         export_checkpoint(experiment, *arguments.export, half=arguments.half, console=console)
         return 0
+    if arguments.check_data:
+        from sam2train.check import check_data
+
+        report = check_data(experiment, None if arguments.json else console)
+        if arguments.json:
+            print(report.to_json())
+        else:
+            report.show(console)
+        return report.exit_code
     if arguments.dry_run:
         from sam2train.describe import describe
 
@@ -220,11 +237,13 @@ def check_same_experiment(experiment: Experiment, run_dir: Path) -> None:
 
     The number of steps, the periods, the workers, W&B and the evaluation may change.
     """
-    from sam2train.config import flatten, load_yaml
+    from sam2train.config import flatten
+    from sam2train.experiment import load_experiment
 
     free = ("trainer.num_steps", "trainer.device", "dataset.num_workers", "dataset.mask_cache_mb")
     config_file = run_dir / "config.yaml"
-    before = flatten(load_yaml(config_file))
+    # Through the same door: a key that is younger than the run has its default there.
+    before = flatten(load_experiment(config_file, {}).model_dump(mode="json"))
     now = flatten(experiment.model_dump(mode="json"))
     changed = [
         f"{key}: {before.get(key)!r} in the run, {now.get(key)!r} now"

@@ -2,13 +2,160 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
 import torch
 
-from sam2train.clips import Clip
+from sam2train.clips import Clip, Prompt
+from sam2train.errors import UserError
+from sam2train.images import read_image
+from sam2train.mask_cache import MaskCache
 from sam2train.prompts import PromptGenerator
-from sam2train.transforms import AugmentConfig, augment, normalise
+from sam2train.transforms import AugmentConfig, augment, normalise, resize_image, resize_mask
 from sam2train.videos import Video
+
+
+@dataclass(frozen=True)
+class ClipSettings:
+    """What the clips of a data set are like, whatever its videos are read from."""
+
+    image_size: tuple[int, int]  # (H, W), frames are stretched to it
+    video_clip_length: int  # T; a video with fewer frames is padded with invalid ones
+    prompts: PromptGenerator
+    max_objects: int | None  # of a clip, drawn at random; None takes all
+    max_frame_stride: int  # largest step between neighbouring frames, in labelled ones
+    max_conditioning_frames: int  # a clip has 1 to so many
+    augment: AugmentConfig
+    seed: int
+
+
+def clip_settings(
+    image_size: tuple[int, int] = (512, 512),
+    video_clip_length: int = 5,
+    prompt_types: Sequence[str] | None = None,
+    num_of_pos_points: int | tuple[int, int] = 1,
+    include_center: bool = False,
+    num_of_neg_points: int = 0,
+    *,
+    box_jitter: float = 0.0,
+    max_objects: int | None = None,
+    max_frame_stride: int = 1,
+    max_conditioning_frames: int = 1,
+    augment: AugmentConfig | None = None,
+    seed: int = 0,
+) -> ClipSettings:
+    """What the constructors of the data sets have in common; see `ClipSettings`.
+
+    Args:
+        prompt_types, num_of_pos_points, include_center, num_of_neg_points, box_jitter: see
+            `PromptGenerator`.
+        augment: None changes nothing.
+    """
+    points = (num_of_pos_points, include_center, num_of_neg_points)
+    return ClipSettings(
+        tuple(image_size),
+        video_clip_length,
+        PromptGenerator(prompt_types, *points, box_jitter=box_jitter),
+        max_objects,
+        max_frame_stride,
+        max_conditioning_frames,
+        augment or AugmentConfig(),
+        seed,
+    )
+
+
+class AnnotatedVideos:
+    """Clips of videos with masks, whatever they are stored as; each way of storing is a child.
+
+    `dataset[i]` is a random clip of video i with epoch 0; `dataset[epoch, i]` draws another clip of
+    the same video. Both depend on the seed, the epoch and i alone, whatever the process that loads
+    them. Clips have labelled frames only; `videos` has all frames, for evaluation.
+
+    Args:
+        path: where the videos come from, for messages.
+        videos: with what is annotated.
+        warnings: about what was read with a grain of salt.
+        mask_cache_mb: bound of the cache of decoded masks, for all processes together.
+
+    Raises:
+        UserError: no video has a mask.
+    """
+
+    what_masks_are = "expected at least one object with a pixel"
+
+    def __init__(
+        self,
+        path: str | Path,
+        videos: list[Video],
+        warnings: list[str],
+        settings: ClipSettings,
+        mask_cache_mb: int,
+    ):
+        self.videos, self.warnings, self.settings = videos, warnings, settings
+        self.image_size, self.prompts = settings.image_size, settings.prompts
+        self.cache = MaskCache(mask_cache_mb * 2**20, videos, self.image_size)
+        self.trainable = [
+            video for video in videos if any(video.visible(t) for t in video.labelled)
+        ]
+        if not self.trainable:
+            raise UserError(f"{path}: no annotation has a mask; {self.what_masks_are}")
+
+    def __len__(self) -> int:
+        return len(self.trainable)
+
+    def __getitem__(self, index: int | tuple[int, int]) -> Clip:
+        index, rng = locate_clip(index, len(self), self.settings.seed)
+        video, settings = self.trainable[index], self.settings
+        size = self.image_size
+        indices, num_padding = draw_frames(
+            video, settings.video_clip_length, settings.max_frame_stride, rng
+        )
+        seen = [o for o in video.object_ids if any(o in video.visible(t) for t in indices)]
+        if settings.max_objects is not None and len(seen) > settings.max_objects:
+            chosen = rng.choice(len(seen), settings.max_objects, replace=False)
+            seen = [seen[place] for place in sorted(chosen)]
+
+        images = np.stack([resize_image(self.read_frame(video, t), size) for t in indices])
+        masks = np.stack(
+            [[self.read_mask(video, t, o, size) for o in seen] for t in indices]
+        )  # (T, N, H, W)
+        return finish_clip(video, indices, images, masks, seen, num_padding, settings, rng)
+
+    def read_frame(self, video: Video, frame_idx: int) -> np.ndarray:
+        """(H, W, 3) uint8 at the video's own size."""
+        return read_image(video.frames[frame_idx].path, video.size)
+
+    def read_mask(
+        self,
+        video: Video,
+        frame_idx: int,
+        object_id: int | str,
+        size: tuple[int, int] | None = None,
+    ) -> np.ndarray:
+        """(H, W) bool of one object; empty where it has no annotation. At `size` where given."""
+        size = video.size if size is None else tuple(size)
+        annotation = video.frames[frame_idx].annotations.get(object_id)
+        if annotation is None or annotation.area == 0:
+            return np.zeros(size, bool)
+        mask = self.cache.get(video, frame_idx, object_id, size)
+        if mask is None:
+            decoded = {
+                o: resize_mask(mask, size)
+                for o, mask in self.decode(video, frame_idx, object_id).items()
+            }
+            for other_id, other in decoded.items():
+                self.cache.put(video, frame_idx, other_id, other)
+            mask = decoded[object_id]
+        return mask
+
+    def decode(
+        self, video: Video, frame_idx: int, object_id: int | str
+    ) -> dict[int | str, np.ndarray]:
+        """(H, W) bool of this object, and of others that come with it at no cost."""
+        raise NotImplementedError
 
 
 def locate_clip(
@@ -29,21 +176,22 @@ def locate_clip(
 def draw_frames(
     video: Video, clip_length: int, max_stride: int, rng: np.random.Generator
 ) -> tuple[list[int], int]:
-    """Frames of one clip: (T',) ascending positions, and the T - T' that are missing.
+    """Frames of one clip: (T',) ascending positions of labelled ones, and the T - T' missing.
 
     The first frame shows an object wherever the video allows it: what is seen first is prompted
     there, and the whole clip is left for tracking. Without annotations, any frame will do.
 
     Args:
         clip_length: T.
-        max_stride: largest step; lowered where the video is too short for it.
+        max_stride: largest step, in labelled frames; lowered where the video is too short for it.
     """
-    num_frames = len(video.frames)
+    places = video.labelled
+    num_frames = len(places)
     taken = min(clip_length, num_frames)
     fits = (num_frames - 1) // max(taken - 1, 1)
     stride = int(rng.integers(1, max(min(max_stride, fits), 1) + 1))
     starts = np.arange(num_frames - stride * (taken - 1))
-    shows = [bool(video.visible(t)) for t in range(num_frames)]
+    shows = [bool(video.visible(t)) for t in places]
     if not any(shows):
         shows = [True] * num_frames
     good = [start for start in starts if shows[start]]
@@ -52,7 +200,38 @@ def draw_frames(
     if not good:  # or between the frames of this stride
         stride, good = 1, [min(shows.index(True), num_frames - taken)]
     start = int(good[rng.integers(len(good))])
-    return [start + stride * t for t in range(taken)], clip_length - taken
+    return [places[start + stride * t] for t in range(taken)], clip_length - taken
+
+
+def draw_prompts(
+    masks: np.ndarray,
+    object_ids: Sequence[int | str],
+    settings: ClipSettings,
+    rng: np.random.Generator,
+) -> list[Prompt]:
+    """Prompts of the objects of a clip on its conditioning frames.
+
+    As SAM 2 trains it: an object is prompted where it shows first; `max_conditioning_frames` allows
+    further frames, as many of them and which ones drawn for the whole clip. There, each object that
+    is visible and was prompted before gets another prompt.
+
+    Args:
+        masks: (T', N, H, W) bool; every object shows somewhere.
+    """
+    more: list[int] = []
+    if settings.max_conditioning_frames > 1:
+        num_more = int(rng.integers(settings.max_conditioning_frames))
+        later = np.arange(1, len(masks))
+        more = sorted(rng.choice(later, min(num_more, len(later)), replace=False).tolist())
+    prompts = []
+    for place, object_id in enumerate(object_ids):
+        shows = masks[:, place].any(axis=(1, 2))  # (T',)
+        first = int(shows.argmax())
+        for t in [first, *(t for t in more if t > first and shows[t])]:
+            prompts.append(
+                settings.prompts.generate(masks[t, place], rng, object_id=object_id, frame_index=t)
+            )
+    return prompts
 
 
 def finish_clip(
@@ -62,8 +241,7 @@ def finish_clip(
     masks: np.ndarray,
     object_ids: list[int | str],
     num_padding: int,
-    generator: PromptGenerator,
-    config: AugmentConfig,
+    settings: ClipSettings,
     rng: np.random.Generator,
 ) -> Clip:
     """A clip from its frames and masks: augmented, prompted, padded.
@@ -75,22 +253,17 @@ def finish_clip(
         num_padding: T - T'.
     """
     # Backwards, too, the clip should begin with something to prompt.
-    if rng.random() < config.reverse and masks[-1].any():
+    if rng.random() < settings.augment.reverse and masks[-1].any():
         indices = indices[::-1]
         images, masks = np.ascontiguousarray(images[::-1]), np.ascontiguousarray(masks[::-1])
-    augmented = augment(images, masks, config, rng)
+    augmented = augment(images, masks, settings.augment, rng)
     if augmented[1].any():  # else a crop or turn lost every object: the clip stays as it is
         images, masks = augmented
 
     # One of several objects may have left the picture with the augmentation.
     kept = np.flatnonzero(masks.any(axis=(0, 2, 3)))
     object_ids, masks = [object_ids[place] for place in kept], masks[:, kept]
-    prompts = []
-    for place, object_id in enumerate(object_ids):
-        first = int(masks[:, place].any(axis=(1, 2)).argmax())
-        prompts.append(
-            generator.generate(masks[first, place], rng, object_id=object_id, frame_index=first)
-        )
+    prompts = draw_prompts(masks, object_ids, settings, rng)
     if num_padding:
         images = np.concatenate([images, np.repeat(images[-1:], num_padding, axis=0)])
         masks = np.concatenate([masks, np.zeros((num_padding, *masks.shape[1:]), bool)])

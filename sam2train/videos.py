@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,10 +30,11 @@ class Annotation:
 
 @dataclass(frozen=True)
 class Frame:
-    """One frame of a video; objects without an entry are absent."""
+    """One frame of a video; on a labelled one, objects without an entry are absent."""
 
-    path: Path
+    path: Path  # of the picture, or of the film that holds all frames of the video
     annotations: dict[int | str, Annotation]  # by object id
+    is_labelled: bool = True  # False: nobody looked for objects here
 
 
 @dataclass(frozen=True)
@@ -44,27 +46,58 @@ class Video:
     frames: list[Frame]
     object_ids: list[int | str]  # in order of appearance
 
+    @property
+    def labelled(self) -> list[int]:
+        """The frames to learn from and to score: where absent means absent."""
+        return [t for t, frame in enumerate(self.frames) if frame.is_labelled]
+
     def visible(self, frame_idx: int) -> list[int | str]:
         """Objects with at least one annotated pixel on a frame."""
         annotations = self.frames[frame_idx].annotations
         return [o for o in self.object_ids if o in annotations and annotations[o].area > 0]
 
 
-def all_problems(path: Path, problems: Sequence[str]) -> UserError:
-    """One error for everything that is wrong with the data at a path."""
-    shown = problems[:_SHOWN_PROBLEMS]
-    rest = len(problems) - len(shown)
-    return UserError(
-        f"{path}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n  - "
-        + "\n  - ".join(shown)
-        + (f"\n  ... and {rest} more" if rest else "")
-    )
+class DataError(UserError):
+    """Everything that is wrong with the data at a path, in one message.
+
+    Attributes:
+        problems: all of them, where the message shows the first few.
+        videos: what could be read, with its `warnings`.
+    """
+
+    def __init__(
+        self, path: Path, problems: Sequence[str], videos: list[Video], warnings: list[str]
+    ):
+        self.problems, self.videos, self.warnings = list(problems), videos, warnings
+        shown = problems[:_SHOWN_PROBLEMS]
+        rest = len(problems) - len(shown)
+        super().__init__(
+            f"{path}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n  - "
+            + "\n  - ".join(shown)
+            + (f"\n  ... and {rest} more" if rest else "")
+        )
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:
     """The first few names, and how many more there are."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
+
+
+def tracking_warnings(videos: Sequence[Video]) -> list[str]:
+    """About videos that can teach nothing."""
+    without, short = [], []
+    for video in videos:
+        num_shown = Counter(o for t in video.labelled for o in video.visible(t))
+        if not num_shown:
+            without.append(f"video {video.video_id!r}")
+        elif max(num_shown.values()) == 1:
+            short.append(f"video {video.video_id!r}")
+    told = {
+        "no object, so no clip for training": without,
+        "no object is on more than one frame: nothing to track": short,
+    }
+    return [f"{listed(names)}: {what}" for what, names in told.items() if names]
 
 
 def natural_key(name: str) -> tuple[str | int, ...]:
@@ -94,13 +127,10 @@ def read_video_folders(path: Path) -> tuple[list[Video], list[str]]:
             elif path.suffix.lower() in _FILM_SUFFIXES:
                 wanted += f"; {_HOW_TO_EXTRACT}"
         raise UserError(f"{path}: {what}; {wanted}")
-    folders = sorted(
-        (entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")),
-        key=lambda folder: (natural_key(folder.name), folder.name),
-    )
-    pictures = {folder: _pictures(folder) for folder in folders}
+    folders = subfolders(path)
+    pictures = {folder: list_pictures(folder) for folder in folders}
     with_pictures = [folder for folder in folders if pictures[folder]]
-    if own := _pictures(path):
+    if own := list_pictures(path):
         if with_pictures:
             raise UserError(
                 f"{path}: pictures lie in the folder itself ({listed([p.name for p in own])}) and "
@@ -116,22 +146,30 @@ def read_video_folders(path: Path) -> tuple[list[Video], list[str]]:
     videos = []
     with ThreadPoolExecutor(8) as pool:  # reading headers waits for the disk
         for folder in with_pictures:
-            headers = list(pool.map(_try_header, pictures[folder]))
-            if video := _make_video(folder, pictures[folder], headers, problems):
+            headers = list(pool.map(try_header, pictures[folder]))
+            if video := make_video(folder, pictures[folder], headers, problems):
                 videos.append(video)
-    if problems:
-        raise all_problems(path, problems)
     if without := [folder.name for folder in folders if not pictures[folder]]:
         warnings.append(f"{listed(without)}: no pictures, so no video")
     if short := [str(video.video_id) for video in videos if len(video.frames) == 1]:
         warnings.append(f"{listed(short)}: a single frame: nothing to track")
+    if problems:
+        raise DataError(path, problems, videos, warnings)
     return videos, warnings
 
 
 _HOW_TO_EXTRACT = "take out their frames first: ffmpeg -i VIDEO -q:v 2 FOLDER/frame_%05d.jpg"
 
 
-def _pictures(folder: Path) -> list[Path]:
+def subfolders(folder: Path) -> list[Path]:
+    """Its folders that are not hidden, in natural order."""
+    return sorted(
+        (entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")),
+        key=lambda entry: (natural_key(entry.name), entry.name),
+    )
+
+
+def list_pictures(folder: Path) -> list[Path]:
     """Its pictures by suffix, in natural order; those that macOS and others hide are none."""
     return sorted(
         (
@@ -150,18 +188,18 @@ def _hint(path: Path) -> str:
     films = sorted(p.name for p in path.rglob("*") if p.suffix.lower() in _FILM_SUFFIXES)
     if films:
         return f"; there are films ({listed(films)}): {_HOW_TO_EXTRACT}"
-    deeper = sorted(p for p in path.glob("*/*") if p.is_dir() and _pictures(p))
+    deeper = sorted(p for p in path.glob("*/*") if p.is_dir() and list_pictures(p))
     return f"; its videos seem to lie in {deeper[0].parent}" if deeper else ""
 
 
-def _try_header(path: Path) -> Header | str:
+def try_header(path: Path) -> Header | str:
     try:
         return read_header(path)
     except UserError as problem:
         return str(problem)
 
 
-def _make_video(
+def make_video(
     folder: Path, pictures: list[Path], headers: list[Header | str], problems: list[str]
 ) -> Video | None:
     """The video of a folder; None where something is wrong with it."""

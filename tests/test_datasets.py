@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from sam2train import datasets
 from sam2train.clips import collate_fn, is_empty
 from sam2train.config import ConfigError, build
-from sam2train.datasets import ClipSampler, COCODataset, DatasetConfig, MaskCache
+from sam2train.datasets import ClipSampler, COCODataset, DatasetConfig
 from sam2train.transforms import AugmentConfig
 
 # A sample
@@ -126,7 +126,7 @@ def test_what_was_read_before_has_no_say(tmp_path):
     for epoch in range(3):
         dataset[epoch, 0]
     assert same(dataset[2, 1], first)
-    assert same(load(path, augment=dataset.augment, mask_cache_mb=0)[2, 1], first)
+    assert same(load(path, augment=dataset.settings.augment, mask_cache_mb=0)[2, 1], first)
 
 
 def test_the_global_generators_are_neither_used_nor_changed(coco):
@@ -327,7 +327,7 @@ def test_another_seed_gives_another_order():
 
 
 def test_a_cached_mask_is_the_decoded_one_of_its_frame_object_and_size(coco, monkeypatch):
-    plain, dataset = load(coco, mask_cache_mb=0), load(coco)
+    plain, dataset = load(coco, mask_cache_mb=0), load(coco, image_size=(20, 31))
     video = dataset.videos[0]
     keys = [(t, o, size) for t in range(6) for o in (1, 2) for size in (SIZE, (20, 31))]
     fresh = {key: plain.read_mask(plain.videos[0], *key) for key in keys}
@@ -346,36 +346,18 @@ def test_a_cached_mask_is_the_decoded_one_of_its_frame_object_and_size(coco, mon
         np.testing.assert_array_equal(dataset.read_mask(video, t, o, size), mask)
 
 
-def test_the_cache_keeps_its_bound_and_what_was_used_last():
-    rng = np.random.default_rng(0)
-    masks = {k: rng.random((16, 16)) < 0.5 for k in range(10)}  # 32 bytes each
-    cache = MaskCache(max_bytes=100)
-    for k, mask in masks.items():
-        cache.put((k,), mask)
-        assert cache.num_bytes <= 100
-        assert cache.num_bytes == sum(packed.nbytes for packed in cache.masks.values())
-        if k:
-            np.testing.assert_array_equal(cache.get((k - 1,), (16, 16)), masks[k - 1])
-    assert list(cache.masks) == [(7,), (9,), (8,)]
-    assert cache.get((0,), (16, 16)) is None
+def test_what_a_worker_decoded_the_others_need_not(tmp_path, monkeypatch):
+    dataset = load(make_coco(tmp_path, num_videos=2))
+    sampler = ClipSampler(2, shuffle=False, seed=0)
+    loader = DataLoader(dataset, 1, sampler=sampler, num_workers=1, collate_fn=only)
+    first = list(islice(loader, 2))
 
+    def refuse(*args):
+        raise AssertionError("decoded in this process, too")
 
-@pytest.mark.parametrize("max_bytes", [0, 31])
-def test_a_cache_too_small_for_a_mask_keeps_none(max_bytes):
-    cache = MaskCache(max_bytes)
-    cache.put((1,), np.ones((16, 16), bool))
-    assert cache.num_bytes == 0
-    assert cache.get((1,), (16, 16)) is None
-
-
-def test_a_dataset_without_a_cache_gives_the_same_masks(coco):
-    cached, plain = load(coco), load(coco, mask_cache_mb=0)
-    for _ in range(2):
-        for t in range(6):
-            np.testing.assert_array_equal(
-                cached.read_mask(cached.videos[0], t, 1), plain.read_mask(plain.videos[0], t, 1)
-            )
-    assert not plain.cache.masks
+    monkeypatch.setattr(datasets, "decode_segmentation", refuse)
+    assert same(dataset[0, 0], first[0])
+    assert same(dataset[0, 1], first[1])
 
 
 # The section
@@ -386,9 +368,19 @@ def test_the_section_has_the_guides_defaults_and_both_spellings():
     assert section.image_size == (512, 512)
     assert section.video_clip_length == 5
     assert section.prompt_types == ("point", "bbox", "mask")
+    assert section.num_of_pos_points == 1
     for key in ("include_center", "include_center_point"):
         raw = {"data_path": "a.json", key: True}
         assert build(DatasetConfig, raw, "dataset").include_center is True
+    for key in ("num_of_pos_points", "number_of_points"):
+        raw = {"data_path": "a.json", key: [2, 5]}
+        assert build(DatasetConfig, raw, "dataset").num_of_pos_points == (2, 5)
+
+
+def test_a_range_of_clicks_is_drawn_from(coco):
+    dataset = load(coco, prompt_types=["point"], num_of_pos_points=(2, 4))
+    drawn = {len(p["labels"]) for epoch in range(20) for p in dataset[epoch, 0].prompts}
+    assert drawn == {2, 3, 4}
 
 
 @pytest.mark.parametrize(
@@ -397,10 +389,14 @@ def test_the_section_has_the_guides_defaults_and_both_spellings():
         ("video_clip_length", 0),
         ("max_frame_stride", 0),
         ("max_objects", 0),
+        ("max_conditioning_frames", 0),
         ("batch_size", 0),
         ("num_workers", -1),
         ("prompt_types", ["box"]),
         ("num_of_neg_points", -1),
+        ("num_of_pos_points", -1),
+        ("num_of_pos_points", [3, 1]),
+        ("num_of_pos_points", [1, 2, 3]),
         ("box_jitter", 0.6),
         ("mask_cache_mb", -1),
         ("dataset_type", "yolo"),

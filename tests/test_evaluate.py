@@ -1,5 +1,7 @@
 """Whole videos through the streaming path: the protocol, and the training forward's answers."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,16 @@ from conftest import make_coco
 from sam2train.clips import collate_fn
 from sam2train.datasets import COCODataset
 from sam2train.errors import UserError
-from sam2train.evaluate import EvaluationConfig, evaluate, first_prompts, track_frames, track_video
+from sam2train.evaluate import (
+    EvaluationConfig,
+    evaluate,
+    first_prompts,
+    score_labelled,
+    track_frames,
+    track_video,
+)
 from sam2train.model import SAM2Model
+from sam2train.videos import Frame, Video
 
 CONFIG = "sam2train/configs/sam2.1_hiera_demo.yaml"
 SIZE = (64, 64)
@@ -112,3 +122,18 @@ def test_nothing_to_score_is_an_error(model, tmp_path):
     data = dataset(tmp_path, num_frames=1)
     with pytest.raises(UserError, match="no frame to score"):
         evaluate(model, data, EvaluationConfig(), seed=0)
+
+
+def test_unlabelled_frames_are_tracked_and_not_scored():
+    """Every second of 7 frames is labelled; what the model says between them does not matter."""
+    frames = [Frame(Path(f"{t}"), {}, t % 2 == 0) for t in range(7)]
+    video = Video(1, (8, 8), frames, [1])
+    truth, prediction = np.zeros((2, 7, 8, 8), bool)
+    truth[::2, 2:6, 2:6] = True
+    prediction[::2, 2:6, 2:6] = True
+    prediction[1::2] = True
+    prediction[6, 4:] = False  # half of the object
+    scored = score_labelled(video, {1: prediction}, {1: truth}, "after_prompt")
+    (scores,) = scored.objects
+    assert scores.frames.tolist() == [2, 4, 6]
+    assert scores.J.tolist() == [1, 1, 0.5]

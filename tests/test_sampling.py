@@ -2,9 +2,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SIZE
+from conftest import SIZE, load, make_coco, same
 
-from sam2train.sampling import draw_frames
+from sam2train.clips import collate_fn
+from sam2train.model import group_objects
+from sam2train.sampling import clip_settings, draw_frames, draw_prompts
 from sam2train.videos import Annotation, Frame, Video
 
 # Which frames
@@ -60,3 +62,80 @@ def test_an_object_of_one_frame_is_in_every_clip(shown):
     for frames, _ in draws(video_of(9, [shown]), 3, 4, num=50):
         assert shown in frames
         assert frames[-1] < 9
+
+
+def test_a_clip_has_labelled_frames_only():
+    """Strides count labelled frames, here every third one of ten."""
+    frames = [Frame(Path(f"{t}"), {1: Annotation(0, None, 1)}, t % 3 == 0) for t in range(10)]
+    video = Video(1, SIZE, frames, [1])
+    drawn = {(tuple(frames), padding) for frames, padding in draws(video, 2, 2)}
+    assert drawn == {((a, b), 0) for a, b in [(0, 3), (3, 6), (6, 9), (0, 6), (3, 9)]}
+    assert {tuple(draw) for draw, _ in draws(video, 6, 1, num=20)} == {(0, 3, 6, 9)}
+    assert {padding for _, padding in draws(video, 6, 1, num=20)} == {2}
+
+
+def test_a_labelled_frame_without_an_object_is_drawn_too():
+    frames = [
+        Frame(Path(f"{t}"), {1: Annotation(0, None, 1)} if t == 0 else {}, t % 2 == 0)
+        for t in range(5)
+    ]
+    drawn = {tuple(frames) for frames, _ in draws(Video(1, SIZE, frames, [1]), 3, 1, num=20)}
+    assert drawn == {(0, 2, 4)}
+
+
+# Which frames are prompted
+
+
+def prompted(shown, most, num=300):
+    """Conditioning frames of each object, draw by draw; `shown[o]` are its frames of 6."""
+    masks = np.zeros((6, len(shown), 4, 4), bool)
+    for place, frames in enumerate(shown):
+        masks[list(frames), place, 1:3, 1:3] = True
+    settings = clip_settings(SIZE, 6, ["mask"], max_conditioning_frames=most)
+    rng = np.random.default_rng(0)
+    drawn = []
+    for _ in range(num):
+        prompts = draw_prompts(masks, list(range(len(shown))), settings, rng)
+        assert all((p["mask"] == masks[p["frame_index"], p["object_id"]]).all() for p in prompts)
+        frames = [
+            [p["frame_index"] for p in prompts if p["object_id"] == o] for o in range(len(shown))
+        ]
+        drawn.append(tuple(map(tuple, frames)))
+    return drawn
+
+
+def test_one_conditioning_frame_is_where_an_object_shows_first():
+    assert set(prompted([range(6), [2, 4], [5]], 1)) == {((0,), (2,), (5,))}
+
+
+def test_up_to_three_conditioning_frames():
+    drawn = [frames for (frames,) in prompted([range(6)], 3, num=1200)]
+    assert all(frames[0] == 0 and list(frames) == sorted(set(frames)) for frames in drawn)
+    counts = np.bincount([len(frames) for frames in drawn])
+    np.testing.assert_allclose(counts[1:] / len(drawn), 1 / 3, atol=0.05)
+    later = np.bincount([t for frames in drawn for t in frames[1:]])
+    np.testing.assert_allclose(later[1:] / later.sum(), 1 / 5, atol=0.05)
+
+
+def test_objects_share_the_later_conditioning_frames_where_they_are_visible():
+    for every, late, gone in prompted([range(6), [2, 3, 4], [0, 5]], 6):
+        assert every[0] == 0
+        assert late[0] == 2
+        assert gone[0] == 0
+        assert set(late[1:]) == set(every) & {3, 4}
+        assert set(gone[1:]) == set(every) & {5}
+
+
+def test_more_conditioning_frames_than_frames():
+    assert max(len(frames) for (frames,) in prompted([range(6)], 50)) == 6
+
+
+def test_a_clip_with_several_conditioning_frames_is_a_batch_for_the_model(tmp_path):
+    path = make_coco(tmp_path, num_frames=6, absent={(1, 0, 2)})
+    dataset = load(path, max_conditioning_frames=3)
+    clips = [dataset[epoch, 0] for epoch in range(8)]
+    assert {len(clip.prompts) for clip in clips} > {2}
+    assert same(clips[3], load(path, max_conditioning_frames=3)[3, 0])
+    groups = group_objects(collate_fn(clips).prompts, [4] * 8)
+    assert sum(len(group.objects) for group in groups) == sum(len(c.object_ids) for c in clips)
+    assert max(len(group.prompts) for group in groups) > 1

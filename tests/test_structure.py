@@ -27,12 +27,14 @@ LEVELS = [
         "videos",
         "synthetic",
     },
-    {"demo", "overlays", "model", "coco", "sampling"},
-    {"datasets"},
+    {"demo", "overlays", "model", "coco", "mask_cache"},
+    {"sampling"},
+    {"datasets", "vos"},
+    {"sav"},
     {"evaluate", "download"},
     {"experiment", "environment"},
     {"build"},
-    {"trainer", "describe", "export"},
+    {"trainer", "describe", "export", "check"},
     {"launch"},
 ]
 HEAVY = {"torch", "torchvision", "sam2", "wandb", "hydra", "cv2"}

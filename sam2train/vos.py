@@ -1,0 +1,245 @@
+"""Folders of pictures and of PNG masks, as DAVIS, YouTube-VOS, MOSE and SA-V have them -> clips."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sam2train.errors import UserError
+from sam2train.images import read_id_mask
+from sam2train.sampling import AnnotatedVideos, clip_settings
+from sam2train.videos import (
+    Annotation,
+    DataError,
+    Frame,
+    Video,
+    list_pictures,
+    listed,
+    make_video,
+    natural_key,
+    subfolders,
+    tracking_warnings,
+    try_header,
+)
+
+# Frames and masks; the second pair is that of SA-V's validation and test sets.
+LAYOUTS = (("JPEGImages", "Annotations"), ("JPEGImages_24fps", "Annotations_6fps"))
+VOID = 255
+USUAL_RESOLUTION = "480p"  # of DAVIS, whose results are reported on it
+
+
+class IdMask(NamedTuple):
+    """Where the mask of an object is: the pixels of one value, or all that are not 0."""
+
+    path: Path
+    value: int | None
+
+
+class VOSDataset(AnnotatedVideos):
+    """Clips of videos whose masks are PNGs: one random clip of video i is `dataset[i]`.
+
+    Frames without a PNG are unlabelled: never in a clip, never scored. Void pixels (255 beside
+    other ids) belong to no object.
+
+    Args:
+        data_path: see `read_vos_videos`.
+        mask_cache_mb: see `AnnotatedVideos`.
+        The others: see `clip_settings`.
+
+    Raises:
+        UserError: everything that is wrong with the folders, in one message.
+    """
+
+    def __init__(
+        self, data_path: str | Path, *clip: Any, mask_cache_mb: int = 256, **settings: Any
+    ):
+        settings = clip_settings(*clip, **settings)
+        videos, warnings = read_vos_videos(Path(data_path))
+        super().__init__(data_path, videos, warnings, settings, mask_cache_mb)
+
+    def decode(
+        self, video: Video, frame_idx: int, object_id: int | str
+    ) -> dict[int | str, np.ndarray]:
+        places = {o: a.segmentation for o, a in video.frames[frame_idx].annotations.items()}
+        path = places[object_id].path
+        ids = read_id_mask(path)
+        if ids.shape != video.size:
+            raise UserError(f"{path}: {_sizes(ids.shape, video.size)}; did it change?")
+        return {
+            o: ids != 0 if place.value is None else ids == place.value
+            for o, place in places.items()
+            if place.path == path
+        }
+
+
+def find_masks(path: Path) -> tuple[Path, Path] | None:
+    """The folders of frames and of masks at or above a path; None where there are none."""
+    for root in [path, *path.parents]:
+        for frames, masks in LAYOUTS:
+            if (root / frames).is_dir() and (root / masks).is_dir():
+                return root / frames, root / masks
+        if path.is_dir():
+            break  # only a list may lie deeper
+    return None
+
+
+def read_vos_videos(path: Path) -> tuple[list[Video], list[str]]:
+    """The videos below `JPEGImages` with the masks below `Annotations`, and warnings.
+
+    A mask has the name of its frame. A PNG holds the ids of all objects; where a video's masks lie
+    in folders of their own, each folder is an object, and objects may overlap.
+
+    Args:
+        path: the folder that contains both, or a list of some of the videos below it (a text file
+            such as ImageSets/2017/train.txt). A folder of a resolution may lie between.
+
+    Raises:
+        UserError: no such folders, or all problems of frames and masks at once.
+    """
+    found = find_masks(path)
+    if not path.exists() or found is None:
+        what = "no such file or folder" if not path.exists() else "no frames with masks"
+        raise UserError(
+            f"{path}: {what}; expected a folder with JPEGImages/<video>/*.jpg and "
+            "Annotations/<video>/*.png, or a list of its videos such as ImageSets/2017/train.txt"
+        )
+    problems: list[str] = []
+    warnings: list[str] = []
+    frames_root = _video_root(found[0], warnings)
+    masks_root = found[1] / frames_root.relative_to(found[0])
+    if not masks_root.is_dir():
+        raise UserError(f"{masks_root}: no such folder; expected the masks of {frames_root}")
+    folders = [frames_root / name for name in read_list(path)] if path.is_file() else None
+    folders = subfolders(frames_root) if folders is None else folders
+
+    videos, unlabelled = [], []
+    with ThreadPoolExecutor(8) as pool:  # Pillow decodes beside other threads
+        for folder in folders:
+            masks = masks_root / folder.name
+            if not folder.is_dir():
+                problems.append(f"{folder}: no such folder, but {path} lists it")
+            elif not masks.is_dir():
+                unlabelled.append(folder.name)
+            elif video := _read_video(folder, masks, pool, problems, warnings):
+                videos.append(video)
+    if unlabelled:
+        warnings.append(f"{listed(unlabelled)}: no masks in {masks_root}, left out")
+    if not videos and not problems:
+        raise UserError(f"{path}: no video with masks in {frames_root}")
+    warnings += tracking_warnings(videos)
+    if problems:
+        raise DataError(path, problems, videos, warnings)
+    return videos, warnings
+
+
+def read_list(path: Path) -> list[str]:
+    """Names of videos, one a line; also from DAVIS-2016's lists, which name every frame."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    words = (line.split()[0] for line in lines if line.strip())
+    names = (Path(word).parent.name if Path(word).suffix else word for word in words)
+    return list(dict.fromkeys(names))
+
+
+def _video_root(folder: Path, warnings: list[str]) -> Path:
+    """The folder whose sub-folders are the videos: itself, or that of a resolution below it."""
+    below = subfolders(folder)
+    if any(list_pictures(entry) for entry in below):
+        return folder
+    resolutions = [entry for entry in below if subfolders(entry)]
+    if not resolutions:
+        raise UserError(f"{folder}: no pictures in its sub-folders; expected <video>/*.jpg")
+    chosen = next((r for r in resolutions if r.name == USUAL_RESOLUTION), resolutions[0])
+    if len(resolutions) > 1:
+        names = ", ".join(entry.name for entry in resolutions)
+        if chosen.name != USUAL_RESOLUTION:
+            raise UserError(f"{folder}: several resolutions ({names}); keep one")
+        warnings.append(f"{folder}: of {names}, {USUAL_RESOLUTION} is read")
+    return chosen
+
+
+def _mask_files(folder: Path) -> Iterator[tuple[Path, int | str | None]]:
+    """PNGs of a video with the object they belong to; None where they hold the ids of all."""
+    if objects := subfolders(folder):
+        numbers = all(entry.name.isdecimal() for entry in objects)
+        for entry in objects:
+            object_id = int(entry.name) if numbers else entry.name
+            yield from ((picture, object_id) for picture in list_pictures(entry))
+    else:
+        yield from ((picture, None) for picture in list_pictures(folder))
+
+
+def _read_video(
+    folder: Path,
+    masks: Path,
+    pool: ThreadPoolExecutor,
+    problems: list[str],
+    warnings: list[str],
+) -> Video | None:
+    """A video with its masks; None where the pictures have problems or there are none."""
+    pictures = list_pictures(folder)
+    if not pictures:
+        problems.append(f"{folder}: no pictures")
+        return None
+    video = make_video(folder, pictures, list(pool.map(try_header, pictures)), problems)
+    files = list(_mask_files(masks))
+    counted = list(pool.map(_try_areas, (path for path, _ in files)))
+    if video is None:
+        problems += [areas for areas in counted if isinstance(areas, str)]
+        return None
+
+    frame_of = {frame.path.stem: t for t, frame in enumerate(video.frames)}
+    values = {v for areas in counted if isinstance(areas, tuple) for v in areas[1]}
+    # The only value beside 0: that is how DAVIS-2016 marks its one object.
+    binary = values == {VOID}
+    on_frame: dict[int, dict[int | str, Annotation]] = {}
+    num_void = 0
+    for (path, owner), areas in zip(files, counted, strict=True):
+        if isinstance(areas, str):
+            problems.append(areas)
+        elif path.stem not in frame_of:
+            problems.append(f"{path}: no frame of this name in {folder}")
+        elif areas[0] != video.size:
+            problems.append(f"{path}: {_sizes(areas[0], video.size)}")
+        else:
+            objects = on_frame.setdefault(frame_of[path.stem], {})
+            if owner is not None:
+                area = sum(areas[1].values())
+                objects[owner] = Annotation(str(path), IdMask(path, None), area)
+                continue
+            for value, area in areas[1].items():
+                if value == VOID and not binary:
+                    num_void += 1
+                    continue
+                object_id = 1 if binary else value
+                objects[object_id] = Annotation(str(path), IdMask(path, value), area)
+    if num_void:
+        warnings.append(f"{masks}: {num_void} masks with void pixels (255), of no object")
+    frames = [
+        Frame(frame.path, on_frame.get(t, {}), is_labelled=t in on_frame)
+        for t, frame in enumerate(video.frames)
+    ]
+    object_ids = sorted({o for objects in on_frame.values() for o in objects}, key=_in_order)
+    return Video(video.video_id, video.size, frames, object_ids)
+
+
+def _in_order(object_id: int | str) -> tuple[str | int, ...]:
+    return natural_key(str(object_id))
+
+
+def _try_areas(path: Path) -> tuple[tuple[int, int], dict[int, int]] | str:
+    """Size and pixels of each value but 0, or what is wrong with the file."""
+    try:
+        ids = read_id_mask(path)
+    except UserError as problem:
+        return str(problem)
+    counts = np.bincount(ids.ravel())  # many times as fast as np.unique
+    counts[0] = 0
+    return ids.shape, {value: int(counts[value]) for value in np.flatnonzero(counts).tolist()}
+
+
+def _sizes(mask: tuple[int, int], frame: tuple[int, int]) -> str:
+    return f"the mask is {mask[1]}x{mask[0]}, its frames {frame[1]}x{frame[0]} (width x height)"

@@ -1,0 +1,300 @@
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import OBJECT_COLOURS, SHARED, SIZE, load, moving_masks, same, to_pixels
+from PIL import Image
+
+from sam2train import vos
+from sam2train.build import build_dataset
+from sam2train.config import build
+from sam2train.errors import UserError
+from sam2train.experiment import Experiment
+from sam2train.images import decode_segmentation, read_id_mask
+from sam2train.vos import VOSDataset, read_vos_videos
+
+MASKS = moving_masks(6, 2, SIZE)  # (T, N, H, W)
+PALETTE = [0, 0, 0, 236, 95, 103, 249, 145, 87] + [7] * (3 * 253)
+
+
+def save_ids(path, ids, mode="P"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.fromarray(ids.astype(np.uint8))
+    if mode == "P":
+        picture = Image.fromarray(ids.astype(np.uint8)).convert("L")
+        picture.putpalette(PALETTE)
+    elif mode != "L":
+        picture = picture.convert(mode)
+    picture.save(path)
+
+
+def make_vos(root, *, below="", names=("bear", "swan"), every=1, mode="P", change=None):
+    """Videos of 6 frames with the objects 1 and 2 of `moving_masks`; returns the root.
+
+    Args:
+        below: folder between JPEGImages and the videos.
+        every: one frame in so many has a mask.
+        change: gets the ids of each mask, (H, W) uint8, and may return others.
+    """
+    for name in names:
+        for t in range(6):
+            pixels = np.full((*SIZE, 3), 90, np.uint8)
+            ids = np.zeros(SIZE, np.uint8)
+            for k in range(2):
+                pixels[MASKS[t, k]] = OBJECT_COLOURS[k]
+                ids[MASKS[t, k]] = k + 1
+            frame = root / "JPEGImages" / below / name / f"{t:05d}.png"
+            frame.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(frame)
+            if t % every == 0:
+                ids = ids if change is None else change(ids)
+                save_ids(root / "Annotations" / below / name / f"{t:05d}.png", ids, mode)
+    return root
+
+
+def dataset_of(path, **options):
+    return VOSDataset(path, **({"image_size": SIZE, "video_clip_length": 4} | options))
+
+
+def fails(path):
+    with pytest.raises(UserError) as caught:
+        dataset_of(path)
+    return str(caught.value)
+
+
+# What is read
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "RGB", "RGBA", "LA"])
+def test_masks_and_frames_are_those_on_disk(tmp_path, mode):
+    dataset = dataset_of(make_vos(tmp_path, mode=mode))
+    assert dataset.warnings == []
+    assert [video.video_id for video in dataset.videos] == ["bear", "swan"]
+    video = dataset.videos[1]
+    assert video.size == SIZE
+    assert video.object_ids == [1, 2]
+    assert video.labelled == list(range(6))
+    for t in range(6):
+        for k in range(2):
+            mask = dataset.read_mask(video, t, k + 1)
+            np.testing.assert_array_equal(mask, MASKS[t, k])
+            assert (dataset.read_frame(video, t)[mask] == OBJECT_COLOURS[k]).all()
+            assert video.frames[t].annotations[k + 1].area == MASKS[t, k].sum()
+
+
+def test_a_sample_is_that_of_the_coco_data_set(tmp_path, coco):
+    """The same frames and masks in either form are the same clips, prompts included."""
+    dataset = dataset_of(make_vos(tmp_path / "vos", names=["1"]), max_objects=1)
+    other = load(coco, max_objects=1)
+    for epoch in range(3):
+        ours, theirs = dataset[epoch, 0], other[epoch, 0]
+        assert torch.equal(ours.masks, theirs.masks)
+        assert (ours.frame_indices, ours.object_ids) == (theirs.frame_indices, theirs.object_ids)
+        np.testing.assert_array_equal(ours.prompts[0]["points"], theirs.prompts[0]["points"])
+        assert ours.frame_size == SIZE
+
+
+def test_a_mask_file_is_decoded_once_for_all_its_objects(tmp_path, monkeypatch):
+    dataset = dataset_of(make_vos(tmp_path), image_size=(24, 32))
+    read = []
+    monkeypatch.setattr(vos, "read_id_mask", lambda path: read.append(path) or read_id_mask(path))
+    first = dataset[0]
+    assert len(read) == 4
+    assert same(dataset[0], first)
+    assert len(read) == 4
+
+
+def test_the_one_object_of_davis_2016_is_0_and_255(tmp_path):
+    dataset = dataset_of(make_vos(tmp_path, mode="L", change=lambda ids: (ids > 0) * 255))
+    assert dataset.warnings == []
+    assert dataset.videos[0].object_ids == [1]
+    np.testing.assert_array_equal(dataset.read_mask(dataset.videos[0], 3, 1), MASKS[3].any(axis=0))
+
+
+def test_void_pixels_belong_to_no_object(tmp_path):
+    def corner(ids):
+        ids[:2, :3] = 255
+        return ids
+
+    dataset = dataset_of(make_vos(tmp_path, names=["bear"], change=corner))
+    (warning,) = dataset.warnings
+    assert "6 masks with void pixels (255)" in warning
+    video = dataset.videos[0]
+    assert video.object_ids == [1, 2]
+    truth = MASKS[0, 0].copy()
+    truth[:2, :3] = False
+    np.testing.assert_array_equal(dataset.read_mask(video, 0, 1), truth)
+
+
+def test_objects_that_appear_late_and_numbers_with_gaps(tmp_path):
+    make_vos(tmp_path, names=["bear"], change=lambda ids: ids * 7)
+    for t in range(3):
+        save_ids(tmp_path / "Annotations" / "bear" / f"{t:05d}.png", MASKS[t, 0] * 7)
+    dataset = dataset_of(tmp_path)
+    video = dataset.videos[0]
+    assert video.object_ids == [7, 14]
+    assert [video.visible(t) for t in (0, 3)] == [[7], [7, 14]]
+    assert not dataset.read_mask(video, 0, 14).any()
+
+
+def test_frames_without_a_mask_are_unlabelled_not_empty(tmp_path):
+    """As YouTube-VOS labels every fifth: clips skip the others, evaluation sees them."""
+    dataset = dataset_of(make_vos(tmp_path, every=2), video_clip_length=2)
+    video = dataset.videos[0]
+    assert len(video.frames) == 6
+    assert video.labelled == [0, 2, 4]
+    assert {tuple(dataset[epoch, 0].frame_indices) for epoch in range(20)} == {(0, 2), (2, 4)}
+    sample = dataset[0]
+    np.testing.assert_array_equal(sample.masks.numpy(), MASKS[sample.frame_indices])
+    pixels = to_pixels(sample.images)
+    assert (pixels[1][MASKS[sample.frame_indices[1], 0]] == OBJECT_COLOURS[0]).all()
+    padded = dataset_of(tmp_path, video_clip_length=5)[0]
+    assert padded.frame_indices == [0, 2, 4, 4, 4]
+    assert padded.frame_valid.tolist() == [True] * 3 + [False] * 2
+
+
+def test_objects_in_folders_of_their_own_may_overlap(tmp_path):
+    """As SA-V's validation set has them, with its names of folders."""
+    make_vos(tmp_path, names=["sav_1"])
+    (tmp_path / "JPEGImages").rename(tmp_path / "JPEGImages_24fps")
+    shutil.rmtree(tmp_path / "Annotations")
+    masks = tmp_path / "Annotations_6fps" / "sav_1"
+    for t in (0, 4):
+        save_ids(masks / "000" / f"{t:05d}.png", MASKS[t, 0] * 255, "L")
+    whole = np.ones(SIZE, np.uint8)
+    save_ids(masks / "001" / "00004.png", whole, "L")
+    dataset = dataset_of(tmp_path)
+    video = dataset.videos[0]
+    assert video.object_ids == [0, 1]
+    assert video.labelled == [0, 4]
+    np.testing.assert_array_equal(dataset.read_mask(video, 4, 0), MASKS[4, 0])
+    assert dataset.read_mask(video, 4, 1).all()
+    assert not dataset.read_mask(video, 0, 1).any()
+
+
+def test_a_folder_of_a_resolution_may_lie_between(tmp_path):
+    make_vos(tmp_path, below="480p")
+    assert len(dataset_of(tmp_path)) == 2
+    make_vos(tmp_path, below="1080p")
+    dataset = dataset_of(tmp_path)
+    assert "of 480p, 1080p, 480p is read" in dataset.warnings[0]
+    assert dataset.videos[0].frames[0].path.parts[-3] == "480p"
+    for top in ("JPEGImages", "Annotations"):
+        (tmp_path / top / "480p").rename(tmp_path / top / "720p")
+    assert "several resolutions (720p, 1080p); keep one" in fails(tmp_path)
+
+
+def test_a_list_chooses_videos(tmp_path):
+    make_vos(tmp_path, names=["bear", "swan", "cat"], below="480p")
+    path = tmp_path / "ImageSets" / "2017" / "train.txt"
+    path.parent.mkdir(parents=True)
+    path.write_text("swan\n\nbear\n")
+    assert [video.video_id for video in dataset_of(path).videos] == ["swan", "bear"]
+    line = "/JPEGImages/480p/cat/0000{t}.jpg /Annotations/480p/cat/0000{t}.png\n"
+    path.write_text("".join(line.format(t=t) for t in range(6)))
+    assert [video.video_id for video in dataset_of(path).videos] == ["cat"]
+    path.write_text("swan\nwolf\n")
+    assert "wolf: no such folder, but" in fails(path)
+
+
+def test_an_experiment_names_the_type_and_the_lists(tmp_path):
+    make_vos(tmp_path)
+    for name, video in (("train", "bear"), ("val", "swan")):
+        (tmp_path / f"{name}.txt").write_text(video)
+    raw = {"dataset_type": "vos", "data_path": str(tmp_path / "train.txt")}
+    raw |= {"val_path": str(tmp_path / "val.txt"), "max_conditioning_frames": 2}
+    experiment = build(Experiment, {"dataset": raw}, "experiment")
+    for path, training, video in (("data_path", True, "bear"), ("val_path", False, "swan")):
+        path = getattr(experiment.dataset, path)
+        dataset = build_dataset(experiment, path, training=training)
+        assert isinstance(dataset, VOSDataset)
+        assert [v.video_id for v in dataset.videos] == [video]
+        assert dataset.settings.max_conditioning_frames == 2
+
+
+# What is refused
+
+
+def test_all_problems_come_together(tmp_path):
+    make_vos(tmp_path, names=["a", "b", "c", "d", "e"])
+    masks = tmp_path / "Annotations"
+    cut = masks / "a" / "00001.png"
+    cut.write_bytes(cut.read_bytes()[:60])
+    save_ids(masks / "b" / "00002.png", np.ones((5, 6)))
+    (masks / "c" / "00003.png").rename(masks / "c" / "3.png")
+    colours = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), np.uint8)
+    Image.fromarray(colours).save(masks / "d" / "00000.png")
+    (tmp_path / "JPEGImages" / "e" / "00004.png").write_bytes(b"")
+    message = fails(tmp_path)
+    assert "5 problems" in message
+    for part in (
+        "00001.png: is damaged or cut short",
+        "00002.png: the mask is 6x5, its frames 64x48",
+        "3.png: no frame of this name",
+        "00000.png: a picture of mode RGB; expected a palette or grey PNG",
+        "00004.png: is empty",
+    ):
+        assert part in message
+
+
+def test_folders_that_are_something_else(tmp_path):
+    assert "no such file or folder" in fails(tmp_path / "nowhere")
+    assert "no frames with masks" in fails(tmp_path)
+    make_vos(tmp_path)
+    shutil.rmtree(tmp_path / "Annotations" / "swan")
+    assert dataset_of(tmp_path).warnings == [
+        f"swan: no masks in {tmp_path / 'Annotations'}, left out"
+    ]
+    shutil.rmtree(tmp_path / "Annotations" / "bear")
+    assert "no video with masks" in fails(tmp_path)
+
+
+def test_a_video_without_an_object_is_for_evaluation_only(tmp_path):
+    make_vos(tmp_path)
+    for t in range(6):
+        save_ids(tmp_path / "Annotations" / "swan" / f"{t:05d}.png", np.zeros(SIZE))
+    dataset = dataset_of(tmp_path)
+    assert dataset.warnings == ["video 'swan': no object, so no clip for training"]
+    assert (len(dataset.videos), len(dataset)) == (2, 1)
+    for t in range(6):
+        save_ids(tmp_path / "Annotations" / "bear" / f"{t:05d}.png", np.zeros(SIZE))
+    assert "no annotation has a mask" in fails(tmp_path)
+
+
+def test_a_mask_that_changed_is_named(tmp_path):
+    dataset = dataset_of(make_vos(tmp_path))
+    save_ids(tmp_path / "Annotations" / "bear" / "00000.png", np.ones((5, 6)))
+    with pytest.raises(UserError, match=r"00000\.png: the mask is 6x5.*did it change"):
+        dataset.read_mask(dataset.videos[0], 0, 1)
+
+
+# Real videos
+
+
+@pytest.mark.skipif(not (SHARED / "davis_twoup").exists(), reason="needs the real videos")
+def test_real_videos_as_folders_are_what_they_are_as_json(tmp_path):
+    source = load(SHARED / "davis_twoup" / "annotations.json")
+    for video in source.videos:
+        name = str(video.video_id)
+        (tmp_path / "JPEGImages" / "480p" / name).mkdir(parents=True)
+        for t, frame in enumerate(video.frames):
+            link = tmp_path / "JPEGImages" / "480p" / name / f"{t:05d}.jpg"
+            link.symlink_to(frame.path.resolve())
+            ids = np.zeros(video.size, np.uint8)
+            for k, o in enumerate(video.object_ids, start=1):
+                if o in frame.annotations:
+                    ids[decode_segmentation(frame.annotations[o].segmentation, video.size)] = k
+            save_ids(tmp_path / "Annotations" / "480p" / name / f"{t:05d}.png", ids)
+    videos, warnings = read_vos_videos(tmp_path)
+    assert warnings == []
+    dataset = dataset_of(tmp_path)
+    for ours, theirs in zip(videos, source.videos, strict=True):
+        assert [len(ours.visible(t)) for t in range(40)] == [
+            len(theirs.visible(t)) for t in range(40)
+        ]
+        for t in (0, 8, 27, 39):
+            for k, o in enumerate(theirs.object_ids, start=1):
+                np.testing.assert_array_equal(
+                    dataset.read_mask(ours, t, k), source.read_mask(theirs, t, o)
+                )
