@@ -1,8 +1,9 @@
 """The embedded data set: small synthetic videos on which a memory of past frames pays.
 
 COCO video JSON plus JPEG frames of 128 x 128 px, drawn on first use and the same on every run of
-one OpenCV build. `easy` has short simple clips to train base weights on; `train`, `val` and `test`
-have occlusions that end, objects that leave and return, and look-alikes that pass each other.
+one OpenCV build. `easy` and `motion` have short simple scenes to train base weights on; in
+`motion` objects vanish, too. `train`, `val` and `test` have occlusions that end, objects that leave
+and return, and look-alikes that pass each other.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ JPEG_QUALITY = 88
 
 SPLITS = {
     "easy": Split(101, 2400, 6, 1, 3, 4.0, 0.05, 1.12, 3, events=False),
+    "motion": Split(105, 600, 6, 1, 3, 4.0, 0.05, 1.12, 0, events=False, vanish_every=2),
     "train": Split(102, 48, 24, 2, 3, 6.5, 0.12, 1.6, 0, events=True),
     "val": Split(103, 12, 24, 2, 3, 6.5, 0.12, 1.6, 0, events=True),
     "test": Split(104, 12, 24, 2, 3, 6.5, 0.12, 1.6, 0, events=True),
@@ -37,6 +39,7 @@ SPLITS = {
 # sha256 of each split as OpenCV 5.0.0 on x86-64 Linux draws it.
 DIGESTS = {
     "easy": "e6411dc7cf33ec3b43b4eb9b6cb4b22a521710396150706bfd3dee4d577cf286",
+    "motion": "23966944df031d091a818e54782b7581cac5496f57d779dd48f3116f38215cba",
     "train": "19fd5f92a7cb97d689ca65aa62326c5e668abe2c961ae212f547faf5c049947d",
     "val": "a264ac1ce94a5af4a8f8f02d6258ef99640365db9eef3b5f393ff5b909307ba2",
     "test": "3cce9c7eb541ddfc43b68a879e5540ebe5150cbcbbeac0716ce6e5952dbdc31d",

@@ -43,6 +43,7 @@ class Split:
     max_zoom: float  # largest ratio of an object's radii within a video
     still_every: int  # every so many videos are almost still; 0: none
     events: bool  # follow EVENTS; without, objects stay whole, apart and in the frame
+    vanish_every: int = 0  # an object of every so many videos is gone from some frame on; 0: none
 
 
 @dataclass(eq=False)
@@ -315,6 +316,10 @@ def make_video(split: Split, video_index: int) -> tuple[np.ndarray, np.ndarray, 
     else:
         raise RuntimeError(f"video {video_index} of {split}: no layout with {events} was found")
 
+    if split.vanish_every and video_index % split.vanish_every == 0:
+        gone, since = rng.integers(len(layers)), rng.integers(1, split.num_frames)
+        alphas[since:, gone] = 0
+        masks[since:, layers[gone].track_id - 1] = False
     pictures, colours = backdrop(rng, split, calm)
     taken, textures = [colours], {}
     for layer in layers:

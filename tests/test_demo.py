@@ -269,6 +269,20 @@ def test_one_spell():
     assert not demo_videos.one_spell(flags & False, 2, 8)
 
 
+def test_an_object_of_every_second_motion_video_vanishes_for_good():
+    split = demo.SPLITS["motion"]
+    for video_index in range(6):
+        _, masks, _ = demo_videos.make_video(split, video_index)
+        _, unhidden, _ = demo_videos.make_video(
+            dataclasses.replace(split, vanish_every=0), video_index
+        )
+        gone = ~masks.any(axis=(2, 3)) & unhidden.any(axis=(2, 3))  # (T, N)
+        assert not gone[0].any()
+        assert (np.diff(gone.astype(int), axis=0) >= 0).all()
+        assert gone.any(axis=0).sum() == (video_index % 2 == 0)
+        assert (masks[~gone] == unhidden[~gone]).mean() > 0.99
+
+
 @pytest.mark.parametrize(
     ("events", "track", "low", "frames", "expected"),
     [
@@ -303,11 +317,12 @@ def test_holds(events, track, low, frames, expected):
 def test_the_splits_as_published():
     assert {name: (split.num_videos, split.num_frames) for name, split in demo.SPLITS.items()} == {
         "easy": (2400, 6),
+        "motion": (600, 6),
         "train": (48, 24),
         "val": (12, 24),
         "test": (12, 24),
     }
-    assert len({split.seed for split in demo.SPLITS.values()}) == 4
+    assert len({split.seed for split in demo.SPLITS.values()}) == 5
     knobs = [dataclasses.astuple(demo.SPLITS[name])[2:] for name in ("train", "val", "test")]
     assert knobs[0] == knobs[1] == knobs[2]  # the same difficulty
     assert set(demo.DIGESTS) == set(demo.SPLITS)
@@ -439,7 +454,7 @@ def test_matches_recorded(easy_path, monkeypatch):
 
 
 def test_errors_of_the_user(tmp_path, easy_path):
-    with pytest.raises(UserError, match=r"demo/all/annotations\.json.*easy, train, val, test"):
+    with pytest.raises(UserError, match=r"demo/all/annotations\.json.*easy, motion, train"):
         demo.ensure(tmp_path / "demo/all/annotations.json")
     (tmp_path / "demo").write_text("a file where the folder should be")
     with pytest.raises(UserError, match=r"demo.easy: .*cannot be written.*make room"):
