@@ -107,7 +107,10 @@ class Film:
         process, opened, capture, position = self._open
         # A forked process would share the place in the file with its parent.
         if (process, opened) != (os.getpid(), path) or position > frame_idx:
-            capture, position = cv2.VideoCapture(str(path)), 0
+            # With threads of its own a decoder cannot be let go in a forked process: it would wait
+            # for threads that only its parent has.
+            one_thread = [cv2.CAP_PROP_N_THREADS, 1]
+            capture, position = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, one_thread), 0
         while position < frame_idx and capture.grab():
             position += 1
         good, pixels = capture.read()
