@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import yaml
 
-from sam2train import demo
+from sam2train import checkpoint, demo
 from sam2train.datasets import COCODataset, VideoDataset
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment
 from sam2train.model import SAM2Model
-from sam2train.pretrained import REPOSITORY, resolve_path
+from sam2train.pretrained import REPOSITORY, load_weights, resolve_path
 from sam2train.sampling import AnnotatedVideos
 from sam2train.sav import SAVDataset
 from sam2train.vos import VOSDataset, find_masks
@@ -33,20 +36,12 @@ def build_dataset(
         UserError: what is wrong with the data, all of it.
     """
     config = experiment.dataset
-    path = resolve_path(path)
-    drawn = path.with_name("annotations.json")  # beside the folder of frames, too
-    if demo.is_demo_path(drawn) and path.name in ("annotations.json", "video_data"):
-        if not path.is_absolute():
-            path, drawn = REPOSITORY / path, REPOSITORY / drawn
-        if not drawn.exists():
-            say(f"drawing the demo data in {drawn.parent}/, this once")
-        demo.ensure(drawn)
-        if not demo.matches_recorded(drawn):
-            say(f"{path.parent}/ was drawn by another OpenCV: scores may differ in the last digits")
+    path = draw_demo(path, say)
     guide = (path, config.image_size, config.video_clip_length, config.prompt_types)
     guide += (config.num_of_pos_points, config.include_center, config.num_of_neg_points)
     shared = {
         "box_jitter": config.box_jitter if training else 0.0,
+        "prompt_weights": config.prompt_weights,
         "max_objects": config.max_objects,
         "max_frame_stride": config.max_frame_stride,
         "max_conditioning_frames": config.max_conditioning_frames,
@@ -71,6 +66,21 @@ def build_dataset(
     return dataset
 
 
+def draw_demo(path: str, say: Callable[[str], None] = print) -> Path:
+    """A data set's path, resolved; the demo data is drawn if it belongs there and is missing."""
+    path = resolve_path(path)
+    drawn = path.with_name("annotations.json")  # beside the folder of frames, too
+    if demo.is_demo_path(drawn) and path.name in ("annotations.json", "video_data"):
+        if not path.is_absolute():
+            path, drawn = REPOSITORY / path, REPOSITORY / drawn
+        if not drawn.exists():
+            say(f"drawing the demo data in {drawn.parent}/, this once")
+        demo.ensure(drawn)
+        if not demo.matches_recorded(drawn):
+            say(f"{path.parent}/ was drawn by another OpenCV: scores may differ in the last digits")
+    return path
+
+
 def build_model(experiment: Experiment) -> SAM2Model:
     """The experiment's model, loaded and frozen as it says; random weights come from its seed."""
     config, trainer = experiment.model, experiment.trainer
@@ -84,7 +94,56 @@ def build_model(experiment: Experiment) -> SAM2Model:
         config.num_maskmem,
         max_obj_ptrs_in_encoder=config.max_obj_ptrs_in_encoder,
         memory_gradient=config.memory_gradient,
+        drop_path_rate=config.drop_path_rate,
     ).load()
+
+
+def base_hash(experiment: Experiment) -> str | None:
+    """sha256 of the weights that the experiment starts from, None for random ones."""
+    base = experiment.model.checkpoint_path
+    return None if base is None else checkpoint.file_hash(resolve_path(base))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint whose weights a model now has."""
+
+    path: str
+    sha256: str
+    step: int | None  # of the run; None for a file that does not say
+    notes: tuple[str, ...]  # where the run's settings and the experiment's differ
+
+
+def load_checkpoint(model: SAM2Model, experiment: Experiment, source: Path) -> Loaded:
+    """Put a run's checkpoint, or a file `{"model": state_dict}` such as `--export` writes, into a
+    model that holds the experiment's base weights.
+
+    Raises:
+        UserError: a missing or damaged file, another base, another architecture.
+    """
+    if not checkpoint.is_checkpoint(source):
+        try:
+            load_weights(model.sam2, source)
+        except UserError as problem:
+            raise UserError(str(problem).removeprefix("model.checkpoint_path: ")) from None
+        return Loaded(str(source), checkpoint.file_hash(source), None, ())
+    content = checkpoint.load(source)
+    checkpoint.apply_weights(model.sam2, content, base_hash(experiment), source)
+    trained = yaml.safe_load(content["config"])["model"]
+    now = experiment.model.model_dump(mode="json")
+    notes = [
+        f"model.{name} is {now[name]!r}; {source} was trained with {trained[name]!r}"
+        for name in ("image_size", "num_maskmem", "max_obj_ptrs_in_encoder")
+        if trained[name] != now[name]
+    ]
+    return Loaded(str(source), checkpoint.file_hash(source), content["step"], tuple(notes))
+
+
+def uses_bf16(experiment: Experiment, device: torch.device) -> bool:
+    """Whether to compute in bfloat16 autocast: as the experiment says, else where CUDA can."""
+    if experiment.trainer.bf16 is not None:
+        return experiment.trainer.bf16
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def choose_device(name: str) -> torch.device:

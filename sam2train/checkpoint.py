@@ -29,27 +29,41 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether `save` wrote this file; False for SAM 2's own and anything else that torch reads.
+
+    Raises:
+        UserError: no file, or a damaged one.
+    """
+    content = _read(path)
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
 def load(path: Path) -> dict[str, Any]:
     """What `save` wrote, on the CPU.
 
     Raises:
         UserError: no file, a damaged one, or one of another program.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; a run keeps them in RUN/checkpoints/")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as problem:  # torch raises a dozen types for a damaged file
-        raise UserError(
-            f"{path}: not a checkpoint that torch can read ({type(problem).__name__}); "
-            "it may be cut short: take another one of the run"
-        ) from None
+    content = _read(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(
             f"{path}: not a checkpoint of this program (format {FORMAT}); SAM 2's own weights "
             "belong in model.checkpoint_path"
         )
     return content
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; a run keeps them in RUN/checkpoints/")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:  # torch raises a dozen types for a damaged file
+        raise UserError(
+            f"{path}: not a checkpoint that torch can read ({type(problem).__name__}); "
+            "it may be cut short: take another one of the run"
+        ) from None
 
 
 def file_hash(path: Path) -> str:

@@ -288,7 +288,11 @@ def build(section: type[S], raw: Mapping[str, Any], source: str) -> S:
         return section.model_validate(raw)
     except ValidationError as error:
         # A union reports each of its branches: as one field they give one and the same line.
-        lines = [_problem(section, raw, e) for e in error.errors(include_url=False)]
+        # A default that follows from other fields cannot fail but with them.
+        errors = [
+            e for e in error.errors(include_url=False) if e["type"] != "default_factory_not_called"
+        ]
+        lines = [_problem(section, raw, e) for e in errors]
         raise ConfigError(source, list(dict.fromkeys(lines))) from None
 
 

@@ -58,6 +58,9 @@ class DatasetConfig(Section):
     num_workers: int = Field(0, ge=0, description="processes that load data; 0 loads in line")
     shuffle: bool = True
     prompt_types: tuple[Literal["point", "bbox", "mask"], ...] = ("point", "bbox", "mask")
+    prompt_weights: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+        None, description="how often each of the prompt types is drawn; null draws all alike"
+    )
     num_of_pos_points: Clicks | tuple[Clicks, Clicks] = Field(
         default_factory=lambda known: (1, 3) if known.get("dataset_type") == "video" else 1,
         alias="number_of_points",
@@ -82,6 +85,12 @@ class DatasetConfig(Section):
         clicks = self.num_of_pos_points
         if isinstance(clicks, tuple) and clicks[0] > clicks[1]:
             raise ValueError(f"num_of_pos_points is {list(clicks)}; expected [lowest, highest]")
+        weights = self.prompt_weights
+        if weights is not None and len(weights) != len(self.prompt_types):
+            raise ValueError(
+                f"prompt_weights has {len(weights)} numbers for {len(self.prompt_types)} "
+                "prompt_types; expected one for each"
+            )
         if self.image_root is not None and self.dataset_type != "coco":
             raise ValueError("image_root is for coco; other frames lie below data_path")
         if self.synthetic != SyntheticConfig() and self.dataset_type != "video":

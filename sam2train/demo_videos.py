@@ -44,6 +44,7 @@ class Split:
     still_every: int  # every so many videos are almost still; 0: none
     events: bool  # follow EVENTS; without, objects stay whole, apart and in the frame
     vanish_every: int = 0  # an object of every so many videos is gone from some frame on; 0: none
+    only: str | None = None  # the event of each video, in place of EVENTS
 
 
 @dataclass(eq=False)
@@ -295,7 +296,9 @@ def make_video(split: Split, video_index: int) -> tuple[np.ndarray, np.ndarray, 
     """
     rng = np.random.default_rng([split.seed, video_index])
     events = EVENTS[video_index % len(EVENTS)] if split.events else ()
-    if split.events and video_index % LATE_EVERY == LATE_EVERY - 1:
+    if split.only is not None:
+        events = (split.only,)
+    elif split.events and video_index % LATE_EVERY == LATE_EVERY - 1:
         events = (*events, "late")
     calm = 0.1 if split.still_every and video_index % split.still_every == 0 else 1.0
     num_objects = int(rng.integers(split.min_objects, split.max_objects + 1))

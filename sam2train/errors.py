@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     `run.py` prints the message without a traceback and exits with code 2.
     """
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows instead of a traceback: in a notebook the message is enough, too."""
+        return [f"error: {self}"]

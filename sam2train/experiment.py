@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from sam2train.config import Section, apply_overrides, build, load_yaml
 from sam2train.datasets import DatasetConfig
 from sam2train.evaluate import EvaluationConfig
+from sam2train.interaction import InteractionConfig
 from sam2train.losses import LossConfig
 from sam2train.model import ModelConfig
 from sam2train.optimizer import OptimizerConfig
@@ -27,6 +28,9 @@ class TrainerConfig(Section):
     log_every: int = Field(10, ge=1)
     grad_accumulation: int = Field(1, ge=1, description="batches of one optimiser step")
     max_grad_norm: float = Field(0.1, gt=0)
+    audit: Literal["stop", "warn"] = Field(
+        "stop", description="what a trainable module without gradient at the first step does"
+    )
     bf16: bool | None = Field(None, description="bfloat16 autocast; null: where CUDA supports it")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     seed: int = Field(0, ge=0)
@@ -37,6 +41,7 @@ class Experiment(Section):
 
     dataset: DatasetConfig
     model: ModelConfig = Field(default_factory=ModelConfig)
+    interaction: InteractionConfig = Field(default_factory=InteractionConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)
@@ -52,6 +57,25 @@ class Experiment(Section):
             raise ValueError(
                 f"dataset.image_size is [{height}, {width}] and model.image_size {side}; SAM 2 "
                 f"takes squares: set dataset.image_size to [{side}, {side}]"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _somebody_can_be_corrected(self) -> Experiment:
+        interaction, dataset = self.interaction, self.dataset
+        if not interaction.enabled:
+            return self
+        if set(dataset.prompt_types) == {"mask"}:
+            raise ValueError(
+                "interaction corrects objects prompted by points and boxes, and "
+                "dataset.prompt_types has masks only; add one of them, or set "
+                "interaction.num_correction_pt_per_frame to 0"
+            )
+        if interaction.num_frames_to_correct < dataset.max_conditioning_frames:
+            raise ValueError(
+                f"interaction.num_frames_to_correct is {interaction.num_frames_to_correct} and "
+                f"dataset.max_conditioning_frames {dataset.max_conditioning_frames}; every "
+                "conditioning frame is corrected: allow at least as many"
             )
         return self
 

@@ -47,6 +47,8 @@ def main(words: Sequence[str]) -> int:
         arguments, rest = _parse(words)
         if arguments.list:
             return list_experiments()
+        if _about_results(arguments):
+            return show_results(arguments, rest)
         return launch(arguments, rest)
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)
@@ -59,12 +61,13 @@ def main(words: Sequence[str]) -> int:
 def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="python run.py",
-        description="Fine-tune the video memory of SAM 2: train the experiment of a YAML file.",
+        description="Fine-tune the video memory of SAM 2: train the experiment of a YAML file, or "
+        "run the trials of a W&B sweep file.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("file", nargs="?", metavar="FILE.yaml", help="the experiment")
+    parser.add_argument("file", nargs="?", metavar="FILE.yaml", help="an experiment or a sweep")
     parser.add_argument("--list", action="store_true", help="list the experiments that come along")
     parser.add_argument(
         "--dry-run", action="store_true", help="show config, data, parameters and one batch; stop"
@@ -97,6 +100,51 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         help="write a run's checkpoint as a file that SAM 2 itself loads",
     )
     parser.add_argument("--half", action="store_true", help="export in half precision")
+    parser.add_argument(
+        "--evaluate",
+        metavar="CHECKPOINT",
+        help="score a checkpoint beside its baselines; `base`: the weights training starts from",
+    )
+    parser.add_argument(
+        "--prompt-matrix",
+        metavar="CHECKPOINT",
+        help="score it with points, boxes and masks, 1 to 5 clicks, clean and moved",
+    )
+    parser.add_argument("--split", choices=("val", "test"), help="videos to score, val by default")
+    parser.add_argument(
+        "--save-masks",
+        type=Path,
+        metavar="DIR",
+        help="with --evaluate: write the masks as palette PNGs, as the DAVIS evaluation reads them",
+    )
+    parser.add_argument(
+        "--no-base", action="store_true", help="do not score the untouched base checkpoint as well"
+    )
+    parser.add_argument("--count", metavar="N", help="of a sweep: how many trials in all")
+    parser.add_argument("--jobs", metavar="N", help="of a sweep: trials at a time, 1 by default")
+    parser.add_argument(
+        "--runs",
+        nargs="?",
+        type=Path,
+        const=Path("runs"),
+        metavar="FOLDER",
+        help="list the runs below a folder, runs/ by default, with their scores",
+    )
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="show how the settings and scores of run folders differ, with intervals",
+    )
+    parser.add_argument(
+        "--collect",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="write the scores of a sweep's runs to experiments/results/, as a table and pictures; "
+        "without FOLDER: draw those of all tables there again",
+    )
     arguments, rest = parser.parse_known_args(words)
     if arguments.resume and "=" in arguments.resume and not Path(arguments.resume).exists():
         rest.insert(0, arguments.resume)  # `--resume key=value`: the word is an override
@@ -106,10 +154,23 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UserError(f"unknown option {unknown[0]}; `python run.py --help` lists them")
     if arguments.json and not arguments.check_data:
         raise UserError("--json is a form of --check-data; give both")
-    if arguments.file is None and not arguments.list:
+    if arguments.save_masks and not arguments.evaluate:
+        raise UserError("--save-masks writes what --evaluate CHECKPOINT predicts; give both")
+    scores = arguments.evaluate or arguments.prompt_matrix
+    if (arguments.split or arguments.no_base) and not scores:
+        raise UserError("--split and --no-base belong to --evaluate or --prompt-matrix")
+    if arguments.evaluate and arguments.prompt_matrix:
+        raise UserError("--evaluate and --prompt-matrix are two commands; give one")
+    if arguments.file is None and not (arguments.list or _about_results(arguments)):
         parser.print_help()
         raise UserError("no experiment given; for example experiments/coco_point_bbox.yaml")
     return arguments, rest
+
+
+def _number(option: str, text: str | None) -> int | None:
+    if text is not None and (not text.isdecimal() or int(text) < 1):
+        raise UserError(f"{option} {text}: expected a whole number of at least 1")
+    return int(text) if text else None
 
 
 def list_experiments() -> int:
@@ -124,15 +185,50 @@ def list_experiments() -> int:
     return 0
 
 
+def _about_results(arguments: argparse.Namespace) -> list[str]:
+    """Which of the options were given that read finished runs and need no experiment."""
+    names = ("runs", "compare", "collect")
+    return [f"--{name}" for name in names if getattr(arguments, name) is not None]
+
+
+def show_results(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Print the runs of a folder, or what differs between runs, or collect what a sweep says."""
+    if rest or arguments.file or len(_about_results(arguments)) > 1:
+        words = [*_about_results(arguments), *filter(None, [arguments.file]), *rest]
+        raise UserError(
+            f"{' '.join(words)}: --runs and --collect take one folder, --compare run folders; "
+            "nothing else goes with them"
+        )
+    from rich.console import Console
+
+    from sam2train.compare import collect_results, compare_runs, show_runs
+
+    if arguments.compare:
+        compare_runs(arguments.compare, Console())
+    elif arguments.runs:
+        show_runs(arguments.runs, Console())
+    else:
+        collect_results(Path(arguments.collect) if arguments.collect else None, Console())
+    return 0
+
+
 def launch(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     """Train, or dry-run, one experiment."""
     from rich.console import Console
 
-    from sam2train.config import parse_overrides, sweep_parameters
+    from sam2train.config import load_yaml, parse_overrides, sweep_parameters
     from sam2train.experiment import load_experiment
     from sam2train.pretrained import resolve_path
+    from sam2train.sweep_file import is_sweep
 
     path = resolve_path(arguments.file)
+    if is_sweep(load_yaml(path)):
+        return _run_sweep(path, arguments, rest)
+    if arguments.count or arguments.jobs:
+        raise UserError(
+            f"--count and --jobs belong to a sweep, and {path} is an experiment; expected a file "
+            "such as sweeps/prompts.yaml"
+        )
     overrides = parse_overrides(rest)
     if typed := os.environ.get("WANDB_SWEEP_PARAM_PATH"):
         # An agent's words lost their types on the way; this file still has them.
@@ -166,15 +262,47 @@ def launch(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         describe(experiment, console)
         return 0
     name = "smoke" if arguments.smoke else path.stem
+    if arguments.evaluate or arguments.prompt_matrix:
+        from sam2train.benchmark import run_benchmark
+
+        run_benchmark(
+            experiment,
+            arguments.evaluate or arguments.prompt_matrix,
+            matrix=arguments.prompt_matrix is not None,
+            split=arguments.split or "val",
+            run_dir=arguments.run_dir,
+            name=name,
+            run_id=_run_id(),
+            with_base=not arguments.no_base,
+            save_masks=arguments.save_masks,
+            console=console,
+        )
+        return 0
     return _train(experiment, name, arguments, console)
+
+
+def _run_sweep(path: Path, arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Run a sweep's trials here; --smoke and settings go to each of them."""
+    given = {name for name, value in vars(arguments).items() if value not in (None, False)}
+    if other := sorted(given - {"file", "smoke", "run_dir", "count", "jobs"}):
+        raise UserError(
+            f"--{other[0].replace('_', '-')} does not go with a sweep ({path}); it takes --count, "
+            "--jobs, --smoke, --run-dir and settings, and goes on by itself where it stopped"
+        )
+    from sam2train.sweep import run_sweep
+
+    folder = arguments.run_dir or Path("runs/sweeps") / (
+        f"{path.stem}-smoke" if arguments.smoke else path.stem
+    )
+    extra = [*rest, *["--smoke"] * arguments.smoke]
+    count, jobs = _number("--count", arguments.count), _number("--jobs", arguments.jobs)
+    return run_sweep(path, folder, extra=extra, count=count, jobs=jobs or 1)
 
 
 def _train(experiment: Experiment, name: str, arguments: argparse.Namespace, console: Any) -> int:
     runs = Path("runs") / name
     checkpoint = None
-    run_id = os.environ.get("WANDB_RUN_ID") or time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(
-        2
-    )
+    run_id = _run_id()
     run_dir = arguments.run_dir or runs / run_id
     if arguments.resume is not None:
         checkpoint = find_checkpoint(arguments.resume, arguments.run_dir, runs)
@@ -202,6 +330,7 @@ def _train(experiment: Experiment, name: str, arguments: argparse.Namespace, con
     for place, what in (
         ("summary.json", "scores and parameter counts"),
         ("metrics.jsonl", "losses and scores by step"),
+        ("scores.csv", "scores of every object; horizon.csv: how long the memory holds"),
         ("overlays/", "ground truth, prediction and errors as pictures"),
         ("checkpoints/", "best.pt (by J&F) and last.pt"),
     ):
@@ -209,6 +338,12 @@ def _train(experiment: Experiment, name: str, arguments: argparse.Namespace, con
     if trainer.tracker.how_to_sync:
         say(f"look at it: wandb leet {run_dir}/wandb    upload it: {trainer.tracker.how_to_sync}")
     return 0
+
+
+def _run_id() -> str:
+    """What a W&B agent gave, else the time."""
+    given = os.environ.get("WANDB_RUN_ID")
+    return given or time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
 
 
 def find_checkpoint(given: str, run_dir: Path | None, runs: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,15 +10,20 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from sam2train.clips import (
-    BatchedVideoDatapoint,
-    FramePrediction,
-    Prompt,
-    is_empty,
-    make_object_index,
-)
+from sam2train.clips import BatchedVideoDatapoint, FramePrediction, Prompt
 from sam2train.config import Section
 from sam2train.errors import UserError
+from sam2train.interaction import Correction, Interaction
+from sam2train.memory_bank import ImageFeatures, MemoryBank
+from sam2train.objects import (
+    ObjectGroup,
+    TrackingInput,
+    group_objects,
+    merge_objects,
+    read_datapoint,
+    read_tensors,
+    split_by_kind,
+)
 from sam2train.pretrained import (
     MODULES,
     build_sam2,
@@ -52,48 +56,12 @@ class ModelConfig(Section):
     memory_gradient: Literal["full", "detached"] | Annotated[int, Field(ge=1)] = Field(
         "full", description="frames a gradient travels back through the memory"
     )
-
-
-@dataclass
-class MemoryBank:
-    """Memories of one group of objects: what memory attention may read, by frame."""
-
-    conditioning: dict[int, dict[str, Any]] = field(default_factory=dict)
-    tracked: dict[int, dict[str, Any]] = field(default_factory=dict)
-
-    def for_sam2(self) -> dict[str, dict[int, dict[str, Any]]]:
-        return {"cond_frame_outputs": self.conditioning, "non_cond_frame_outputs": self.tracked}
-
-    def detach(self) -> None:
-        """Cut the graph: later frames read the memories, no gradient flows into them."""
-        for memories in (self.conditioning, self.tracked):
-            for frame_idx, memory in memories.items():
-                memories[frame_idx] = {
-                    name: value.detach() if isinstance(value, torch.Tensor) else value
-                    for name, value in memory.items()
-                }
-
-    def forget_before(self, frame_idx: int) -> None:
-        """Drop tracked memories of frames before `frame_idx`: bounded memory on long videos."""
-        for old in [t for t in self.tracked if t < frame_idx]:
-            del self.tracked[old]
-
-
-@dataclass(frozen=True)
-class ImageFeatures:
-    """Features of a stack of images, as SAM 2's heads want them."""
-
-    levels: list[torch.Tensor]  # each (H_l * W_l, images, C_l), finest first
-    positions: list[torch.Tensor]  # position encodings of the same shapes
-    sizes: list[tuple[int, int]]  # (H_l, W_l)
-
-    def select(self, images: torch.Tensor) -> ImageFeatures:
-        """The features of `images`, an (n,) index; repeats are fine (one for each object)."""
-        return ImageFeatures(
-            [level[:, images] for level in self.levels],
-            [position[:, images] for position in self.positions],
-            self.sizes,
-        )
+    drop_path_rate: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="chance to skip a block of a trained image encoder; null: as config_path says",
+    )
 
 
 class SAM2Model(nn.Module):
@@ -110,6 +78,8 @@ class SAM2Model(nn.Module):
         max_obj_ptrs_in_encoder: object pointers that attention reads; 0 uses none.
         memory_gradient: `full`, `detached`, or the number of frames a gradient travels back
             through the memory (truncated back-propagation through time).
+        drop_path_rate: chance to skip the deepest block of the image encoder's trunk where that is
+            trained, growing with depth; None as the config says.
         **kwargs: further keys of the SAM 2 config's `model:` node.
     """
 
@@ -124,6 +94,7 @@ class SAM2Model(nn.Module):
         *,
         max_obj_ptrs_in_encoder: int = 16,
         memory_gradient: Literal["full", "detached"] | int = "full",
+        drop_path_rate: float | None = None,
         **kwargs: Any,
     ):
         super().__init__()
@@ -155,6 +126,7 @@ class SAM2Model(nn.Module):
         self.num_maskmem = num_maskmem
         self.max_obj_ptrs_in_encoder = max_obj_ptrs_in_encoder
         self.memory_gradient = memory_gradient
+        self.drop_path_rate = drop_path_rate
         self.sam2_options = kwargs
         self.sam2: nn.Module | None = None
 
@@ -193,6 +165,7 @@ class SAM2Model(nn.Module):
             image_size=self.image_size,
             num_maskmem=self.num_maskmem,
             max_obj_ptrs_in_encoder=self.max_obj_ptrs_in_encoder,
+            drop_path_rate=self.drop_path_rate,
             **self.sam2_options,
         )
         if self.checkpoint_path is not None:
@@ -262,12 +235,15 @@ class SAM2Model(nn.Module):
         masks: torch.Tensor | None = None,
         prompts: list[Prompt] | list[list[Prompt]] | None = None,
         batched_video_datapoint: Any = None,
+        *,
+        interaction: Interaction | None = None,
     ) -> dict[str, Any]:
         """Track every object through its clip, from its first prompt on.
 
-        Either `images`, `prompts` (and `masks`, which only tell the number of objects), or a
-        batched datapoint, ours or SAM 2's own. Prompts given beside a datapoint replace its own.
-        SAM 2's carries none: each object then gets its mask on frame 0.
+        Either `images`, `prompts` (and `masks`, which only tell the number of objects and what an
+        interaction corrects towards), or a batched datapoint, ours or SAM 2's own. Prompts given
+        beside a datapoint replace its own. SAM 2's carries none: each object then gets its mask on
+        frame 0.
 
         Args:
             images: (B, T, C, H, W) float32, normalised.
@@ -275,6 +251,8 @@ class SAM2Model(nn.Module):
             prompts: for each clip a list of prompts; a flat list where B is 1. The first prompt
                 of an object sets its place among the N objects.
             batched_video_datapoint: used instead of the above where given.
+            interaction: a simulated user who corrects what comes out, knowing the masks. The frames
+                then have a prediction for each of its clicks.
 
         Returns:
             `pred_masks` (B, T, N, H, W) float32 logits at the image size, `iou_predictions`
@@ -288,43 +266,24 @@ class SAM2Model(nn.Module):
         batch = batched_video_datapoint
         if batch is None and hasattr(images, "img_batch"):
             batch = images
-        if batch is None and (images is None or prompts is None):
-            raise UserError("SAM2Model.forward: give images and prompts, or a batched datapoint")
         if batch is not None:
-            num_frames, num_clips = batch.img_batch.shape[:2]
-            if prompts is None:
-                prompts = getattr(batch, "prompts", None)
-            if prompts is None:
-                prompts = mask_prompts(batch)
-            clip_prompts = _check_prompts(prompts, num_clips, self.image_size)
-            flat_images, image_index = batch.flat_img_batch, batch.flat_obj_to_img_idx.long()
-            object_valid = getattr(batch, "object_valid", None)
-            if object_valid is None:
-                object_valid = _object_slots(batch.obj_to_frame_idx[0, :, 1], num_clips)
-            _check_objects(clip_prompts, object_valid.sum(1).tolist())
-            frame_valid = getattr(batch, "frame_valid", None)
+            inputs = read_datapoint(batch, prompts, self.image_size)
+        elif images is not None and prompts is not None:
+            inputs = read_tensors(images, masks, prompts, self.image_size)
         else:
-            _check_layout(images, masks)
-            num_clips, num_frames = images.shape[:2]
-            clip_prompts = _check_prompts(prompts, num_clips, self.image_size)
-            flat_images, object_valid = images.flatten(0, 1), _valid_objects(clip_prompts, masks)
-            object_index = make_object_index(object_valid, num_frames)
-            frame_idx, clip_idx = object_index.long().unbind(-1)
-            image_index = clip_idx * num_frames + frame_idx
-            frame_valid = None
-        if flat_images.shape[-2:] != (self.image_size, self.image_size):
+            raise UserError("SAM2Model.forward: give images and prompts, or a batched datapoint")
+        if inputs.images.shape[-2:] != (self.image_size, self.image_size):
             raise UserError(
-                f"images of {tuple(flat_images.shape[-2:])} pixels do not fit a model built for "
+                f"images of {tuple(inputs.images.shape[-2:])} pixels do not fit a model built for "
                 f"{self.image_size}; set model.image_size and dataset.image_size to the same side"
             )
-        # Padding comes after the real frames of a clip: nobody looks at it, not even SAM 2's time
-        # code, so a clip gets the same answer in every batch.
-        lengths = [num_frames] * num_clips if frame_valid is None else frame_valid.sum(0).tolist()
-        groups = group_objects(clip_prompts, lengths)
-        features = self.encode_images(flat_images.to(self.device))
-        return self._track(
-            features, image_index.to(self.device), groups, object_valid.to(self.device)
-        )
+        if interaction is not None and inputs.masks is None:
+            raise UserError(
+                "SAM2Model.forward: correction clicks need the masks; give them as well"
+            )
+        groups = group_objects(inputs.prompts, inputs.lengths, clicks_apart=interaction is not None)
+        features = self.encode_images(inputs.images.to(self.device))
+        return self._track(inputs, groups, features, interaction)
 
     def encode_images(self, images: torch.Tensor) -> ImageFeatures:
         """Features of (images, 3, H, W), without a graph through a frozen image encoder."""
@@ -342,24 +301,29 @@ class SAM2Model(nn.Module):
 
     def _track(
         self,
-        features: ImageFeatures,
-        image_index: torch.Tensor,
+        inputs: TrackingInput,
         groups: Sequence[ObjectGroup],
-        object_valid: torch.Tensor,
+        features: ImageFeatures,
+        interaction: Interaction | None,
     ) -> dict[str, Any]:
-        """The forward pass after the image encoder: groups of objects, one after the other.
-
-        Args:
-            image_index: (T, O) image of each object on each frame.
-        """
+        """The forward pass after the image encoder: groups of objects, one after the other."""
+        image_index = inputs.image_index.to(self.device)
+        object_valid = inputs.object_valid.to(self.device)
         num_frames = len(image_index)
         clip_of_object, slot_of_object = object_valid.nonzero().unbind(1)  # (O,)
         frames: list[list[FramePrediction]] = [[] for _ in range(num_frames)]
         places, tracked = [], []
         for group in groups:
             objects = torch.tensor(group.objects, device=self.device)
+            corrections = None
+            if interaction is not None and group.takes_clicks:
+                truth = inputs.masks.to(self.device)[:, objects]  # (T, n, H, W)
+                corrections = {
+                    t: Correction(interaction, truth[t])
+                    for t in interaction.draw_frames(group.prompts, group.num_frames)
+                }
             for frame_idx, current, passes in self.track_clip(
-                features, image_index[: group.num_frames, objects], group.prompts
+                features, image_index[: group.num_frames, objects], group.prompts, corrections
             ):
                 frame = torch.full_like(objects, frame_idx)
                 places.append(
@@ -391,12 +355,14 @@ class SAM2Model(nn.Module):
         features: ImageFeatures,
         image_index: torch.Tensor,
         prompts: Mapping[int, Sequence[Prompt]],
+        corrections: Mapping[int, Correction] | None = None,
     ) -> Iterator[tuple[int, dict[str, Any], list[tuple]]]:
         """Track objects with common conditioning frames: those first, then the others in order.
 
         Args:
             image_index: (T, n) image of each object on each frame.
             prompts: conditioning frame -> one prompt for each of the n objects.
+            corrections: frame -> what is corrected there.
 
         Yields:
             frame_idx, what the memory keeps of the frame, and the decoder passes of the frame.
@@ -419,6 +385,7 @@ class SAM2Model(nn.Module):
                     prompts.get(frame_idx),
                     # Nobody reads the memory of the last frame.
                     encode_memory=position + 1 < len(order),
+                    correction=corrections and corrections.get(frame_idx),
                 ),
             )
 
@@ -439,6 +406,7 @@ class SAM2Model(nn.Module):
         prompts: Sequence[Prompt] | None = None,
         *,
         encode_memory: bool = True,
+        correction: Correction | None = None,
     ) -> tuple[dict[str, Any], list[tuple]]:
         """Segment n objects on one frame and put the frame into their memory bank.
 
@@ -447,6 +415,7 @@ class SAM2Model(nn.Module):
             bank: read on a tracked frame; written on every frame.
             num_frames: length of the clip or video; SAM 2 limits the object pointers by it.
             prompts: one for each object on a conditioning frame, else None.
+            correction: of the n objects on this frame.
 
         Returns:
             A dict with `mask_logits` (n, H, W), `low_res_logits` (n, H / 4, W / 4),
@@ -456,29 +425,40 @@ class SAM2Model(nn.Module):
         """
         if prompts is None:
             everyone = torch.arange(features.levels[-1].shape[1], device=self.device)
-            current, decoder_pass = self._run_sam2(
-                frame_idx, features, bank, num_frames, None, None, encode_memory
+            current, decoder_passes = self._run_sam2(
+                frame_idx, features, bank, num_frames, None, None, encode_memory, correction
             )
-            bank.tracked[frame_idx] = current
-            return current, [(everyone, *decoder_pass)]
+            conditioning = correction is not None and correction.becomes_conditioning
+            (bank.conditioning if conditioning else bank.tracked)[frame_idx] = current
+            return current, [(everyone, *outputs) for outputs in decoder_passes]
 
         # The decoder takes one kind of prompt and one number of points at a time: padding points
         # would change both the answer and SAM 2's choice between one and three candidates.
         parts, passes = [], []
         for rows, points, masks in split_by_kind(prompts, self.device):
-            current, decoder_pass = self._run_sam2(
-                frame_idx, features.select(rows), bank, num_frames, points, masks, encode_memory
+            current, decoder_passes = self._run_sam2(
+                frame_idx,
+                features.select(rows),
+                bank,
+                num_frames,
+                points,
+                masks,
+                encode_memory,
+                correction and correction.select(rows),
             )
             parts.append((rows, current))
-            passes.append((rows, *decoder_pass))
+            passes += [(rows, *outputs) for outputs in decoder_passes]
         bank.conditioning[frame_idx] = merge_objects(parts)
         return bank.conditioning[frame_idx], passes
 
-    def _run_sam2(self, frame_idx, features, bank, num_frames, points, masks, encode_memory):
-        """One pass through SAM 2's memory attention, decoder and memory encoder."""
+    def _run_sam2(
+        self, frame_idx, features, bank, num_frames, points, masks, encode_memory, correction
+    ):
+        """One pass through SAM 2's memory attention and memory encoder; through its decoder as many
+        as there are clicks, and one."""
         sam2 = self._loaded()
         prompted = points is not None or masks is not None
-        _, outputs, _, _ = sam2._track_step(
+        _, outputs, high_res_features, fused = sam2._track_step(
             frame_idx=frame_idx,
             is_init_cond_frame=prompted,
             current_vision_feats=features.levels,
@@ -491,7 +471,20 @@ class SAM2Model(nn.Module):
             track_in_reverse=False,
             prev_sam_mask_logits=None,
         )
-        _, candidates, ious, low_res_logits, mask_logits, obj_ptr, object_score_logits = outputs
+        passes = [outputs]
+        if correction is not None:
+
+            def decode(points, mask_logits):
+                return sam2._forward_sam_heads(
+                    backbone_features=fused,
+                    point_inputs=points,
+                    mask_inputs=mask_logits,
+                    high_res_features=high_res_features,
+                    multimask_output=sam2._use_multimask(prompted, points),
+                )
+
+            points, passes = correction.run(points, outputs, decode)
+        _, _, ious, low_res_logits, mask_logits, obj_ptr, object_score_logits = passes[-1]
         current = {
             "mask_logits": mask_logits[:, 0],
             "low_res_logits": low_res_logits[:, 0],
@@ -508,189 +501,6 @@ class SAM2Model(nn.Module):
             object_score_logits,
             current,
         )
-        return current, (candidates, ious, object_score_logits)
-
-
-@dataclass(frozen=True)
-class ObjectGroup:
-    """Objects that share conditioning frames and clip length: one memory bank, one batch."""
-
-    objects: list[int]  # n positions on the O axis
-    prompts: dict[int, list[Prompt]]  # conditioning frame -> one prompt for each of the n objects
-    num_frames: int  # real frames of their clips
-
-
-def group_objects(
-    clip_prompts: Sequence[Sequence[Prompt]], lengths: Sequence[int]
-) -> list[ObjectGroup]:
-    """Groups of the objects of a batch; one whose prompts are all empty is in none.
-
-    Args:
-        clip_prompts: of each clip; the objects of the batch are counted in their order.
-        lengths: real frames of each clip.
-
-    Raises:
-        UserError: a prompt outside its clip, or two for one object on one frame.
-    """
-    groups: dict[tuple[int, ...], list[tuple[int, dict[int, Prompt]]]] = {}
-    index = 0
-    for prompts, length in zip(clip_prompts, lengths, strict=True):
-        for object_id, own in by_object(prompts).items():
-            on_frame: dict[int, Prompt] = {}
-            for prompt in own:
-                if is_empty(prompt):
-                    continue
-                frame_idx = int(prompt["frame_index"])
-                if not 0 <= frame_idx < length:
-                    raise UserError(
-                        f"object {object_id} has a prompt on frame {frame_idx} of a clip with "
-                        f"{length} frames; expected 0 to {length - 1}"
-                    )
-                if frame_idx in on_frame:
-                    raise UserError(
-                        f"object {object_id} has two prompts on frame {frame_idx} of one clip; "
-                        "give one, with all its points"
-                    )
-                on_frame[frame_idx] = prompt
-            if on_frame:
-                groups.setdefault((length, *sorted(on_frame)), []).append((index, on_frame))
-            index += 1
-    return [
-        ObjectGroup(
-            [index for index, _ in members],
-            {t: [on_frame[t] for _, on_frame in members] for t in conditioning},
-            length,
-        )
-        for (length, *conditioning), members in groups.items()
-    ]
-
-
-def by_object(prompts: Sequence[Prompt]) -> dict[int | str, list[Prompt]]:
-    """Object id -> its prompts; objects in the order of their first prompt."""
-    objects: dict[int | str, list[Prompt]] = {}
-    for prompt in prompts:
-        objects.setdefault(prompt["object_id"], []).append(prompt)
-    return objects
-
-
-def split_by_kind(prompts: Sequence[Prompt], device: torch.device):
-    """Prompts that SAM 2 can take together: ((n,) rows, point inputs or None, masks or None)."""
-    kinds: dict[int, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        num_points = 0 if prompt["mask"] is not None else len(prompt["points"])
-        kinds.setdefault(num_points, []).append(row)
-    for num_points, rows in sorted(kinds.items()):
-        index = torch.tensor(rows, device=device)
-        if num_points == 0:
-            masks = torch.stack([torch.as_tensor(prompts[row]["mask"]) for row in rows])
-            yield index, None, masks[:, None].to(device)
-        else:
-            points = torch.stack([torch.as_tensor(prompts[row]["points"]) for row in rows])
-            labels = torch.stack([torch.as_tensor(prompts[row]["labels"]) for row in rows])
-            yield (
-                index,
-                {"point_coords": points.float().to(device), "point_labels": labels.to(device)},
-                None,
-            )
-
-
-def merge_objects(parts: Sequence[tuple[torch.Tensor, dict[str, Any]]]) -> dict[str, Any]:
-    """Outputs of several passes over one frame as those of one, objects back in order."""
-    if len(parts) == 1:
-        return parts[0][1]
-    order = torch.argsort(torch.cat([rows for rows, _ in parts]))
-
-    def join(values: list[Any]) -> Any:
-        if values[0] is None:
-            return None
-        if isinstance(values[0], torch.Tensor):
-            return torch.cat(values)[order]
-        return [join(list(level)) for level in zip(*values, strict=True)]
-
-    return {name: join([current[name] for _, current in parts]) for name in parts[0][1]}
-
-
-def mask_prompts(batch: Any) -> list[list[Prompt]]:
-    """A mask prompt on frame 0 for each object: what SAM 2's own datapoint is understood to say."""
-    prompts: list[list[Prompt]] = [[] for _ in range(batch.num_videos)]
-    for index, clip in enumerate(batch.obj_to_frame_idx[0, :, 1].tolist()):
-        prompts[clip].append(
-            Prompt(
-                object_id=index,
-                frame_index=0,
-                type="mask",
-                points=torch.zeros(0, 2),
-                labels=torch.zeros(0, dtype=torch.int32),
-                box=None,
-                mask=batch.masks[0, index],
-            )
-        )
-    return prompts
-
-
-def _object_slots(clip_of_object: torch.Tensor, num_clips: int) -> torch.Tensor:
-    """(B, N) bool `object_valid` of a datapoint that does not carry it."""
-    if (clip_of_object.diff() < 0).any():
-        raise UserError(
-            "SAM2Model.forward: obj_to_frame_idx mixes the objects of different clips; "
-            "order them clip by clip, as SAM 2's collate_fn does"
-        )
-    counts = torch.bincount(clip_of_object.long(), minlength=num_clips)
-    return torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
-
-
-def _valid_objects(
-    clip_prompts: Sequence[Sequence[Prompt]], masks: torch.Tensor | None
-) -> torch.Tensor:
-    """(B, N) bool: as many objects of a clip as its prompts name; N as wide as the masks."""
-    counts = torch.tensor([len(by_object(prompts)) for prompts in clip_prompts])
-    num_objects = int(counts.max()) if masks is None else masks.shape[2]
-    if int(counts.max()) > num_objects:
-        raise UserError(
-            f"SAM2Model.forward: prompts name {int(counts.max())} objects in a clip, masks have "
-            f"{num_objects}"
-        )
-    return torch.arange(num_objects) < counts[:, None]
-
-
-def _check_layout(images: torch.Tensor, masks: torch.Tensor | None) -> None:
-    if images.ndim != 5:
-        raise UserError(
-            f"SAM2Model.forward: images of shape {tuple(images.shape)}; expected (B, T, C, H, W)"
-        )
-    if masks is not None and (masks.ndim != 5 or masks.shape[:2] != images.shape[:2]):
-        raise UserError(
-            f"SAM2Model.forward: masks of shape {tuple(masks.shape)} do not fit images of shape "
-            f"{tuple(images.shape)}; expected (B, T, N, H, W)"
-        )
-
-
-def _check_prompts(
-    prompts: Sequence[Prompt] | Sequence[Sequence[Prompt]], num_clips: int, image_size: int
-) -> Sequence[Sequence[Prompt]]:
-    """One list for each clip, also where B is 1 and the prompts came flat."""
-    flat = all(isinstance(prompt, Mapping) for prompt in prompts)
-    clip_prompts = [prompts] if flat and num_clips == 1 else prompts
-    if (flat and num_clips > 1) or len(clip_prompts) != num_clips:
-        raise UserError(
-            f"SAM2Model.forward: {'one flat list' if flat else len(clip_prompts)} of prompts for "
-            f"{num_clips} clips; expected a list of prompts for each clip"
-        )
-    for prompt in (prompt for clip in clip_prompts for prompt in clip):
-        mask = prompt["mask"]
-        if mask is not None and tuple(mask.shape) != (image_size, image_size):
-            raise UserError(
-                f"object {prompt['object_id']}: a mask prompt of {tuple(mask.shape)} pixels does "
-                f"not fit a model built for {image_size}; resize it with the frames"
-            )
-    return clip_prompts
-
-
-def _check_objects(clip_prompts: Sequence[Sequence[Prompt]], counts: Sequence[int]) -> None:
-    for clip, (prompts, count) in enumerate(zip(clip_prompts, counts, strict=True)):
-        named = len(by_object(prompts))
-        if named != count:
-            raise UserError(
-                f"SAM2Model.forward: prompts name {named} objects in clip {clip}, the datapoint "
-                f"has {count}; give every object a prompt, an empty one where it is not prompted"
-            )
+        return current, [
+            (candidates, ious, score) for _, candidates, ious, _, _, _, score in passes
+        ]

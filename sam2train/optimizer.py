@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Collection, Mapping
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -12,6 +12,8 @@ from pydantic import Field
 from sam2train.config import Section
 from sam2train.errors import UserError
 from sam2train.pretrained import selects
+
+TRUNK = "image_encoder.trunk"
 
 
 class OptimizerConfig(Section):
@@ -24,53 +26,163 @@ class OptimizerConfig(Section):
     )
     schedule: Literal["cosine", "constant"] = "cosine"
     final_ratio: float = Field(0.1, ge=0, le=1, description="cosine ends at this share of the peak")
+    final_learning_rates: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict,
+        description="where the cosine of a module, parameter or pattern ends, instead",
+    )
     warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.1, ge=0, description="not applied to biases and norms")
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="learning rate of a block of the image encoder's trunk, as a share of that of "
+        "the block after it",
+    )
+    layer_decay_overrides: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="trunk: share of the full learning rate by parameter or pattern, whatever the "
+        "layer; the first match counts",
+    )
+    weight_decay: float = Field(0.1, ge=0)
+    no_weight_decay: Literal["vectors", "biases_and_layer_norm"] = Field(
+        "vectors",
+        description="what does not decay: all vectors, or as in SAM 2 biases and torch's LayerNorm",
+    )
     betas: tuple[float, float] = (0.9, 0.999)
 
 
 def build_optimizer(
-    parameters: Mapping[str, torch.nn.Parameter], config: OptimizerConfig
+    parameters: Mapping[str, torch.nn.Parameter],
+    config: OptimizerConfig,
+    sam2: torch.nn.Module | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW over parameters grouped by learning rate and weight decay.
+    """AdamW over parameters grouped by learning rate, its end, and weight decay.
+
+    A group has `peak_lr` and `final_ratio` beside what AdamW reads; see `set_learning_rates`.
+
+    Args:
+        parameters: what is trained, by SAM 2's names.
+        sam2: the model that they belong to; layers and LayerNorms are looked up in it.
 
     Raises:
-        UserError: a pattern of `learning_rates` that matches no trained parameter.
+        UserError: a pattern that matches no trained parameter, or a final rate above its peak.
     """
-    unused = [
-        pattern
-        for pattern in config.learning_rates
-        if not any(selects(pattern, name) for name in parameters)
-    ]
-    if unused:
-        raise UserError(
-            f"optimizer.learning_rates: {', '.join(unused)} matches no trained parameter; "
-            "expected names or patterns of what model.trainable_modules selects"
-        )
-    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for key in ("learning_rates", "final_learning_rates"):
+        _check_patterns(key, getattr(config, key), parameters)
+    scales = _layer_scales(parameters, config, sam2)
+    undecayed = _undecayed(parameters, config, sam2)
+    groups: dict[tuple[float, float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        peak = config.learning_rate
-        for pattern, other in config.learning_rates.items():
-            if selects(pattern, name):
-                peak = other
-        # Vectors are biases and norm gains: decay would only shrink them.
-        decay = config.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((peak, decay), []).append(parameter)
+        peak, ratio = _peak_and_final_ratio(name, config)
+        decay = 0.0 if name in undecayed else config.weight_decay
+        groups.setdefault((peak * scales.get(name, 1.0), ratio, decay), []).append(parameter)
     return torch.optim.AdamW(
         [
-            {"params": members, "lr": peak, "peak_lr": peak, "weight_decay": decay}
-            for (peak, decay), members in groups.items()
+            {
+                "params": members,
+                "lr": peak,
+                "peak_lr": peak,
+                "final_ratio": ratio,
+                "weight_decay": decay,
+            }
+            for (peak, ratio, decay), members in groups.items()
         ],
         betas=config.betas,
     )
 
 
-def learning_rate_factor(step: int, num_steps: int, config: OptimizerConfig) -> float:
-    """Share of the peak for step `step`, counted from 0: linear warm-up, then the schedule."""
+def set_learning_rates(
+    optimizer: torch.optim.Optimizer, step: int, num_steps: int, config: OptimizerConfig
+) -> None:
+    """Give every group of `build_optimizer` its learning rate for step `step`, counted from 0."""
+    for group in optimizer.param_groups:
+        # Groups of a checkpoint from before this key existed all end at the same share.
+        ratio = group.get("final_ratio", config.final_ratio)
+        group["lr"] = group["peak_lr"] * learning_rate_factor(step, num_steps, config, ratio)
+
+
+def learning_rate_factor(
+    step: int, num_steps: int, config: OptimizerConfig, final_ratio: float | None = None
+) -> float:
+    """Share of the peak for step `step`, counted from 0: linear warm-up, then the schedule.
+
+    Args:
+        final_ratio: where the cosine ends; None takes the config's.
+    """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return 1.0
+    final_ratio = config.final_ratio if final_ratio is None else final_ratio
     done = (step - config.warmup_steps) / max(num_steps - config.warmup_steps, 1)
     cosine = (1 + math.cos(math.pi * min(done, 1.0))) / 2
-    return config.final_ratio + (1 - config.final_ratio) * cosine
+    return final_ratio + (1 - final_ratio) * cosine
+
+
+def _check_patterns(key: str, patterns: Collection[str], names: Collection[str]) -> None:
+    unused = [pattern for pattern in patterns if not any(selects(pattern, name) for name in names)]
+    if unused:
+        raise UserError(
+            f"optimizer.{key}: {', '.join(unused)} matches no trained parameter; "
+            "expected names or patterns of what model.trainable_modules selects"
+        )
+
+
+def _peak_and_final_ratio(name: str, config: OptimizerConfig) -> tuple[float, float]:
+    """The learning rate of a parameter after the warm-up, and the share of it at the end."""
+    peak, final = config.learning_rate, None
+    for pattern, other in config.learning_rates.items():
+        if selects(pattern, name):
+            peak = other
+    for pattern, other in config.final_learning_rates.items():
+        if selects(pattern, name):
+            final = other
+    if final is None:
+        return peak, config.final_ratio
+    if final > peak:
+        raise UserError(
+            f"optimizer.final_learning_rates: {name} would go from {peak:g} up to {final:g}; "
+            "expected an end at or below the peak of optimizer.learning_rates"
+        )
+    return peak, final / peak
+
+
+def _layer_scales(
+    parameters: Mapping[str, torch.nn.Parameter],
+    config: OptimizerConfig,
+    sam2: torch.nn.Module | None,
+) -> dict[str, float]:
+    """Share of the full learning rate of each trained parameter of the trunk, as SAM 2's
+    `layer_decay_param_modifier` gives it; no entry for 1."""
+    if config.layer_decay == 1 and not config.layer_decay_overrides:
+        return {}
+    trunk_names = [name for name in parameters if name.startswith(f"{TRUNK}.")]
+    _check_patterns("layer_decay_overrides", config.layer_decay_overrides, trunk_names)
+    trunk = sam2.get_submodule(TRUNK)
+    last = trunk.get_num_layers() + 1
+    scales = {}
+    for name in trunk_names:
+        scales[name] = config.layer_decay ** (last - trunk.get_layer_id(name))
+        for pattern, scale in config.layer_decay_overrides.items():
+            if selects(pattern, name):
+                scales[name] = scale
+                break
+    return scales
+
+
+def _undecayed(
+    parameters: Mapping[str, torch.nn.Parameter],
+    config: OptimizerConfig,
+    sam2: torch.nn.Module | None,
+) -> set[str]:
+    """Names of the parameters without weight decay."""
+    if config.no_weight_decay == "vectors":
+        # Vectors are biases, gains of norms and layer scales: decay would only shrink them.
+        return {name for name, parameter in parameters.items() if parameter.ndim <= 1}
+    norms = [
+        module_name
+        for module_name, module in sam2.named_modules()
+        if type(module) is torch.nn.LayerNorm
+    ]
+    of_norms = {f"{norm}.{part}" for norm in norms for part in ("weight", "bias")}
+    return {name for name in parameters if "bias" in name or name in of_norms}

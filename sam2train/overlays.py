@@ -3,15 +3,21 @@
 Every picture is (H, W, 3) uint8 RGB: floats would turn black in `wandb.Image`.
 """
 
+from __future__ import annotations
+
 import colorsys
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from sam2train.clips import Clip
 
 # Okabe and Ito, "Color Universal Design" (2008), without black. Most data sets count from 1:
 # sky blue and purple come there because few real things have these colours.
@@ -255,6 +261,50 @@ def comparison(
     return np.array(sheet)
 
 
+def clip_sheet(
+    clips: Mapping[str, Clip], *, max_frames: int = 8, cell_height: int = 160
+) -> np.ndarray:
+    """A sheet with a row for each clip, titled by its key: frames with their masks and prompts.
+
+    Padding is left out; a long clip shows the frames that `pick_frames` picks.
+    """
+    rows = {}
+    for title, clip in clips.items():
+        frames = to_uint8(clip.images.numpy())
+        numbers = {object_id: place for place, object_id in enumerate(clip.object_ids, start=1)}
+        prompts = [{**p, "object_id": numbers[p["object_id"]]} for p in clip.prompts]
+        scale = cell_height / frames.shape[1]
+        cell = cell_height, max(1, round(frames.shape[2] * scale))
+        cells = []
+        prompted = {p["frame_index"] for p in prompts}
+        for t in pick_frames(int(clip.frame_valid.sum()), prompted, max_frames):
+            image = cv2.resize(frames[t], cell[::-1], interpolation=cv2.INTER_CUBIC)
+            masks = {k + 1: _resize_mask(m.numpy(), cell) for k, m in enumerate(clip.masks[t])}
+            here = [prompt for prompt in prompts if prompt["frame_index"] == t]
+            cells += [draw_prompts(draw_masks(image, masks), here, scale), _gap(cell_height)]
+        rows[title] = np.concatenate(cells[:-1], axis=1)
+    return stacked(rows)
+
+
+def stacked(pictures: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The (H, W, 3) uint8 pictures one below the other on white, each under its title."""
+    font = ImageFont.load_default(17)
+    width = max(picture.shape[1] for picture in pictures.values())
+    sheet = Image.new("RGB", (width, sum(STRIP + p.shape[0] for p in pictures.values())), WHITE)
+    pen, y = ImageDraw.Draw(sheet), 0
+    for title, picture in pictures.items():
+        pen.text((0, y + 3), _fit(title, font, width), INK, font)
+        sheet.paste(Image.fromarray(picture), (0, y + STRIP))
+        y += STRIP + picture.shape[0]
+    return np.array(sheet)
+
+
+def read_png(path: str | Path) -> np.ndarray:
+    """(H, W, 3) uint8 of a picture that `save_png` wrote."""
+    with Image.open(path) as image:
+        return np.array(image.convert("RGB"))
+
+
 def save_png(picture: np.ndarray, path: str | Path) -> None:
     """Write `picture` (H, W, 3) uint8 to `path`, whole or not at all; creates the folder."""
     _save(Image.fromarray(picture), path, format="PNG")
@@ -275,6 +325,10 @@ def _save(image: Image.Image, path: str | Path, **options) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _gap(height: int) -> np.ndarray:
+    return np.full((height, GAP, 3), 255, np.uint8)
 
 
 def _blend(picture: np.ndarray, mask: np.ndarray, ink: tuple, alpha: float) -> None:

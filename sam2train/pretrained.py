@@ -80,12 +80,20 @@ def resolve_config(config_path: str | Path) -> Path:
     )
 
 
-def build_sam2(config: Path, *, image_size: int, num_maskmem: int, **options: Any) -> nn.Module:
+def build_sam2(
+    config: Path,
+    *,
+    image_size: int,
+    num_maskmem: int,
+    drop_path_rate: float | None = None,
+    **options: Any,
+) -> nn.Module:
     """A `SAM2Base` with random weights, in train mode, on the CPU.
 
     Args:
         config: a SAM 2 config file with a `model:` node.
         image_size: pixels; RoPE tables are built for image_size / 16 tokens a side.
+        drop_path_rate: of the image encoder's trunk; None as the config says.
         options: further keys of the `model:` node to replace.
 
     Raises:
@@ -119,6 +127,9 @@ def build_sam2(config: Path, *, image_size: int, num_maskmem: int, **options: An
     node._target_ = "sam2.modeling.sam2_base.SAM2Base"
     for name, value in dict(image_size=image_size, num_maskmem=num_maskmem, **options).items():
         OmegaConf.update(node, name, value, force_add=True)
+    if drop_path_rate is not None:
+        key = "image_encoder.trunk.drop_path_rate"
+        OmegaConf.update(node, key, drop_path_rate, force_add=True)
     tokens = image_size // 16
     for attention in ("self_attention", "cross_attention"):
         OmegaConf.update(node, f"memory_attention.layer.{attention}.feat_sizes", [tokens, tokens])

@@ -22,6 +22,7 @@ class PromptGenerator:
         include_center: add the centre of the mask as the first positive click.
         num_of_neg_points: negative clicks of a point prompt, anywhere outside the mask.
         box_jitter: noise of a box corner as a share of the box side, 0 to 0.5; see `jitter_box`.
+        weights: how often each of the types is drawn, in any unit; None draws all alike.
 
     Raises:
         UserError: an unknown type, numbers out of range, or point prompts without any point.
@@ -35,6 +36,7 @@ class PromptGenerator:
         num_of_neg_points: int = 0,
         *,
         box_jitter: float = 0.0,
+        weights: Sequence[float] | None = None,
     ):
         self.prompt_types = tuple(PROMPT_TYPES if prompt_types is None else prompt_types)
         unknown = [name for name in self.prompt_types if name not in PROMPT_TYPES]
@@ -43,6 +45,12 @@ class PromptGenerator:
                 f"prompt_types: {list(self.prompt_types)!r} must be one or more of "
                 f"{', '.join(PROMPT_TYPES)}"
             )
+        if weights is not None and (len(weights) != len(self.prompt_types) or min(weights) <= 0):
+            raise UserError(
+                f"prompt_weights: {list(weights)} for prompt_types {list(self.prompt_types)}; "
+                "expected a number above 0 for each of them"
+            )
+        self.weights = weights
         if isinstance(num_of_pos_points, int):
             num_of_pos_points = (num_of_pos_points, num_of_pos_points)
         self.num_of_pos_points = tuple(num_of_pos_points)
@@ -72,14 +80,16 @@ class PromptGenerator:
         *,
         object_id: int | str = 1,
         frame_index: int = 0,
+        among: Sequence[str] = PROMPT_TYPES,
     ) -> Prompt:
         """One prompt for one object.
 
         Args:
             mask: (H, W) bool; an empty one gives a prompt without points, box and mask.
             rng: draws the type and the points.
+            among: types to draw from where they are some of the generator's own.
         """
-        kind = self.prompt_types[rng.integers(len(self.prompt_types))]
+        kind = self._draw_type(among, rng)
         prompt = Prompt(
             object_id=object_id,
             frame_index=frame_index,
@@ -100,6 +110,13 @@ class PromptGenerator:
         else:
             prompt["mask"] = mask.copy()
         return prompt
+
+    def _draw_type(self, among: Sequence[str], rng: np.random.Generator) -> str:
+        places = [place for place, name in enumerate(self.prompt_types) if name in among]
+        if self.weights is None:
+            return self.prompt_types[places[rng.integers(len(places))]]
+        weights = np.array([self.weights[place] for place in places])
+        return self.prompt_types[places[rng.choice(len(places), p=weights / weights.sum())]]
 
     def _sample_points(
         self, mask: np.ndarray, rng: np.random.Generator
@@ -134,10 +151,15 @@ def mask_center(mask: np.ndarray) -> np.ndarray:
     Args:
         mask: (H, W) bool, not empty.
     """
-    padded = np.pad(mask.astype(np.uint8), 1)
-    distance = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
-    y, x = np.unravel_index(np.argmax(distance), mask.shape)
+    y, x = np.unravel_index(np.argmax(boundary_distance(mask)), mask.shape)
     return np.array([x, y], np.float32)
+
+
+def boundary_distance(mask: np.ndarray) -> np.ndarray:
+    """(H, W) float32: pixels to the nearest one outside the mask, the frame's surroundings
+    included; 0 outside. `mask` is (H, W) bool."""
+    padded = np.pad(mask.astype(np.uint8), 1)
+    return cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
 
 
 def mask_to_box(mask: np.ndarray) -> np.ndarray:
@@ -152,9 +174,13 @@ def mask_to_box(mask: np.ndarray) -> np.ndarray:
 
 
 def jitter_box(
-    box: np.ndarray, size: tuple[int, int], jitter: float, rng: np.random.Generator
+    box: np.ndarray,
+    size: tuple[int, int],
+    jitter: float,
+    rng: np.random.Generator,
+    most: float = 20.0,
 ) -> np.ndarray:
-    """(4,) float32: each corner moved by up to `jitter` of the box side, 20 px at most.
+    """(4,) float32: each corner moved by up to `jitter` of the box side, `most` pixels at most.
 
     Corners stay inside the frame. From SAM 2's `sample_box_points`, which uses a jitter of 0.1.
 
@@ -165,7 +191,7 @@ def jitter_box(
     if jitter == 0:
         return box
     width, height = box[2] - box[0], box[3] - box[1]
-    reach = np.minimum(np.array([width, height, width, height]) * jitter, 20.0)
+    reach = np.minimum(np.array([width, height, width, height]) * jitter, most)
     moved = box + rng.uniform(-1, 1, size=4) * reach
     limit = np.array([size[1], size[0], size[1], size[0]]) - 1
     return np.clip(moved, 0, limit).astype(np.float32)

@@ -13,7 +13,7 @@ from sam2train.clips import Clip, Prompt
 from sam2train.errors import UserError
 from sam2train.images import read_image
 from sam2train.mask_cache import MaskCache
-from sam2train.prompts import PromptGenerator
+from sam2train.prompts import PROMPT_TYPES, PromptGenerator
 from sam2train.transforms import AugmentConfig, augment, normalise, resize_image, resize_mask
 from sam2train.videos import Video
 
@@ -41,6 +41,7 @@ def clip_settings(
     num_of_neg_points: int = 0,
     *,
     box_jitter: float = 0.0,
+    prompt_weights: Sequence[float] | None = None,
     max_objects: int | None = None,
     max_frame_stride: int = 1,
     max_conditioning_frames: int = 1,
@@ -50,15 +51,15 @@ def clip_settings(
     """What the constructors of the data sets have in common; see `ClipSettings`.
 
     Args:
-        prompt_types, num_of_pos_points, include_center, num_of_neg_points, box_jitter: see
-            `PromptGenerator`.
+        prompt_types, num_of_pos_points, include_center, num_of_neg_points, box_jitter,
+            prompt_weights: see `PromptGenerator`.
         augment: None changes nothing.
     """
     points = (num_of_pos_points, include_center, num_of_neg_points)
     return ClipSettings(
         tuple(image_size),
         video_clip_length,
-        PromptGenerator(prompt_types, *points, box_jitter=box_jitter),
+        PromptGenerator(prompt_types, *points, box_jitter=box_jitter, weights=prompt_weights),
         max_objects,
         max_frame_stride,
         max_conditioning_frames,
@@ -213,7 +214,7 @@ def draw_prompts(
 
     As SAM 2 trains it: an object is prompted where it shows first; `max_conditioning_frames` allows
     further frames, as many of them and which ones drawn for the whole clip. There, each object that
-    is visible and was prompted before gets another prompt.
+    is visible and was prompted before gets another prompt, a mask where it had a mask, else none.
 
     Args:
         masks: (T', N, H, W) bool; every object shows somewhere.
@@ -227,10 +228,13 @@ def draw_prompts(
     for place, object_id in enumerate(object_ids):
         shows = masks[:, place].any(axis=(1, 2))  # (T',)
         first = int(shows.argmax())
+        among: Sequence[str] = PROMPT_TYPES
         for t in [first, *(t for t in more if t > first and shows[t])]:
-            prompts.append(
-                settings.prompts.generate(masks[t, place], rng, object_id=object_id, frame_index=t)
+            prompt = settings.prompts.generate(
+                masks[t, place], rng, object_id=object_id, frame_index=t, among=among
             )
+            among = ("mask",) if prompt["type"] == "mask" else ("point", "bbox")
+            prompts.append(prompt)
     return prompts
 
 

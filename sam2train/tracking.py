@@ -221,18 +221,6 @@ class Tracker:
         trainable, total = (sum(row[part] for row in report.values()) for part in (0, 1))
         self.summary({"params/total": total, "params/trainable": trainable, **sizes})
 
-    def scores(self, before: Mapping[str, float], after: Mapping[str, float] | None = None) -> None:
-        """Show `J`, `F`, `J_and_F` at step 0 and, once there are any, of now."""
-        table = Table("validation")
-        for heading in ("step 0", "now", "difference") if after else ("step 0",):
-            table.add_column(heading, justify="right")
-        for name in ("J", "F", "J_and_F"):
-            cells = [f"{before[name]:.3f}"]
-            if after:
-                cells += [f"{after[name]:.3f}", f"{after[name] - before[name]:+.3f}"]
-            table.add_row(name.replace("_and_", "&"), *cells)
-        self.console.print(table)
-
     def overlays(self, step: int, pictures: Sequence[Overlay]) -> None:
         """Send each picture to W&B twice: as composed, and as a frame whose masks can be toggled.
 
@@ -257,6 +245,24 @@ class Tracker:
         self._report("overlays", send)
         self._mark = time.perf_counter()
 
+    def report(
+        self, step: int, tables: Mapping[str, Sequence[Mapping[str, Any]]], figures: Sequence[Path]
+    ) -> None:
+        """Send W&B tables, name -> rows with the same keys, and pictures that lie on disk."""
+
+        def send(run: Any) -> None:
+            import wandb
+
+            sent: dict[str, Any] = {path.stem: wandb.Image(str(path)) for path in figures}
+            for name, rows in tables.items():
+                if rows:
+                    columns = list(rows[0])
+                    cells = [[_plain(row[column]) for column in columns] for row in rows]
+                    sent[f"tables/{name}"] = wandb.Table(columns, cells, allow_mixed_types=True)
+            run.log({STEP_AXIS: step, **sent})
+
+        self._report("report", send)
+
     def say(self, text: str) -> None:
         """One line on the console, above the live progress; paths are neither styled nor cut."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -271,7 +277,7 @@ class Tracker:
                 f"{path}: {error}; expected the JSON that this run wrote; mend or delete the file"
             ) from error
         text = json.dumps({**known, **_plain(values, finite=True)}, indent=2, allow_nan=False)
-        _replace_text(path, text + "\n")
+        replace_text(path, text + "\n")
         self._report("summary", lambda run: run.summary.update(_plain(values)))
 
     def _trim_metrics(self) -> float:
@@ -288,7 +294,7 @@ class Tracker:
                     kept.append(line + "\n")
                     seconds = row.get("seconds", seconds)
         if dropped := len(text.splitlines()) - len(kept):
-            _replace_text(self._metrics, "".join(kept))
+            replace_text(self._metrics, "".join(kept))
             lines = f"{dropped} line{'s' * (dropped > 1)}"
             self.say(f"{self._metrics}: dropped {lines} beyond step {self._first_step} or cut off")
         return seconds
@@ -432,7 +438,7 @@ def _plain(value: Any, *, finite: bool = False) -> Any:
     return None if finite and isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
     """Atomic: whoever reads sees the old text or the new one."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text)

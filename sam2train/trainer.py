@@ -6,30 +6,46 @@ import itertools
 import json
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch.utils.data import DataLoader
 
 from sam2train import checkpoint
-from sam2train.build import build_dataset, build_model, num_cores
+from sam2train.build import base_hash, build_dataset, build_model, num_cores, uses_bf16
 from sam2train.clips import BatchedVideoDatapoint, collate_fn
 from sam2train.config import to_yaml
 from sam2train.datasets import ClipSampler
 from sam2train.environment import describe_environment
 from sam2train.errors import UserError
-from sam2train.evaluate import TrackedVideo, evaluate
+from sam2train.evaluate import Track, TrackedVideo, Videos, copy_first_mask, track_video
 from sam2train.experiment import Experiment, untrained_rows
+from sam2train.horizon import numbers
+from sam2train.interaction import Interaction
 from sam2train.losses import compute_losses
-from sam2train.optimizer import build_optimizer, learning_rate_factor
-from sam2train.overlays import comparison, id_mask, save_png
-from sam2train.pretrained import MODULES, match_parameters, resolve_path
+from sam2train.optimizer import build_optimizer, set_learning_rates
+from sam2train.pretrained import MODULES, match_parameters
+from sam2train.scoring import (
+    BASE,
+    COPY,
+    HORIZON_COLUMNS,
+    LABELS,
+    SCORE_COLUMNS,
+    TRAINED,
+    RowsFile,
+    Scores,
+    read_scores,
+    score,
+    scores_table,
+    shared_split_warning,
+)
 from sam2train.tracking import Overlay, Tracker
-from sam2train.transforms import resize_image
+from sam2train.video_overlays import draw_overlay
 
 
 class Interrupted(SystemExit):
@@ -75,23 +91,28 @@ class Trainer:
             console.print(text, markup=False, highlight=False, soft_wrap=True)
 
         data, val = experiment.dataset.data_path, experiment.dataset.val_path
+        test = experiment.dataset.test_path
         self.train_data = build_dataset(experiment, data, training=True, say=say)
         self.val_data = val and build_dataset(experiment, val, training=False, say=say)
+        self.test_data = test and build_dataset(experiment, test, training=False, say=say)
         self.model = build_model(experiment)
         self.device = self.model.device
         self.parameters = self.model.trainable_parameters()
         if not self.parameters and self.config.num_steps:
             raise UserError("model.trainable_modules: nothing is trained; name at least one module")
-        self.optimizer = build_optimizer(self.parameters, experiment.optimizer)
-        bf16 = self.config.bf16
-        if bf16 is None:
-            bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        self.bf16 = bf16
-        base = experiment.model.checkpoint_path
-        self.base_hash = None if base is None else checkpoint.file_hash(resolve_path(base))
+        self.optimizer = build_optimizer(self.parameters, experiment.optimizer, self.model.sam2)
+        self.interaction: Interaction | None = None
+        if experiment.interaction.enabled:
+            self.interaction = Interaction(experiment.interaction, self.config.seed)
+        self.bf16 = uses_bf16(experiment, self.device)
+        self.base_hash = base_hash(experiment)
+        # What the test videos are scored with beside the best checkpoint.
+        self.base_weights = {name: p.detach().clone() for name, p in self.parameters.items()}
         if resume is not None:
             run_id = self._restore(resume)
         self.run_id = run_id
+        self.score_rows = RowsFile(run_dir / "scores.csv", SCORE_COLUMNS, self.step)
+        self.horizon_rows = RowsFile(run_dir / "horizon.csv", HORIZON_COLUMNS, self.step)
         self.tracker = Tracker(
             experiment.tracking,
             run_dir,
@@ -125,7 +146,17 @@ class Trainer:
                     "maskmem_tpos_enc (memories farther back): they stay as loaded. "
                     f"dataset.video_clip_length={enough} reaches all"
                 )
-            tracker.summary({"status": "running", "steps": self.step})
+            warning = shared_split_warning(self.experiment.dataset)
+            if warning:
+                tracker.say(f"warning: {warning}")
+            tracker.summary(
+                {
+                    "status": "running",
+                    "steps": self.step,
+                    "frame_policy": self.experiment.evaluation.frame_policy,
+                    "warnings": [warning] if warning else [],
+                }
+            )
             try:
                 self.model.train()
                 batches = self._batches()
@@ -147,13 +178,14 @@ class Trainer:
                     tracker.log(self.step, scalars, clips=clips)
                     if self.step == 1:
                         tracker.record(self.step, self.audit)
+                if self.baseline and self.step:
+                    self._show_scores("validation", self.step, (TRAINED, 0), (COPY, 0))
+                self._report_on_test()
             except BaseException as error:
                 status = "interrupted" if isinstance(error, Interrupted) else "failed"
                 self._summarise(status)
                 raise
             self._summarise("finished")
-            if self.baseline:
-                tracker.scores(self.baseline, self.latest)
         return self.latest
 
     def _batches(self) -> Iterator[BatchedVideoDatapoint]:
@@ -179,9 +211,7 @@ class Trainer:
     def _train_step(self, batches: Iterator[BatchedVideoDatapoint]) -> dict[str, torch.Tensor]:
         """One optimiser step. Returns detached scalars, still on the device."""
         config = self.config
-        factor = learning_rate_factor(self.step, config.num_steps, self.experiment.optimizer)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+        set_learning_rates(self.optimizer, self.step, config.num_steps, self.experiment.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         scalars: dict[str, torch.Tensor] = {}
         names: list[str] = []
@@ -189,7 +219,7 @@ class Trainer:
             names += batch.names
             batch = batch.to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                outputs = self.model(batch)
+                outputs = self.model(batch, interaction=self.interaction)
             # Outside autocast, on float32 logits: dice sums up to 10^6 pixels of an object, and
             # bfloat16 carries 8 significant bits.
             losses = compute_losses(
@@ -198,6 +228,8 @@ class Trainer:
             (losses["loss"] / config.grad_accumulation).backward()
             for name, value in losses.items():
                 scalars[name] = scalars.get(name, 0) + value.detach() / config.grad_accumulation
+        if self.interaction is not None:
+            scalars |= self.interaction.take_scalars()
         if self.step == 0:
             self._audit_gradients()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
@@ -237,13 +269,16 @@ class Trainer:
                 for name in match_parameters(self.model.sam2, [entry], MODULES)
             )
         ]
-        if idle:
-            raise UserError(
-                f"model.trainable_modules: {', '.join(idle)} got no gradient at the first step. "
-                "The memory is learnt through later frames: it needs dataset.video_clip_length of "
-                "2 or more, model.num_maskmem of 1 or more and model.memory_gradient other than "
-                "`detached`"
-            )
+        if not idle:
+            return
+        text = (
+            f"model.trainable_modules: {', '.join(idle)} got no gradient at the first step. The "
+            "memory is learnt through later frames: it needs dataset.video_clip_length of 2 or "
+            "more, model.num_maskmem of 1 or more and model.memory_gradient other than `detached`"
+        )
+        if self.config.audit == "stop":
+            raise UserError(f"{text}; trainer.audit=warn goes on without")
+        self.tracker.say(f"warning: {text}")
 
     # -- scores and pictures --------------------------------------------------------------------
 
@@ -254,21 +289,21 @@ class Trainer:
 
         def draw(index: int, tracked: TrackedVideo) -> None:
             if index < self.experiment.evaluation.num_overlays:
-                pictures.append(self._draw_overlay(tracked))
+                folder, name = self.run_dir / "overlays", f"step_{self.step:06d}"
+                pictures.append(draw_overlay(self.val_data, tracked, folder, name))
 
-        self.latest = evaluate(
-            self.model,
-            self.val_data,
-            self.experiment.evaluation,
-            seed=self.config.seed,
-            bf16=self.bf16,
-            on_video=draw,
-        )
-        self.tracker.record(self.step, {f"val/{name}": v for name, v in self.latest.items()})
+        track = partial(track_video, self.model, bf16=self.bf16)
+        scores = self._score(track, self.val_data, "val", TRAINED, self.step, draw)
+        self.latest = scores.means
+        self.horizon_rows.add(scores.horizon)
+        values = {f"val/{name}": value for name, value in self.latest.items()}
+        self.tracker.record(self.step, values | numbers(scores.horizon))
         self.tracker.overlays(self.step, pictures)
         if not self.baseline:
             self.baseline = self.latest
-            self.tracker.scores(self.baseline)
+            copied = self._score(copy_first_mask, self.val_data, "val", COPY, 0)
+            self.tracker.summary({f"{COPY}/J_and_F": copied.means["J_and_F"]})
+            self._show_scores("validation", 0, (COPY, 0))
         score = self.latest["J_and_F"]
         if score > self.best:
             self.best = score
@@ -279,53 +314,75 @@ class Trainer:
                 f"(step 0: {self.baseline['J_and_F']:.3f}, best: {self.best:.3f})"
             )
 
-    def _draw_overlay(self, tracked: TrackedVideo) -> Overlay:
-        video = tracked.video
-        frames = np.stack([self.val_data.read_frame(video, t) for t in range(len(video.frames))])
-        numbers = {object_id: place for place, object_id in enumerate(video.object_ids, start=1)}
-        scale = np.array(video.size, np.float32)[::-1] / np.array(self.val_data.image_size)[::-1]
-        prompts = [
+    def _report_on_test(self) -> None:
+        """Score the checkpoint that validation chose, and what it is compared with, on test."""
+        if not self.test_data:
+            return
+        # A run that goes on after its end reports again.
+        self.score_rows.rows = [row for row in self.score_rows.rows if row["split"] != "test"]
+        path = self.run_dir / "checkpoints" / ("best.pt" if self.val_data else "last.pt")
+        content = checkpoint.load(path)
+        step, track = content["step"], partial(track_video, self.model, bf16=self.bf16)
+        with self._weights(content["model"]):
+            scores = self._score(track, self.test_data, "test", TRAINED, step, self._heed_signal)
+        with self._weights(self.base_weights):
+            base = self._score(track, self.test_data, "test", BASE, 0, self._heed_signal)
+        copied = self._score(copy_first_mask, self.test_data, "test", COPY, 0)
+        values = {f"test/{name}": value for name, value in scores.means.items()}
+        self.tracker.summary(
             {
-                **prompt,
-                "object_id": numbers[prompt["object_id"]],
-                "points": prompt["points"] * scale,
-                "box": None if prompt["box"] is None else prompt["box"] * np.tile(scale, 2),
-                "mask": None
-                if prompt["mask"] is None
-                else resize_image_mask(prompt["mask"], video.size),
+                **values,
+                "test/step": step,
+                f"test/{BASE}/J_and_F": base.means["J_and_F"],
+                f"test/{COPY}/J_and_F": copied.means["J_and_F"],
             }
-            for prompt in tracked.prompts
-        ]
-        means = {scores.object_id: scores for scores in tracked.scores.objects}
-        per_frame = [
-            {o: s.J[list(s.frames).index(t)] for o, s in means.items() if t in s.frames}
-            for t in range(len(frames))
-        ]
-        score = np.mean([scores.J_and_F for scores in means.values()]) if means else math.nan
-        name = f"video_{video.video_id}"
-        path = self.run_dir / "overlays" / f"step_{self.step:06d}_{_file_name(name)}.png"
-        save_png(
-            comparison(
-                frames,
-                {numbers[o]: masks for o, masks in tracked.prediction.items()},
-                {numbers[o]: masks for o, masks in tracked.ground_truth.items()},
-                prompts,
-                title=f"{video.video_id}, step {self.step}: J&F {score:.3f}",
-                scores=[f"J {np.mean(list(j.values())):.2f}" if j else "" for j in per_frame],
-            ),
-            path,
         )
-        # One frame with toggled masks: the middle of what is scored, where tracking shows.
-        middle = len(frames) // 2
-        order = list(numbers)
-        return Overlay(
-            name=name,
-            path=path,
-            frame=frames[middle],
-            prediction=id_mask({o: m[middle] for o, m in tracked.prediction.items()}, order),
-            ground_truth=id_mask({o: m[middle] for o, m in tracked.ground_truth.items()}, order),
-            class_labels={number: f"object {o}" for o, number in numbers.items()},
+        self._show_scores("test", step, (BASE, 0), (COPY, 0))
+
+    def _score(
+        self, track: Track, data: Videos, split: str, model: str, step: int, on_video=None
+    ) -> Scores:
+        """Score and keep the rows."""
+        scores = score(
+            track,
+            data,
+            self.experiment.evaluation,
+            split=split,
+            model=model,
+            step=step,
+            seed=self.config.seed,
+            label=LABELS.get(model, f"step {step}"),
+            on_video=on_video,
         )
+        self.score_rows.add(scores.objects)
+        return scores
+
+    def _show_scores(self, split: str, step: int, *beside: tuple[str, int]) -> None:
+        """Print the scores of a step, and of others as (model, step), with the differences."""
+        key = {"validation": "val"}.get(split, split)
+        kept = {(row["split"], row["model"], int(row["step"])) for row in self.score_rows.rows}
+        rows = [
+            read_scores(self.score_rows.rows, key, model, step, LABELS.get(model, f"step {step}"))
+            for model, step in ((TRAINED, step), *beside)
+            if (key, model, step) in kept  # a file that was deleted comes back without the past
+        ]
+        policy = self.experiment.evaluation.frame_policy
+        self.tracker.console.print(scores_table(f"{split} videos, frames: {policy}", rows))
+
+    def _heed_signal(self, index: int, tracked: TrackedVideo) -> None:
+        """Stop between two videos where that was asked for; all is saved by now."""
+        if self.stop_signal is not None:
+            raise Interrupted(128 + self.stop_signal)
+
+    @contextmanager
+    def _weights(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Other values of the trained parameters, for a while."""
+        kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        try:
+            self.model.sam2.load_state_dict({n: weights[n] for n in kept}, strict=False)
+            yield
+        finally:
+            self.model.sam2.load_state_dict(kept, strict=False)
 
     # -- what is kept ---------------------------------------------------------------------------
 
@@ -355,6 +412,7 @@ class Trainer:
                 "rng": {
                     "torch": torch.get_rng_state(),
                     "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                    "interaction": self.interaction and self.interaction.state_dict(),
                 },
             },
         )
@@ -370,6 +428,9 @@ class Trainer:
         torch.set_rng_state(content["rng"]["torch"])
         if content["rng"]["cuda"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(content["rng"]["cuda"])
+        clicks = content["rng"].get("interaction")  # none in a run that had no correction clicks
+        if self.interaction is not None and clicks is not None:
+            self.interaction.load_state_dict(clicks)
         return content["run_id"]
 
     def _write_run_files(self) -> None:
@@ -385,16 +446,6 @@ class Trainer:
         self.tracker.summary(
             {**values, "steps": self.step, "seconds": self.tracker.seconds, "status": status}
         )
-
-
-def resize_image_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) bool of a prompt at another size, for a picture."""
-    picture = np.repeat(mask[..., None].astype(np.uint8) * 255, 3, axis=2)
-    return resize_image(picture, size)[..., 0] > 127
-
-
-def _file_name(text: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in text)
 
 
 class _StopRequests:

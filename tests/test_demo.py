@@ -283,6 +283,15 @@ def test_an_object_of_every_second_motion_video_vanishes_for_good():
         assert (masks[~gone] == unhidden[~gone]).mean() > 0.99
 
 
+def test_an_object_of_every_absence_video_leaves_and_returns():
+    for video_index in range(4):
+        _, masks, events = demo_videos.make_video(demo.SPLITS["absence"], video_index)
+        assert events == ("leaves",)
+        absent = masks.sum(axis=(2, 3)) < demo_videos.MIN_AREA  # (T, N)
+        assert demo_videos.one_spell(absent[:, 0], 2, 8)
+        assert not absent[:, 1:].any()
+
+
 @pytest.mark.parametrize(
     ("events", "track", "low", "frames", "expected"),
     [
@@ -321,8 +330,9 @@ def test_the_splits_as_published():
         "train": (48, 24),
         "val": (12, 24),
         "test": (12, 24),
+        "absence": (20, 32),
     }
-    assert len({split.seed for split in demo.SPLITS.values()}) == 5
+    assert len({split.seed for split in demo.SPLITS.values()}) == len(demo.SPLITS)
     knobs = [dataclasses.astuple(demo.SPLITS[name])[2:] for name in ("train", "val", "test")]
     assert knobs[0] == knobs[1] == knobs[2]  # the same difficulty
     assert set(demo.DIGESTS) == set(demo.SPLITS)

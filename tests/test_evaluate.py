@@ -49,20 +49,21 @@ def test_streaming_gives_what_the_training_forward_gives(model, tmp_path, prompt
     model.eval()
     with torch.no_grad():
         whole = model(collate_fn([clip]))["pred_masks"][0]  # (T, N, H, W)
-    for t, object_ids, low_res in track_frames(model, data, data.videos[0], clip.prompts):
+    for t, object_ids, current in track_frames(model, data, data.videos[0], clip.prompts):
         assert object_ids == clip.object_ids
         if t == 0 and prompt_type == "mask":
             continue  # the mask itself, once with and once without the way through a smaller one
-        upscaled = torch.nn.functional.interpolate(low_res[:, None], SIZE, mode="bilinear")[:, 0]
+        low_res = current["low_res_logits"][:, None]
+        upscaled = torch.nn.functional.interpolate(low_res, SIZE, mode="bilinear")[:, 0]
         torch.testing.assert_close(upscaled, whole[t], atol=1e-4, rtol=1e-4)
 
 
 def test_each_object_is_prompted_on_its_first_frame_and_empty_before(model, tmp_path):
     data = dataset(tmp_path, num_frames=6, absent=[(1, 0, 2), (1, 1, 2)])
     video = data.videos[0]
-    prompts = first_prompts(data, video, None, np.random.default_rng(0))
+    prompts = first_prompts(data, video, np.random.default_rng(0))
     assert {p["object_id"]: p["frame_index"] for p in prompts} == {1: 0, 2: 2}
-    masks = track_video(model, data, video, prompts)
+    masks = track_video(model, data, video, prompts).masks
     assert masks[2].shape == (6, 48, 64)
     assert not masks[2][:2].any()
     # A mask prompt is the answer on its own frame, but for the way through the model's size.
@@ -73,8 +74,8 @@ def test_each_object_is_prompted_on_its_first_frame_and_empty_before(model, tmp_
 def test_objects_never_overlap(model, tmp_path):
     data = dataset(tmp_path, "point", num_frames=4, num_objects=3)
     video = data.videos[0]
-    prompts = first_prompts(data, video, None, np.random.default_rng(0))
-    masks = track_video(model, data, video, prompts)
+    prompts = first_prompts(data, video, np.random.default_rng(0))
+    masks = track_video(model, data, video, prompts).masks
     assert np.stack(list(masks.values())).sum(0).max() <= 1
 
 
@@ -102,7 +103,7 @@ def test_the_memory_of_a_long_video_is_bounded(model, tmp_path, monkeypatch):
         return track_frame(t, features, bank, *rest, **options)
 
     monkeypatch.setattr(model, "track_frame", watch)
-    prompts = first_prompts(data, data.videos[0], None, np.random.default_rng(0))
+    prompts = first_prompts(data, data.videos[0], np.random.default_rng(0))
     track_video(model, data, data.videos[0], prompts)
     assert len(held) == 30
     assert max(held) <= 1 + 16  # the prompt, and as many frames as object pointers reach

@@ -7,7 +7,12 @@ import torch
 from torch import nn
 
 from sam2train.errors import UserError
-from sam2train.optimizer import OptimizerConfig, build_optimizer, learning_rate_factor
+from sam2train.optimizer import (
+    OptimizerConfig,
+    build_optimizer,
+    learning_rate_factor,
+    set_learning_rates,
+)
 
 
 def parameters():
@@ -108,3 +113,127 @@ def test_runs_shorter_than_the_warm_up(num_steps):
     config = OptimizerConfig(warmup_steps=3)
     for step in range(num_steps + 1):
         assert 0 < learning_rate_factor(step, num_steps, config) <= 1
+
+
+# SAM 2's recipe: layers of the trunk, ends of their own, biases and LayerNorms
+
+
+class Trunk(nn.Module):
+    """Two blocks with the layer numbers that Hiera gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.ones(1, 2, 2))
+        self.patch_embed = nn.Linear(2, 2)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(2))
+
+    def get_num_layers(self):
+        return len(self.blocks)
+
+    def get_layer_id(self, name):
+        if "pos_embed" in name or "patch_embed" in name:
+            return 0
+        return int(name.split("blocks.")[1].split(".")[0]) + 1
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.image_encoder = nn.Module()
+        self.image_encoder.trunk = Trunk()
+        self.image_encoder.neck = nn.Linear(2, 2)
+        self.memory_encoder = nn.Sequential(nn.LayerNorm(2), nn.Linear(2, 2))
+        self.gamma = nn.Parameter(torch.ones(2))
+
+
+def groups_of(config, model=None):
+    """Name -> its parameter group."""
+    model = model or Model()
+    named = dict(model.named_parameters())
+    optimizer = build_optimizer(named, config, model)
+    by_id = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    return {name: by_id[id(parameter)] for name, parameter in named.items()}, optimizer
+
+
+def test_layer_decay_by_hand():
+    config = OptimizerConfig(
+        learning_rate=1.0,
+        learning_rates={"image_encoder": 0.5},
+        layer_decay=0.5,
+        layer_decay_overrides={"*pos_embed*": 1.0, "image_encoder.trunk.p*": 0.25},
+    )
+    groups, _ = groups_of(config)
+    rates = {name: group["lr"] for name, group in groups.items() if not name.endswith("bias")}
+    assert rates == {
+        "gamma": 1.0,
+        "image_encoder.trunk.pos_embed": 0.5,  # the first override that matches
+        "image_encoder.trunk.patch_embed.weight": 0.5 * 0.25,
+        "image_encoder.trunk.blocks.0.0.weight": 0.5 * 0.5**2,
+        "image_encoder.trunk.blocks.1.0.weight": 0.5 * 0.5,
+        "image_encoder.neck.weight": 0.5,
+        "memory_encoder.0.weight": 1.0,
+        "memory_encoder.1.weight": 1.0,
+    }
+
+
+def test_layers_are_counted_from_the_model_whatever_is_trained():
+    model = Model()
+    named = {
+        name: p for name, p in model.named_parameters() if name.startswith("image_encoder.trunk.b")
+    }
+    del named["image_encoder.trunk.blocks.1.0.weight"], named["image_encoder.trunk.blocks.1.0.bias"]
+    config = OptimizerConfig(learning_rate=1.0, layer_decay=0.5)
+    optimizer = build_optimizer(named, config, model)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.25}
+
+
+def test_modules_end_at_learning_rates_of_their_own():
+    config = OptimizerConfig(
+        learning_rate=8e-4,
+        learning_rates={"image_encoder": 4e-4},
+        final_ratio=0.5,
+        final_learning_rates={"image_encoder": 1e-4, "gamma": 0},
+        layer_decay=0.5,
+    )
+    groups, optimizer = groups_of(config)
+    steps = {}
+    for step in (0, 5, 10):
+        set_learning_rates(optimizer, step, 10, config)
+        steps[step] = {name: group["lr"] for name, group in groups.items()}
+    rates = {name: [steps[step][name] for step in steps] for name in groups}
+    assert rates["memory_encoder.1.weight"] == pytest.approx([8e-4, 6e-4, 4e-4])
+    assert rates["image_encoder.neck.weight"] == pytest.approx([4e-4, 2.5e-4, 1e-4])
+    assert rates["image_encoder.trunk.blocks.1.0.weight"] == pytest.approx([2e-4, 1.25e-4, 5e-5])
+    assert rates["gamma"] == pytest.approx([8e-4, 4e-4, 0])
+
+
+def test_groups_of_an_older_checkpoint_end_where_the_config_says():
+    config = OptimizerConfig(learning_rate=1e-3, final_ratio=0.2)
+    _, optimizer = groups_of(config)
+    for group in optimizer.param_groups:
+        del group["final_ratio"]
+    set_learning_rates(optimizer, 10, 10, config)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([2e-4, 2e-4])
+
+
+def test_decay_as_sam2_has_it():
+    config = OptimizerConfig(weight_decay=0.2, no_weight_decay="biases_and_layer_norm")
+    groups, _ = groups_of(config)
+    undecayed = {name for name, group in groups.items() if group["weight_decay"] == 0}
+    assert undecayed == {name for name in groups if "bias" in name} | {"memory_encoder.0.weight"}
+    groups, _ = groups_of(OptimizerConfig(weight_decay=0.2))
+    assert groups["gamma"]["weight_decay"] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"final_learning_rates": {"mask_decoder": 1e-6}}, "final_learning_rates: mask_decoder"),
+        ({"layer_decay_overrides": {"*rel_pos*": 1.0}}, r"layer_decay_overrides: \*rel_pos\*"),
+        ({"layer_decay_overrides": {"gamma": 1.0}}, "layer_decay_overrides: gamma"),
+        ({"final_learning_rates": {"gamma": 1.0}}, "gamma would go from 0.0001 up to 1"),
+    ],
+)
+def test_settings_of_the_recipe_that_cannot_work(settings, message):
+    with pytest.raises(UserError, match=message):
+        groups_of(OptimizerConfig(**settings))

@@ -45,12 +45,15 @@ def make_clip(num_frames, num_objects, size, *, seed, absent=()):
     )
 
 
-def make_models(image_size, num_maskmem, *, prompt, max_obj_ptrs=16, num_cond=1, score_bias=4.0):
+def make_models(
+    image_size, num_maskmem, *, prompt, max_obj_ptrs=16, num_cond=1, score_bias=4.0, clicks=None
+):
     """Ours and SAM 2's with the same random weights, everything trainable.
 
     Args:
         num_cond: conditioning frames; the first is frame 0, SAM 2's model draws the others.
         score_bias: added to the object score; at 4 random weights call every object visible.
+        clicks: further settings of SAM 2's model for its correction clicks; None for no clicks.
     """
     torch.manual_seed(0)
     ours = SAM2Model(
@@ -74,6 +77,7 @@ def make_models(image_size, num_maskmem, *, prompt, max_obj_ptrs=16, num_cond=1,
         settings[f"prob_to_use_box_input_for_{mode}"] = float(prompt == "bbox")
         settings[f"num_init_cond_frames_for_{mode}"] = num_cond
         settings[f"num_frames_to_correct_for_{mode}"] = num_cond
+    settings |= clicks or {}
     for name, value in settings.items():
         OmegaConf.update(node, name, value, force_add=True)
     theirs = instantiate(node)
@@ -81,13 +85,14 @@ def make_models(image_size, num_maskmem, *, prompt, max_obj_ptrs=16, num_cond=1,
 
     original = theirs.prepare_prompt_inputs
 
-    def without_correction_clicks(self, backbone_out, batch, start_frame_idx=0):
+    def keep_prompts(self, backbone_out, batch, start_frame_idx=0):
         backbone_out = original(backbone_out, batch, start_frame_idx)
-        backbone_out["frames_to_add_correction_pt"] = []
+        if clicks is None:
+            backbone_out["frames_to_add_correction_pt"] = []
         self.seen = backbone_out
         return backbone_out
 
-    theirs.prepare_prompt_inputs = types.MethodType(without_correction_clicks, theirs)
+    theirs.prepare_prompt_inputs = types.MethodType(keep_prompts, theirs)
     return ours, theirs
 
 

@@ -249,6 +249,19 @@ def test_the_types_are_drawn_evenly():
     assert all(150 < kinds.count(kind) < 250 for kind in PROMPT_TYPES)
 
 
+def test_the_types_are_drawn_as_often_as_asked():
+    """SAM 2's recipe: half masks, a quarter points, a quarter boxes."""
+    generator = PromptGenerator(["mask", "point", "bbox"], weights=(50, 25, 25))
+    mask = rectangle((10, 12), 2, 3, 7, 9)
+    rng = np.random.default_rng(0)
+    kinds = [generator.generate(mask, rng)["type"] for _ in range(800)]
+    counts = [kinds.count(kind) for kind in ("mask", "point", "bbox")]
+    np.testing.assert_allclose(np.array(counts) / 800, [0.5, 0.25, 0.25], atol=0.05)
+    clicks = [generator.generate(mask, rng, among=["point", "bbox"])["type"] for _ in range(400)]
+    assert clicks.count("point") + clicks.count("bbox") == 400
+    assert 160 < clicks.count("point") < 240
+
+
 def same(a, b):
     return all(
         np.array_equal(a[key], b[key]) if isinstance(a[key], np.ndarray) else a[key] == b[key]
@@ -347,6 +360,8 @@ def test_flipping_the_mask_flips_the_box(mask):
         ({"num_of_pos_points": (0, 2)}, "without a positive point"),
         ({"box_jitter": 0.6}, "box_jitter: 0.6; expected 0 to 0.5"),
         ({"box_jitter": -0.1}, "box_jitter: -0.1"),
+        ({"weights": [1.0]}, r"prompt_weights: \[1.0\] for prompt_types"),
+        ({"weights": [1.0, 0.0, 1.0]}, "a number above 0 for each"),
     ],
 )
 def test_settings_that_make_no_prompt_are_refused(options, message):

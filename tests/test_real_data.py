@@ -44,6 +44,7 @@ def test_sam2_tiny_trains_a_step_on_the_cpu(tmp_path):
         str(ROOT / "experiments" / "sam2.1_tiny.yaml"),
         "model.checkpoint_path=null",
         "dataset.val_path=null",
+        "dataset.test_path=null",
         "dataset.video_clip_length=2",
         "dataset.max_objects=1",
         "dataset.num_workers=0",

@@ -117,6 +117,22 @@ def test_up_to_three_conditioning_frames():
     np.testing.assert_allclose(later[1:] / later.sum(), 1 / 5, atol=0.05)
 
 
+def test_an_object_has_masks_on_all_its_conditioning_frames_or_on_none():
+    """As SAM 2 trains it: only objects given by clicks and boxes are corrected by clicks."""
+    masks = np.ones((6, 2, 4, 4), bool)
+    settings = clip_settings(SIZE, 6, max_conditioning_frames=6)
+    rng = np.random.default_rng(0)
+    seen = set()
+    for _ in range(100):
+        prompts = draw_prompts(masks, [0, 1], settings, rng)
+        for o in (0, 1):
+            kinds = {p["type"] for p in prompts if p["object_id"] == o}
+            assert kinds == {"mask"} or "mask" not in kinds
+            seen.add(frozenset(kinds))
+    assert frozenset({"mask"}) in seen
+    assert frozenset({"point", "bbox"}) in seen
+
+
 def test_objects_share_the_later_conditioning_frames_where_they_are_visible():
     for every, late, gone in prompted([range(6), [2, 3, 4], [0, 5]], 6):
         assert every[0] == 0

@@ -16,9 +16,11 @@ PACKAGE = ROOT / "sam2train"
 # A module imports from lower levels only.
 LEVELS = [
     {"errors"},
-    {"clips", "config", "metrics", "checkpoint", "images", "pretrained", "shapes"},
+    {"intervals", "clips", "config", "metrics", "checkpoint", "images", "pretrained", "shapes"},
     {
         "demo_videos",
+        "memory_bank",
+        "objects",
         "prompts",
         "losses",
         "transforms",
@@ -27,17 +29,18 @@ LEVELS = [
         "videos",
         "synthetic",
     },
-    {"demo", "overlays", "model", "coco", "mask_cache"},
-    {"sampling"},
-    {"datasets", "vos"},
-    {"sav"},
+    {"demo", "overlays", "interaction", "coco", "mask_cache", "results"},
+    {"sampling", "ablation", "model"},
+    {"datasets", "vos", "figures"},
+    {"sav", "compare"},
     {"evaluate", "download"},
-    {"experiment", "environment"},
-    {"build"},
-    {"trainer", "describe", "export", "check"},
+    {"experiment", "environment", "horizon", "video_overlays", "mask_files", "prompt_cells"},
+    {"build", "scoring", "score_figures", "sweep_file", "sweep_trials"},
+    {"trainer", "describe", "export", "check", "benchmark", "sweep_search", "sweep_report"},
+    {"sweep"},
     {"launch"},
 ]
-HEAVY = {"torch", "torchvision", "sam2", "wandb", "hydra", "cv2"}
+HEAVY = {"torch", "torchvision", "sam2", "wandb", "hydra", "cv2", "pandas", "matplotlib", "scipy"}
 
 
 def imports(path: Path, *, anywhere: bool) -> set[str]:

@@ -225,6 +225,22 @@ def test_a_listed_module_without_gradient_stops_the_run(experiment, tmp_path):
         trainer.run()
 
 
+def test_a_run_may_be_told_to_go_on_without_a_gradient(experiment, tmp_path, monkeypatch):
+    settings = experiment(
+        model={"num_maskmem": 0, "trainable_modules": ["memory_attention", "mask_decoder"]},
+        trainer={"audit": "warn", "num_steps": 1},
+    )
+    trainer = make_trainer(settings, tmp_path / "run")
+    said = []
+    monkeypatch.setattr(trainer.tracker, "say", said.append)
+    before = {name: value.clone() for name, value in trainer.model.sam2.state_dict().items()}
+    trainer.run()
+    assert "memory_attention got no gradient" in "".join(said)
+    after = trainer.model.sam2.state_dict()
+    changed = {name.split(".")[0] for name, value in after.items() if not value.equal(before[name])}
+    assert changed == {"sam_mask_decoder"}
+
+
 def test_the_audit_is_logged_at_step_one(experiment, tmp_path):
     make_trainer(experiment(), tmp_path / "run").run()
     audit = next(row for row in rows(tmp_path / "run") if "audit/memory_encoder/norm" in row)

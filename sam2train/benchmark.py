@@ -1,0 +1,441 @@
+"""`--evaluate` and `--prompt-matrix`: a checkpoint beside its baselines, on whole videos."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from sam2train.build import (
+    Loaded,
+    base_hash,
+    build_dataset,
+    build_model,
+    load_checkpoint,
+    uses_bf16,
+)
+from sam2train.config import to_yaml
+from sam2train.environment import describe_environment
+from sam2train.errors import UserError
+from sam2train.evaluate import TrackedVideo, Videos, copy_first_mask, track_video
+from sam2train.experiment import Experiment
+from sam2train.horizon import numbers
+from sam2train.mask_files import MaskFolder
+from sam2train.model import SAM2Model
+from sam2train.prompt_cells import NOISE, Cell, CellPrompts, all_cells
+from sam2train.score_figures import horizon_figure, matrix_figure
+from sam2train.scoring import (
+    BASE,
+    COPY,
+    FRAME_COLUMNS,
+    HORIZON_COLUMNS,
+    LABELS,
+    SCORE_COLUMNS,
+    TRAINED,
+    Scores,
+    difference,
+    score,
+    scores_table,
+    shared_split_warning,
+    write_rows,
+)
+from sam2train.tracking import Overlay, Tracker
+from sam2train.video_overlays import draw_overlay
+
+Split = Literal["val", "test"]
+_MEANS = ("J", "F", "J_and_F", "J_recall", "J_decay", "F_recall", "F_decay", "mIoU")
+MATRIX_COLUMNS = (
+    *("step", "split", "model", "prompt", "clicks", "noise"),
+    *_MEANS,
+    *("num_objects", "num_not_scored", "frame_policy"),
+    # J&F minus that of the same prompt without noise, with its interval over videos
+    *("change", "change_low", "change_high"),
+)
+
+
+@dataclass(frozen=True)
+class _Contender:
+    """A model that is scored: the checkpoint, or the base below it."""
+
+    key: str  # TRAINED or BASE
+    label: str
+    step: int
+    model: SAM2Model
+
+
+class Benchmark:
+    """One checkpoint of an experiment on one of its splits, into a folder of its own.
+
+    Args:
+        source: a run's checkpoint, a file such as `--export` writes, or the word `base` for the
+            weights that the experiment starts from.
+        split: `val` or `test`.
+        run_dir: where everything goes; must not exist, or be empty.
+        with_base: also score the untouched base.
+
+    Raises:
+        UserError: no data for this split, weights that do not fit, a folder in use.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        source: str,
+        split: Split,
+        run_dir: Path,
+        *,
+        run_id: str,
+        name: str,
+        console: Console,
+        with_base: bool = True,
+    ):
+        self.experiment, self.split = experiment, split
+        self.run_dir, self.console = run_dir, console
+        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+            raise UserError(f"--run-dir {run_dir}: there is something already; name a new folder")
+        path = getattr(experiment.dataset, f"{split}_path")
+        if path is None:
+            raise UserError(
+                f"dataset.{split}_path is null; name the videos to score, or take --split "
+                f"{'test' if split == 'val' else 'val'}"
+            )
+        self.data: Videos = build_dataset(experiment, path, training=False, say=self._say)
+        model = build_model(experiment)
+        self.bf16 = uses_bf16(experiment, model.device)
+        self.loaded: Loaded | None = None
+        base = _Contender(BASE, LABELS[BASE], 0, model)
+        self.contenders = [base]
+        if source != "base":
+            self.loaded = load_checkpoint(model, experiment, Path(source))
+            label = Path(source).name
+            if self.loaded.step is not None:
+                label += f", step {self.loaded.step}"
+            self.contenders = [_Contender(TRAINED, label, self.loaded.step or 0, model)]
+            if with_base:
+                # Random weights come from the experiment's seed: these are the same again.
+                self.contenders.append(_Contender(BASE, base.label, 0, build_model(experiment)))
+        self.tracker = Tracker(
+            experiment.tracking,
+            run_dir,
+            run_id=run_id,
+            name=name,
+            settings=experiment.model_dump(mode="json") | {"split": split, "checkpoint": source},
+            log_every=1,
+            num_steps=0,
+            console=console,
+            job_type="evaluate",
+        )
+
+    def evaluate(self, save_masks: Path | None = None) -> list[Scores]:
+        """Score the checkpoint and its baselines. Returns the checkpoint's scores first.
+
+        Args:
+            save_masks: a new folder for its masks, as palette PNGs.
+        """
+        masks = save_masks and MaskFolder(save_masks)
+        pictures: list[Overlay] = []
+
+        def see(index: int, tracked: TrackedVideo) -> None:
+            if masks:
+                masks.write(tracked)
+            if index < self.experiment.evaluation.num_overlays:
+                folder = self.run_dir / "overlays"
+                pictures.append(draw_overlay(self.data, tracked, folder, self.split))
+
+        with self._record() as summary:
+            rows = []
+            with self._progress(len(self.contenders) + 1) as advance:
+                for place, contender in enumerate(self.contenders):
+                    track = partial(track_video, contender.model, bf16=self.bf16)
+                    on_video = see if place == 0 else None
+                    rows.append(self._score(contender, track, advance, on_video=on_video))
+                copied = _Contender(COPY, LABELS[COPY], 0, self.contenders[0].model)
+                rows.append(self._score(copied, copy_first_mask, advance))
+            self._write(rows)
+            self._summarise(rows, summary)
+            self.tracker.overlays(rows[0].step, pictures)
+            self._show(rows)
+        if masks:
+            self._say(f"  {save_masks!s:<48} masks as palette PNGs")
+        return rows
+
+    def prompt_matrix(self) -> list[dict[str, Any]]:
+        """Score every prompt at every strength of noise. Returns the rows of prompt_matrix.csv."""
+        cells, rows, objects = all_cells(), [], []
+        with self._record() as summary:
+            with self._progress(len(cells) * len(self.contenders)) as advance:
+                for contender in self.contenders:
+                    track = partial(track_video, contender.model, bf16=self.bf16)
+                    clean: dict[str, Scores] = {}
+                    for cell in cells:
+                        draw = CellPrompts(contender.model, cell, bf16=self.bf16)
+                        scores = self._score(contender, track, advance, draw_prompts=draw)
+                        clean.setdefault(cell.name, scores)
+                        rows.append(self._matrix_row(cell, contender, scores, clean[cell.name]))
+                        objects += [
+                            {**row, "clicks": cell.clicks, "noise": cell.noise}
+                            for row in scores.objects
+                        ]
+            write_rows(self.run_dir / "prompt_matrix.csv", rows, MATRIX_COLUMNS)
+            columns = (*SCORE_COLUMNS, "clicks", "noise")
+            write_rows(self.run_dir / "prompt_matrix_objects.csv", objects, columns)
+            figure = self.run_dir / "prompt_matrix.png"
+            self._matrix_figure(rows).savefig(figure, dpi=150)
+            self.tracker.report(self.contenders[0].step, {"prompt_matrix": rows}, [figure])
+            first = {c.key: c.label for c in self.contenders}
+            for key, label in first.items():
+                part = [row for row in rows if row["model"] == key]
+                self.console.print(matrix_table(label, part))
+                for row in part:
+                    kind = Cell(row["prompt"], row["clicks"], row["noise"]).name.replace(" ", "_")
+                    name = f"matrix/{key}/{kind}/noise_{row['noise']}/J_and_F"
+                    summary[name] = row["J_and_F"]
+        self._say(
+            "noise: how far a click, a corner or a mask's box is moved at most, as a share of the "
+            "object's box; in brackets: change from clean, 95 % interval over videos"
+        )
+        self._places("prompt_matrix.csv", "prompt_matrix_objects.csv", "prompt_matrix.png")
+        return rows
+
+    # -- parts ----------------------------------------------------------------------------------
+
+    def _score(
+        self, contender: _Contender, track: Any, advance: Callable[..., None], **options: Any
+    ) -> Scores:
+        on_video = options.pop("on_video", None)
+
+        def done(index: int, tracked: TrackedVideo) -> None:
+            if on_video is not None:
+                on_video(index, tracked)
+            advance(contender.label)
+
+        return score(
+            track,
+            self.data,
+            self.experiment.evaluation,
+            split=self.split,
+            model=contender.key,
+            step=contender.step,
+            label=contender.label,
+            seed=self.experiment.trainer.seed,
+            on_video=done,
+            **options,
+        )
+
+    @contextmanager
+    def _record(self) -> Iterator[dict[str, Any]]:
+        """Open the tracker around a command; what is put into the dict ends in summary.json."""
+        config = self.experiment.model
+        warning = shared_split_warning(self.experiment.dataset)
+        warnings = [warning] if warning else []
+        warnings += self.loaded.notes if self.loaded else ()
+        with self.tracker as tracker:
+            # Not config.yaml: that is what makes a folder a run, to be resumed and compared.
+            (self.run_dir / "evaluation.yaml").write_text(to_yaml(self.experiment))
+            environment = describe_environment(self.contenders[0].model.device)
+            (self.run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+            for text in warnings:
+                tracker.say(f"warning: {text}")
+            summary: dict[str, Any] = {
+                "split": self.split,
+                "frame_policy": self.experiment.evaluation.frame_policy,
+                "prompt_types": list(
+                    self.experiment.evaluation.prompt_types or self.experiment.dataset.prompt_types
+                ),
+                "seed": self.experiment.trainer.seed,
+                "num_videos": len(self.data.videos[: self.experiment.evaluation.max_videos]),
+                "base": {"path": config.checkpoint_path, "sha256": base_hash(self.experiment)},
+                "checkpoint": self.loaded
+                and {key: getattr(self.loaded, key) for key in ("path", "sha256", "step")},
+                "warnings": warnings,
+                "status": "running",
+            }
+            tracker.summary(summary)
+            try:
+                yield summary
+            except BaseException:
+                tracker.summary({"status": "failed", "seconds": tracker.seconds})
+                raise
+            tracker.summary(summary | {"status": "finished", "seconds": tracker.seconds})
+
+    @contextmanager
+    def _progress(self, passes: int) -> Iterator[Callable[..., None]]:
+        """A bar over the videos of all passes; the function it gives counts one video."""
+        videos = len(self.data.videos[: self.experiment.evaluation.max_videos])
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=None))
+        columns += (MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(
+            *columns, console=self.console, transient=True, disable=not self.console.is_terminal
+        ) as progress:
+            task = progress.add_task("", total=passes * videos)
+            yield lambda label: progress.update(task, advance=1, description=label)
+
+    def _write(self, rows: Sequence[Scores]) -> None:
+        objects, horizon, frames = (
+            [row for scores in rows for row in getattr(scores, name)]
+            for name in ("objects", "horizon", "frames")
+        )
+        write_rows(self.run_dir / "scores.csv", objects, SCORE_COLUMNS)
+        write_rows(self.run_dir / "horizon.csv", horizon, HORIZON_COLUMNS)
+        write_rows(self.run_dir / "frames.csv", frames, FRAME_COLUMNS)
+        figure = self.run_dir / "horizon.png"
+        horizon_figure(
+            {scores.label: scores.horizon for scores in rows},
+            {scores.label: scores.frames for scores in rows},
+            title=f"{self.split} videos",
+        ).savefig(figure, dpi=120)
+        self.tracker.report(rows[0].step, {"scores": objects, "horizon": horizon}, [figure])
+
+    def _summarise(self, rows: Sequence[Scores], summary: dict[str, Any]) -> None:
+        main = rows[0]
+        values = {f"{self.split}/{name}": value for name, value in main.means.items()}
+        self.tracker.record(main.step, values | numbers(main.horizon))
+        summary |= values | numbers(main.horizon)
+        for scores in rows[1:]:
+            key, apart = scores.model, difference(scores, main)
+            summary |= {
+                **{f"{self.split}/{key}/{name}": scores.means[name] for name in _MEANS},
+                **{f"{key}/{name}": value for name, value in numbers(scores.horizon).items()},
+                f"{self.split}/gain_over_{key}": {
+                    "value": apart.value,
+                    "low": apart.low,
+                    "high": apart.high,
+                    "num_videos": apart.num,
+                },
+            }
+
+    def _show(self, rows: Sequence[Scores]) -> None:
+        policy = self.experiment.evaluation.frame_policy
+        main = rows[0].means
+        title = (
+            f"{self.split} videos, {main['num_objects']} objects, frames: {policy}, prompts: "
+            + ", ".join(sorted({str(row["prompt"]) for row in rows[0].objects}))
+        )
+        self.console.print(scores_table(title, rows))
+        self.console.print(horizon_table(rows))
+        if num := main["num_not_scored"]:
+            self._say(f"{num} objects have no frame to score under {policy!r}")
+        names = ("scores.csv", "horizon.csv", "frames.csv", "horizon.png", "overlays")
+        self._places(*names)
+
+    def _places(self, *names: str) -> None:
+        about = {
+            "scores.csv": "J, F and J&F of every object, baselines included",
+            "horizon.csv": "J by frames since the prompt, recall after an absence, ...",
+            "frames.csv": "every frame of every object",
+            "horizon.png": "the same as pictures",
+            "overlays": "ground truth, prediction and errors as pictures",
+            "prompt_matrix.csv": "a row for each prompt and noise",
+            "prompt_matrix_objects.csv": "a row for each object in each of them",
+            "prompt_matrix.png": "the same as a heat map",
+        }
+        self._say(f"\nwrote {self.run_dir}/")
+        for name in (*names, "summary.json"):
+            text = about.get(name, "scores, settings and warnings")
+            self._say(f"  {self.run_dir / name!s:<48} {text}")
+        if self.tracker.how_to_sync:
+            self._say(f"upload it: {self.tracker.how_to_sync}")
+
+    def _matrix_row(
+        self, cell: Cell, contender: _Contender, scores: Scores, clean: Scores
+    ) -> dict[str, Any]:
+        row = {"step": contender.step, "split": self.split, "model": contender.key}
+        row |= {"prompt": cell.prompt, "clicks": cell.clicks, "noise": cell.noise}
+        row |= scores.means | {"frame_policy": self.experiment.evaluation.frame_policy}
+        apart = None if scores is clean else difference(clean, scores)
+        row |= {"change": apart and apart.value, "change_low": apart and apart.low}
+        return row | {"change_high": apart and apart.high}
+
+    def _matrix_figure(self, rows: Sequence[dict[str, Any]]) -> Any:
+        names = list(dict.fromkeys(cell.name for cell in all_cells()))
+        panels = {}
+        for contender in self.contenders:
+            values = [row["J_and_F"] for row in rows if row["model"] == contender.key]
+            panels[contender.label] = [
+                values[start : start + len(NOISE)] for start in range(0, len(values), len(NOISE))
+            ]
+        columns = [f"{noise:g}" if noise else "clean" for noise in NOISE]
+        return matrix_figure(names, columns, panels, title=f"J&F on the {self.split} videos")
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def horizon_table(rows: Sequence[Scores]) -> Table:
+    """The numbers and curves of `horizon_rows`, a column each model."""
+    table = Table("memory", title="Memory horizon", title_justify="left")
+    for scores in rows:
+        table.add_column(scores.label, justify="right")
+    texts = {
+        "horizon/J": "J ≤ {} frames on",
+        "horizon/recall_after_absence": "found, absent ≤ {}",
+        "horizon/false_positives": "false positives",
+        "horizon/object_score_auc": "object score AUC",
+    }
+    cells = [
+        {(row["metric"], row["at"]): (row["value"], row["count"]) for row in scores.horizon}
+        for scores in rows
+    ]
+    for metric, text in texts.items():
+        for key in dict.fromkeys(key for part in cells for key in part if key[0] == metric):
+            values = [
+                f"{part[key][0]:.3f} (n={part[key][1]})" if key in part else "" for part in cells
+            ]
+            table.add_row(text.format(key[1]), *values)
+    return table
+
+
+def matrix_table(label: str, rows: Sequence[dict[str, Any]]) -> Table:
+    """J&F of each prompt at each strength of noise, and the change from clean with its interval."""
+    table = Table("prompt", title=f"J&F: {label}", title_justify="left")
+    for noise in NOISE:
+        table.add_column(f"noise {noise:g}" if noise else "clean", justify="right")
+    lines: dict[str, list[str]] = {}
+    for row in rows:
+        text = f"{row['J_and_F']:.3f}"
+        if row["change"] is not None:
+            text += f" ({row['change']:+.3f} [{row['change_low']:+.3f}, {row['change_high']:+.3f}])"
+        lines.setdefault(Cell(row["prompt"], row["clicks"], 0.0).name, []).append(text)
+    for name, cells in lines.items():
+        table.add_row(name, *cells)
+    return table
+
+
+def run_benchmark(
+    experiment: Experiment,
+    source: str,
+    *,
+    matrix: bool,
+    split: Split,
+    run_dir: Path | None,
+    name: str,
+    run_id: str,
+    with_base: bool,
+    save_masks: Path | None,
+    console: Console,
+) -> None:
+    """One command; the folder is runs/<name>/evaluations/<run id> unless it is named."""
+    kind = "prompt-matrix" if matrix else "evaluate"
+    run_dir = run_dir or Path("runs") / name / "evaluations" / f"{run_id}-{kind}-{split}"
+    benchmark = Benchmark(
+        experiment,
+        source,
+        split,
+        run_dir,
+        run_id=run_id,
+        name=f"{name}-{kind}",
+        console=console,
+        with_base=with_base,
+    )
+    if matrix:
+        benchmark.prompt_matrix()
+    else:
+        benchmark.evaluate(save_masks)

@@ -1,0 +1,172 @@
+"""How long a memory holds: J by frames since the prompt, recall after an absence, false positives
+while an object is absent, and how well the object score tells presence from absence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sam2train.evaluate import TrackedVideo
+from sam2train.metrics import jaccard
+
+# Frames after a return that decide whether the object was found again. A guess: long enough for
+# one lucky frame not to count as a recovery.
+RETURN_FRAMES = 5
+
+
+def frame_rows(tracked: TrackedVideo) -> list[dict[str, Any]]:
+    """One row for each object on each labelled frame after its prompt.
+
+    Whatever the frame policy, the prompted frame is left out. Keys: video_id, object_id, frame,
+    since_prompt (frames), visible and predicted (0 or 1: the object has a pixel in the truth, in
+    the prediction), area (predicted pixels / pixels of the frame), J, object_score (a logit, None
+    where nobody gives one); on the first `RETURN_FRAMES` labelled frames after an absence, absence
+    (how many frames it lasted) and returned (the first frame after it), elsewhere None.
+    """
+    video, rows = tracked.video, []
+    for prompt in tracked.prompts:
+        object_id, prompted = prompt["object_id"], prompt["frame_index"]
+        frames = np.array([t for t in video.labelled if t > prompted], np.int64)
+        truth = tracked.ground_truth[object_id][frames]
+        prediction = tracked.prediction[object_id][frames]
+        visible = truth.any(axis=(1, 2))
+        returns = after_absence(frames, visible)
+        scores = tracked.object_scores.get(object_id)
+        for place, (t, score) in enumerate(zip(frames, jaccard(prediction, truth), strict=True)):
+            rows.append(
+                {
+                    "video_id": video.video_id,
+                    "object_id": object_id,
+                    "frame": int(t),
+                    "since_prompt": int(t) - prompted,
+                    "visible": int(visible[place]),
+                    "predicted": int(prediction[place].any()),
+                    "area": float(prediction[place].mean()),
+                    "J": float(score),
+                    "object_score": None if scores is None else float(scores[t]),
+                    "absence": returns[place][0],
+                    "returned": returns[place][1],
+                }
+            )
+    return rows
+
+
+def after_absence(
+    frames: np.ndarray, visible: np.ndarray
+) -> list[tuple[int, int] | tuple[None, None]]:
+    """For each of n frames (length of the absence, first frame after it) where one has just ended.
+
+    Args:
+        frames: (n,) ascending positions in the video, the prompted frame before them.
+        visible: (n,) bool.
+    """
+    found: list[tuple[int, int] | tuple[None, None]] = []
+    gone_at: int | None = None  # the first frame of the absence that lasts
+    current, left = (None, None), 0
+    for t, here in zip(frames.tolist(), visible.tolist(), strict=True):
+        if not here:
+            gone_at, left = t if gone_at is None else gone_at, 0
+        elif gone_at is not None:
+            current, left, gone_at = (t - gone_at, t), RETURN_FRAMES, None
+        found.append(current if left > 0 else (None, None))
+        left -= 1
+    return found
+
+
+def horizon_rows(frames: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The curves and numbers in `frame_rows` of all videos: metric, at, value, count.
+
+    Metrics:
+        horizon/J: of frames that show the object, by frames since the prompt. A mean over objects,
+            `count` of them, of each object's mean.
+        horizon/recall_after_absence: share of the first frames after a return with J above 0.5, by
+            the frames the absence lasted. A mean over returns, `count` of them.
+        horizon/false_positives: share of the `count` frames without the object that have a mask.
+        horizon/false_positive_area: that mask's share of the frame, mean over the same frames.
+        horizon/object_score_auc: chance that a frame with the object has a higher object score
+            than one without; 0.5 knows nothing. Over `count` frames.
+
+    `at` is the upper end of a bin that doubles: 8 stands for 5 to 8 frames. None where there is
+    none. What these videos do not ask is left out.
+    """
+    visible = [row for row in frames if row["visible"]]
+    absent = [row for row in frames if not row["visible"]]
+
+    def who(row: Mapping[str, Any]) -> tuple:
+        return row["video_id"], row["object_id"]
+
+    held = _grouped((bin_end(row["since_prompt"]), who(row), row["J"]) for row in visible)
+    found = _grouped(
+        (bin_end(row["absence"]), (who(row), row["returned"]), row["J"] > 0.5)
+        for row in visible
+        if row["absence"] is not None
+    )
+    rows = _curve("horizon/J", held) + _curve("horizon/recall_after_absence", found)
+    if absent:
+        for metric, name in (("false_positives", "predicted"), ("false_positive_area", "area")):
+            mean = float(np.mean([row[name] for row in absent]))
+            rows.append(_row(f"horizon/{metric}", None, mean, len(absent)))
+    scored = object_scores(frames)
+    if all(map(len, scored)):
+        count = sum(map(len, scored))
+        rows.append(_row("horizon/object_score_auc", None, area_under_roc(*scored), count))
+    return rows
+
+
+def object_scores(frames: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
+    """The object scores of the frames with the object, and of those without."""
+    given = [row for row in frames if row["object_score"] is not None]
+    return tuple([row["object_score"] for row in given if row["visible"] == k] for k in (1, 0))
+
+
+def bin_end(frames: int) -> int:
+    """The upper end of the bin that a number of frames falls in: 1, 2, 4, 8, ..."""
+    return 1 << math.ceil(math.log2(max(frames, 1)))
+
+
+def area_under_roc(positive: Sequence[float], negative: Sequence[float]) -> float:
+    """Chance that a positive's value is above a negative's; a tie counts half."""
+    low = np.sort(np.asarray(negative, np.float64))
+    high = np.asarray(positive, np.float64)
+    below = np.searchsorted(low, high, "left") + np.searchsorted(low, high, "right")
+    return float(below.mean() / 2 / len(low))
+
+
+def roc(positive: Sequence[float], negative: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """False and true positive rates, from (0, 0) to (1, 1), as the threshold falls."""
+    thresholds = np.unique(np.concatenate([positive, negative]))[::-1]
+    rates = [
+        np.searchsorted(np.sort(-np.asarray(part)), -thresholds, "right") / len(part)
+        for part in (negative, positive)
+    ]
+    false, true = (np.concatenate([[0.0], rate]) for rate in rates)
+    return false, true
+
+
+def _grouped(
+    values: Iterable[tuple[int, Hashable, float]],
+) -> dict[int, dict[Hashable, list[float]]]:
+    """(at, group, value) -> at -> group -> values."""
+    groups: dict[int, dict[Hashable, list[float]]] = {}
+    for at, group, value in values:
+        groups.setdefault(at, {}).setdefault(group, []).append(value)
+    return groups
+
+
+def _curve(metric: str, groups: dict[int, dict[Hashable, list[float]]]) -> list[dict[str, Any]]:
+    return [
+        _row(metric, at, float(np.mean([np.mean(values) for values in parts.values()])), len(parts))
+        for at, parts in sorted(groups.items())
+    ]
+
+
+def _row(metric: str, at: int | None, value: float, count: int) -> dict[str, Any]:
+    return {"metric": metric, "at": at, "value": value, "count": count}
+
+
+def numbers(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Of `horizon_rows` the metrics that are one number each."""
+    return {row["metric"]: row["value"] for row in rows if row["at"] is None}

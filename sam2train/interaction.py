@@ -1,0 +1,231 @@
+"""A user who corrects: clicks where the prediction is wrong, simulated while a clip is tracked.
+
+As SAM 2 is trained (`SAM2Train` in facebookresearch/sam2): frames are drawn to be corrected, the
+conditioning frames always among them; on each, several clicks follow one another, every one of them
+drawn from what the decoder got wrong after the one before; the decoder sees all clicks so far and
+its own last logits as a mask prompt. The loss counts every pass. Objects prompted with their mask
+are not corrected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from sam2train.config import Section
+from sam2train.losses import mask_iou
+from sam2train.prompts import boundary_distance
+
+# Keeps these random numbers apart from those of the clips.
+_STREAM = 3
+
+# SAM 2's `_forward_sam_heads`: candidates at low and at full resolution, IoU predictions, the mask
+# of highest predicted IoU at low and at full resolution, object pointer, object score.
+DecoderOutputs = tuple[torch.Tensor, ...]
+LOW_RES_LOGITS, MASK_LOGITS = 3, 4
+
+
+class InteractionConfig(Section):
+    """The `interaction:` section: correction clicks in training, with SAM 2's names."""
+
+    num_correction_pt_per_frame: int = Field(
+        0, ge=0, description="clicks that correct a frame, one after the other; 0 corrects nothing"
+    )
+    num_frames_to_correct: int = Field(
+        1, ge=1, description="frames of a clip that are corrected, the conditioning ones included"
+    )
+    rand_frames_to_correct: bool = Field(
+        True, description="draw how many, from the number of conditioning frames up"
+    )
+    prob_to_sample_from_gt: float = Field(
+        0.0, ge=0, le=1, description="chance of a click on the object, right or wrong there"
+    )
+    add_all_frames_to_correct_as_cond: bool = Field(
+        True, description="a corrected frame becomes a conditioning frame"
+    )
+    point_sampling: Literal["uniform", "center"] = Field(
+        "uniform", description="center: the middle of the largest error, as SAM 2 evaluates"
+    )
+
+    @property
+    def enabled(self) -> bool:
+        return self.num_correction_pt_per_frame > 0
+
+
+class Interaction:
+    """The simulated user of a run: its settings, its random numbers, how much its clicks helped.
+
+    Args:
+        seed: of the run.
+    """
+
+    def __init__(self, config: InteractionConfig, seed: int):
+        self.config = config
+        self.rng = np.random.default_rng([seed, _STREAM])
+        self._ious: list[torch.Tensor] = []  # each (2, n): before and after the clicks of a frame
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the stream of random numbers, for a checkpoint."""
+        return self.rng.bit_generator.state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.rng.bit_generator.state = state
+
+    def draw_frames(self, conditioning: Collection[int], num_frames: int) -> set[int]:
+        """The frames to correct: the conditioning ones, and some that are tracked after the first.
+
+        Args:
+            num_frames: of the clip, without padding.
+        """
+        config = self.config
+        wanted = config.num_frames_to_correct
+        if config.rand_frames_to_correct and wanted > len(conditioning):
+            wanted = int(self.rng.integers(len(conditioning), wanted, endpoint=True))
+        others = [t for t in range(min(conditioning), num_frames) if t not in conditioning]
+        num_more = min(max(wanted - len(conditioning), 0), len(others))
+        more = self.rng.choice(others, num_more, replace=False).tolist() if num_more else []
+        return {*conditioning, *more}
+
+    def next_click(
+        self, truth: torch.Tensor, predicted: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One more click for each of n objects: points (n, 1, 2) float32, labels (n, 1) int32.
+
+        Args:
+            truth, predicted: (n, H, W) bool.
+        """
+        chance = self.config.prob_to_sample_from_gt
+        if chance and self.rng.random() < chance:
+            predicted = torch.zeros_like(predicted)
+        if self.config.point_sampling == "center":
+            return center_clicks(truth, predicted)
+        draws = torch.from_numpy(self.rng.random(len(truth))).to(truth.device)
+        return uniform_clicks(truth, predicted, draws)
+
+    def take_scalars(self) -> dict[str, torch.Tensor]:
+        """Mean IoU of the visible objects before and after the clicks, since the last call; 0 where
+        none was visible, no entry where nothing was corrected."""
+        if not self._ious:
+            return {}
+        ious = torch.cat(self._ious, dim=1)
+        before, after = ious.nansum(1) / (~ious.isnan()).sum(1).clamp(min=1)
+        self._ious.clear()
+        return {"interaction/iou_before": before, "interaction/iou_after": after}
+
+    def keep_ious(self, truth: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
+        """(n, H, W) each: bool, and logits of the first and the last pass over a frame."""
+        ious = torch.stack([mask_iou(before.detach(), truth), mask_iou(after.detach(), truth)])
+        self._ious.append(ious.where(truth.flatten(1).any(1), torch.nan))
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What is corrected on one frame."""
+
+    user: Interaction
+    truth: torch.Tensor  # (n, H, W) bool
+
+    def select(self, rows: torch.Tensor) -> Correction:
+        """The part of some of the n objects."""
+        return Correction(self.user, self.truth[rows])
+
+    @property
+    def becomes_conditioning(self) -> bool:
+        return self.user.config.add_all_frames_to_correct_as_cond
+
+    def run(
+        self,
+        points: dict[str, torch.Tensor] | None,
+        outputs: DecoderOutputs,
+        decode: Callable[[dict[str, torch.Tensor], torch.Tensor], DecoderOutputs],
+    ) -> tuple[dict[str, torch.Tensor], list[DecoderOutputs]]:
+        """Click and decode, again and again.
+
+        Args:
+            points: the prompt that the frame began with, None on a tracked frame.
+            outputs: of the pass with that prompt.
+            decode: (points, mask prompt at low resolution) -> outputs.
+
+        Returns:
+            All points at the end, and the outputs of each pass, the first one included.
+        """
+        passes = [outputs]
+        for _ in range(self.user.config.num_correction_pt_per_frame):
+            predicted = passes[-1][MASK_LOGITS][:, 0] > 0
+            points = add_clicks(points, *self.user.next_click(self.truth, predicted))
+            passes.append(decode(points, passes[-1][LOW_RES_LOGITS]))
+        first, last = passes[0][MASK_LOGITS][:, 0], passes[-1][MASK_LOGITS][:, 0]
+        self.user.keep_ious(self.truth, first, last)
+        return points, passes
+
+
+def add_clicks(
+    points: dict[str, torch.Tensor] | None, new: torch.Tensor, labels: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """SAM 2's point inputs, with more points (n, P, 2) and labels (n, P) at their end."""
+    if points is None:
+        return {"point_coords": new, "point_labels": labels}
+    return {
+        "point_coords": torch.cat([points["point_coords"], new], dim=1),
+        "point_labels": torch.cat([points["point_labels"], labels], dim=1),
+    }
+
+
+def uniform_clicks(
+    truth: torch.Tensor, predicted: torch.Tensor, draws: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A click of each object on a wrong pixel, all of them equally likely.
+
+    Points (n, 1, 2), labels (n, 1), positive on the object. Where nothing is wrong the click is a
+    negative one on the background, as in SAM 2's `sample_random_points_from_errors`.
+
+    Args:
+        truth, predicted: (n, H, W) bool.
+        draws: (n,) float64 in [0, 1), on the same device: no device waits for another, and the
+            same draws give the same clicks on every device.
+    """
+    # SAM 2 clicks "not the object" on an object that fills the frame: "the object" is meant here.
+    choices = (truth ^ predicted, ~truth, truth)
+    region = _first_with_a_pixel([choice.flatten(1) for choice in choices])
+    count = region.cumsum(1)  # (n, H * W): pixels of the region up to here
+    rank = (draws * count[:, -1]).long()
+    pixel = torch.searchsorted(count, rank[:, None] + 1)  # (n, 1)
+    return _as_clicks(pixel, truth)
+
+
+def center_clicks(
+    truth: torch.Tensor, predicted: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A click of each object on the pixel deepest inside an error; else as `uniform_clicks`.
+
+    As SAM 2's `sample_one_point_from_error_center`: missed pixels and wrong ones are separate
+    regions, of two as deep the wrong ones count.
+    """
+    pixels = []
+    for own, other in zip(truth.cpu().numpy(), predicted.cpu().numpy(), strict=True):
+        missed, wrong = boundary_distance(own & ~other), boundary_distance(other & ~own)
+        depth = missed if missed.max() > wrong.max() else wrong
+        if not depth.any():
+            depth = boundary_distance(own if own.all() else ~own)
+        pixels.append(int(depth.argmax()))
+    return _as_clicks(torch.tensor(pixels, device=truth.device)[:, None], truth)
+
+
+def _first_with_a_pixel(regions: list[torch.Tensor]) -> torch.Tensor:
+    """(n, pixels) bool: for each object the first of the regions that is not empty."""
+    *others, result = regions
+    for region in reversed(others):
+        result = torch.where(region.any(1, keepdim=True), region, result)
+    return result
+
+
+def _as_clicks(pixel: torch.Tensor, truth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(n, 1) index into the pixels of `truth` (n, H, W) -> points (n, 1, 2), labels (n, 1)."""
+    width = truth.shape[-1]
+    labels = truth.flatten(1).gather(1, pixel).to(torch.int32)
+    return torch.stack([pixel % width, pixel // width], dim=-1).float(), labels

@@ -1,0 +1,71 @@
+"""Predicted masks as palette PNGs, in the layout that the DAVIS evaluation reads."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sam2train.errors import UserError
+from sam2train.evaluate import TrackedVideo
+from sam2train.overlays import palette
+from sam2train.videos import Video
+
+
+class MaskFolder:
+    """Writes `<folder>/<video>/<frame>.png`: one picture a frame, the pixel is the object's number.
+
+    A number is the object's id where all ids of the video are 1 to 255; else objects count from 1
+    in their order of appearance, and `objects.json` in the folder says which is which. Frames are
+    named as their pictures are, or by position where these names repeat (a film).
+
+    Raises:
+        UserError: the folder holds something already.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise UserError(
+                f"--save-masks {folder}: there is something already; name a new or empty folder"
+            )
+        self.renamed: dict[str, dict[int, str]] = {}
+
+    def write(self, tracked: TrackedVideo) -> None:
+        """Write one video's prediction; more than 255 objects raise UserError."""
+        video = tracked.video
+        name = str(video.video_id).replace(os.sep, "_")
+        numbers = self._numbers(video, name)
+        place = self.folder / name
+        place.mkdir(parents=True, exist_ok=True)
+        colours = palette(256).ravel().tolist()
+        colours[:3] = [0, 0, 0]
+        for t, stem in enumerate(_frame_names(video)):
+            ids = np.zeros(video.size, np.uint8)
+            for object_id, masks in tracked.prediction.items():
+                ids[masks[t]] = numbers[object_id]
+            picture = Image.fromarray(ids)
+            picture.putpalette(colours)
+            picture.save(place / f"{stem}.png")
+
+    def _numbers(self, video: Video, name: str) -> dict[int | str, int]:
+        if len(video.object_ids) > 255:
+            raise UserError(
+                f"--save-masks: video {name} has {len(video.object_ids)} objects; a palette PNG "
+                "holds 255"
+            )
+        if all(isinstance(o, int) and 1 <= o <= 255 for o in video.object_ids):
+            return {o: o for o in video.object_ids}
+        numbers = {o: place for place, o in enumerate(video.object_ids, start=1)}
+        self.renamed[name] = {number: str(o) for o, number in numbers.items()}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "objects.json").write_text(json.dumps(self.renamed, indent=2) + "\n")
+        return numbers
+
+
+def _frame_names(video: Video) -> list[str]:
+    stems = [frame.path.stem for frame in video.frames]
+    return stems if len(set(stems)) == len(stems) else [f"{t:05d}" for t in range(len(stems))]

@@ -1,0 +1,291 @@
+"""The objects of a batch, from either input layout to groups that SAM 2 can track together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sam2train.clips import BatchedVideoDatapoint, Prompt, is_empty, make_object_index
+from sam2train.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrackingInput:
+    """What the forward pass works on, whichever layout it came in."""
+
+    images: torch.Tensor  # (images, 3, H, W) float32
+    image_index: torch.Tensor  # (T, O) int64: image of each object on each frame
+    masks: torch.Tensor | None  # (T, O, H, W) bool
+    prompts: Sequence[Sequence[Prompt]]  # of each clip
+    object_valid: torch.Tensor  # (B, N) bool with O true entries
+    # Real frames of each clip. Padding comes after them: nobody looks at it, not even SAM 2's time
+    # code, so a clip gets the same answer in every batch.
+    lengths: list[int]
+
+
+def read_datapoint(
+    batch: BatchedVideoDatapoint | Any,
+    prompts: Sequence[Prompt] | Sequence[Sequence[Prompt]] | None,
+    image_size: int,
+) -> TrackingInput:
+    """From a batched datapoint, ours or SAM 2's own.
+
+    Args:
+        prompts: replace those of the datapoint. SAM 2's carries none: each object then gets its
+            mask on frame 0.
+
+    Raises:
+        UserError: prompts that do not fit the datapoint or the model.
+    """
+    num_frames, num_clips = batch.img_batch.shape[:2]
+    if prompts is None:
+        prompts = getattr(batch, "prompts", None)
+    if prompts is None:
+        prompts = mask_prompts(batch)
+    clip_prompts = _check_prompts(prompts, num_clips, image_size)
+    object_valid = getattr(batch, "object_valid", None)
+    if object_valid is None:
+        object_valid = _object_slots(batch.obj_to_frame_idx[0, :, 1], num_clips)
+    _check_objects(clip_prompts, object_valid.sum(1).tolist())
+    frame_valid = getattr(batch, "frame_valid", None)
+    return TrackingInput(
+        images=batch.flat_img_batch,
+        image_index=batch.flat_obj_to_img_idx.long(),
+        masks=batch.masks,
+        prompts=clip_prompts,
+        object_valid=object_valid,
+        lengths=[num_frames] * num_clips if frame_valid is None else frame_valid.sum(0).tolist(),
+    )
+
+
+def read_tensors(
+    images: torch.Tensor,
+    masks: torch.Tensor | None,
+    prompts: Sequence[Prompt] | Sequence[Sequence[Prompt]],
+    image_size: int,
+) -> TrackingInput:
+    """From the simplified layout.
+
+    Args:
+        images: (B, T, C, H, W).
+        masks: (B, T, N, H, W) bool.
+
+    Raises:
+        UserError: layouts that do not fit each other or the model.
+    """
+    _check_layout(images, masks)
+    num_clips, num_frames = images.shape[:2]
+    clip_prompts = _check_prompts(prompts, num_clips, image_size)
+    object_valid = _valid_objects(clip_prompts, masks)
+    frame_idx, clip_idx = make_object_index(object_valid, num_frames).long().unbind(-1)
+    if masks is not None:
+        masks = masks.transpose(1, 2)[object_valid.to(masks.device)].transpose(0, 1)
+    return TrackingInput(
+        images=images.flatten(0, 1),
+        image_index=clip_idx * num_frames + frame_idx,
+        masks=masks,
+        prompts=clip_prompts,
+        object_valid=object_valid,
+        lengths=[num_frames] * num_clips,
+    )
+
+
+@dataclass(frozen=True)
+class ObjectGroup:
+    """Objects that share conditioning frames and clip length: one memory bank, one batch."""
+
+    objects: list[int]  # n positions on the O axis
+    prompts: dict[int, list[Prompt]]  # conditioning frame -> one prompt for each of the n objects
+    num_frames: int  # real frames of their clips
+
+    @property
+    def takes_clicks(self) -> bool:
+        """Whether points and boxes are all that its objects were given."""
+        return all(
+            prompt["mask"] is None for on_frame in self.prompts.values() for prompt in on_frame
+        )
+
+
+def group_objects(
+    clip_prompts: Sequence[Sequence[Prompt]],
+    lengths: Sequence[int],
+    *,
+    clicks_apart: bool = False,
+) -> list[ObjectGroup]:
+    """Groups of the objects of a batch; one whose prompts are all empty is in none.
+
+    Args:
+        clip_prompts: of each clip; the objects of the batch are counted in their order.
+        lengths: real frames of each clip.
+        clicks_apart: objects that were given a mask are in other groups than those without.
+
+    Raises:
+        UserError: a prompt outside its clip, or two for one object on one frame.
+    """
+    groups: dict[tuple, list[tuple[int, dict[int, Prompt]]]] = {}
+    index = 0
+    for prompts, length in zip(clip_prompts, lengths, strict=True):
+        for object_id, own in by_object(prompts).items():
+            on_frame: dict[int, Prompt] = {}
+            for prompt in own:
+                if is_empty(prompt):
+                    continue
+                frame_idx = int(prompt["frame_index"])
+                if not 0 <= frame_idx < length:
+                    raise UserError(
+                        f"object {object_id} has a prompt on frame {frame_idx} of a clip with "
+                        f"{length} frames; expected 0 to {length - 1}"
+                    )
+                if frame_idx in on_frame:
+                    raise UserError(
+                        f"object {object_id} has two prompts on frame {frame_idx} of one clip; "
+                        "give one, with all its points"
+                    )
+                on_frame[frame_idx] = prompt
+            if on_frame:
+                masked = clicks_apart and any(p["mask"] is not None for p in on_frame.values())
+                key = (length, masked, *sorted(on_frame))
+                groups.setdefault(key, []).append((index, on_frame))
+            index += 1
+    return [
+        ObjectGroup(
+            [index for index, _ in members],
+            {t: [on_frame[t] for _, on_frame in members] for t in conditioning},
+            length,
+        )
+        for (length, _, *conditioning), members in groups.items()
+    ]
+
+
+def by_object(prompts: Sequence[Prompt]) -> dict[int | str, list[Prompt]]:
+    """Object id -> its prompts; objects in the order of their first prompt."""
+    objects: dict[int | str, list[Prompt]] = {}
+    for prompt in prompts:
+        objects.setdefault(prompt["object_id"], []).append(prompt)
+    return objects
+
+
+def split_by_kind(prompts: Sequence[Prompt], device: torch.device):
+    """Prompts that SAM 2 can take together: ((n,) rows, point inputs or None, masks or None)."""
+    kinds: dict[int, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        num_points = 0 if prompt["mask"] is not None else len(prompt["points"])
+        kinds.setdefault(num_points, []).append(row)
+    for num_points, rows in sorted(kinds.items()):
+        index = torch.tensor(rows, device=device)
+        if num_points == 0:
+            masks = torch.stack([torch.as_tensor(prompts[row]["mask"]) for row in rows])
+            yield index, None, masks[:, None].to(device)
+        else:
+            points = torch.stack([torch.as_tensor(prompts[row]["points"]) for row in rows])
+            labels = torch.stack([torch.as_tensor(prompts[row]["labels"]) for row in rows])
+            yield (
+                index,
+                {"point_coords": points.float().to(device), "point_labels": labels.to(device)},
+                None,
+            )
+
+
+def merge_objects(parts: Sequence[tuple[torch.Tensor, dict[str, Any]]]) -> dict[str, Any]:
+    """Outputs of several passes over one frame as those of one, objects back in order."""
+    if len(parts) == 1:
+        return parts[0][1]
+    order = torch.argsort(torch.cat([rows for rows, _ in parts]))
+
+    def join(values: list[Any]) -> Any:
+        if values[0] is None:
+            return None
+        if isinstance(values[0], torch.Tensor):
+            return torch.cat(values)[order]
+        return [join(list(level)) for level in zip(*values, strict=True)]
+
+    return {name: join([current[name] for _, current in parts]) for name in parts[0][1]}
+
+
+def mask_prompts(batch: Any) -> list[list[Prompt]]:
+    """A mask prompt on frame 0 for each object: what SAM 2's own datapoint is understood to say."""
+    prompts: list[list[Prompt]] = [[] for _ in range(batch.num_videos)]
+    for index, clip in enumerate(batch.obj_to_frame_idx[0, :, 1].tolist()):
+        prompts[clip].append(
+            Prompt(
+                object_id=index,
+                frame_index=0,
+                type="mask",
+                points=torch.zeros(0, 2),
+                labels=torch.zeros(0, dtype=torch.int32),
+                box=None,
+                mask=batch.masks[0, index],
+            )
+        )
+    return prompts
+
+
+def _object_slots(clip_of_object: torch.Tensor, num_clips: int) -> torch.Tensor:
+    """(B, N) bool `object_valid` of a datapoint that does not carry it."""
+    if (clip_of_object.diff() < 0).any():
+        raise UserError(
+            "SAM2Model.forward: obj_to_frame_idx mixes the objects of different clips; "
+            "order them clip by clip, as SAM 2's collate_fn does"
+        )
+    counts = torch.bincount(clip_of_object.long(), minlength=num_clips)
+    return torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
+
+
+def _valid_objects(
+    clip_prompts: Sequence[Sequence[Prompt]], masks: torch.Tensor | None
+) -> torch.Tensor:
+    """(B, N) bool: as many objects of a clip as its prompts name; N as wide as the masks."""
+    counts = torch.tensor([len(by_object(prompts)) for prompts in clip_prompts])
+    num_objects = int(counts.max()) if masks is None else masks.shape[2]
+    if int(counts.max()) > num_objects:
+        raise UserError(
+            f"SAM2Model.forward: prompts name {int(counts.max())} objects in a clip, masks have "
+            f"{num_objects}"
+        )
+    return torch.arange(num_objects) < counts[:, None]
+
+
+def _check_layout(images: torch.Tensor, masks: torch.Tensor | None) -> None:
+    if images.ndim != 5:
+        raise UserError(
+            f"SAM2Model.forward: images of shape {tuple(images.shape)}; expected (B, T, C, H, W)"
+        )
+    if masks is not None and (masks.ndim != 5 or masks.shape[:2] != images.shape[:2]):
+        raise UserError(
+            f"SAM2Model.forward: masks of shape {tuple(masks.shape)} do not fit images of shape "
+            f"{tuple(images.shape)}; expected (B, T, N, H, W)"
+        )
+
+
+def _check_prompts(
+    prompts: Sequence[Prompt] | Sequence[Sequence[Prompt]], num_clips: int, image_size: int
+) -> Sequence[Sequence[Prompt]]:
+    """One list for each clip, also where B is 1 and the prompts came flat."""
+    flat = all(isinstance(prompt, Mapping) for prompt in prompts)
+    clip_prompts = [prompts] if flat and num_clips == 1 else prompts
+    if (flat and num_clips > 1) or len(clip_prompts) != num_clips:
+        raise UserError(
+            f"SAM2Model.forward: {'one flat list' if flat else len(clip_prompts)} of prompts for "
+            f"{num_clips} clips; expected a list of prompts for each clip"
+        )
+    for prompt in (prompt for clip in clip_prompts for prompt in clip):
+        mask = prompt["mask"]
+        if mask is not None and tuple(mask.shape) != (image_size, image_size):
+            raise UserError(
+                f"object {prompt['object_id']}: a mask prompt of {tuple(mask.shape)} pixels does "
+                f"not fit a model built for {image_size}; resize it with the frames"
+            )
+    return clip_prompts
+
+
+def _check_objects(clip_prompts: Sequence[Sequence[Prompt]], counts: Sequence[int]) -> None:
+    for clip, (prompts, count) in enumerate(zip(clip_prompts, counts, strict=True)):
+        named = len(by_object(prompts))
+        if named != count:
+            raise UserError(
+                f"SAM2Model.forward: prompts name {named} objects in clip {clip}, the datapoint "
+                f"has {count}; give every object a prompt, an empty one where it is not prompted"
+            )

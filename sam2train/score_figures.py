@@ -1,0 +1,117 @@
+"""Scores -> matplotlib figures: the prompt matrix as a heat map, the horizon of the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sam2train.figures import COLOURS, GREY, JANDF, MARKERS, new_figure
+from sam2train.horizon import area_under_roc, object_scores, roc
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def matrix_figure(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    panels: Mapping[str, Sequence[Sequence[float]]],
+    *,
+    title: str = "",
+) -> Figure:
+    """J&F of each prompt (down) at each strength of noise (across), a panel for each model.
+
+    Args:
+        panels: model -> len(rows) x len(columns) scores; colours mean the same in all panels.
+    """
+    low, high = min(map(np.min, panels.values())), max(map(np.max, panels.values()))
+    with new_figure(4.6 * len(panels) + 0.8, 3.6, len(panels)) as (figure, all_axes):
+        for (name, values), axes in zip(panels.items(), all_axes, strict=True):
+            image = axes.imshow(values, cmap="viridis", vmin=low, vmax=high, aspect="auto")
+            for (row, column), value in np.ndenumerate(np.asarray(values)):
+                bright = value > (low + high) / 2
+                colour = "black" if bright else "white"
+                axes.text(column, row, f"{value:.3f}", ha="center", va="center", color=colour)
+            axes.set_xticks(range(len(columns)), columns)
+            axes.set_yticks(range(len(rows)), rows)
+            axes.set(xlabel="noise, share of the object's box", title=name)
+            axes.grid(False)
+            axes.tick_params(length=0)
+            for spine in axes.spines.values():
+                spine.set_visible(False)
+        figure.colorbar(image, ax=all_axes, label=JANDF)
+        if title:
+            figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    return figure
+
+
+def horizon_figure(
+    horizon: Mapping[str, Sequence[Mapping[str, Any]]],
+    frames: Mapping[str, Sequence[Mapping[str, Any]]],
+    *,
+    title: str = "",
+) -> Figure:
+    """J by frames since the prompt, recall by length of an absence, ROC of the object score.
+
+    Args:
+        horizon: label -> rows of `horizon_rows`.
+        frames: label -> rows of `frame_rows`.
+    """
+    with new_figure(14, 4, 3) as (figure, all_axes):
+        styles = [{"color": c, "marker": m} for c, m in zip(COLOURS, MARKERS, strict=True)]
+        for (label, rows), style in zip(horizon.items(), styles, strict=False):
+            for axes, metric in zip(all_axes, ("J", "recall_after_absence"), strict=False):
+                _curve(axes, [r for r in rows if r["metric"] == f"horizon/{metric}"], label, style)
+            present, absent = object_scores(frames[label])
+            if present and absent:
+                false, true = roc(present, absent)
+                area = area_under_roc(present, absent)
+                colour = style["color"]
+                all_axes[2].plot(false, true, color=colour, label=f"{label}: AUC {area:.2f}")
+                gate = [np.mean(np.asarray(part) > 0) for part in (absent, present)]
+                all_axes[2].plot(*gate, color=colour, marker=style["marker"], markersize=8)
+        all_axes[2].plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1)
+        all_axes[0].set(xlabel="frames since the prompt, up to", title="J while visible")
+        all_axes[1].set(xlabel="frames of absence, up to", title="found again: J > 0.5")
+        all_axes[2].set(
+            xlabel="called visible while absent",
+            ylabel="called visible while visible",
+            title="object score; the mark is SAM 2's gate",
+        )
+        all_axes[0].set(ylim=(-0.02, 1.02))
+        for axes in all_axes:
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(loc="best", fontsize=8)
+            else:
+                note = "nothing vanishes in these videos"
+                axes.text(0.5, 0.5, note, ha="center", color=GREY, transform=axes.transAxes)
+        if title:
+            figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    return figure
+
+
+def _curve(
+    axes: Axes, rows: Sequence[Mapping[str, Any]], label: str, style: Mapping[str, str]
+) -> None:
+    """A line over bins that double, the number of cases beside the marks of the first line."""
+    if not rows:
+        return
+    first = not axes.lines
+    at, value = [row["at"] for row in rows], [row["value"] for row in rows]
+    axes.plot(at, value, label=label, markersize=5, **style)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    if first:
+        for row in rows:
+            axes.annotate(
+                f"n={row['count']}",
+                (row["at"], row["value"]),
+                xytext=(0, 7),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7,
+                color=GREY,
+            )

@@ -1,0 +1,245 @@
+"""One model on one split: means, a row for each object, a row for each frame; files and tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from sam2train.datasets import DatasetConfig
+from sam2train.errors import UserError
+from sam2train.evaluate import (
+    DrawPrompts,
+    EvaluationConfig,
+    Track,
+    TrackedVideo,
+    Videos,
+    score_tracks,
+)
+from sam2train.horizon import frame_rows, horizon_rows
+from sam2train.intervals import Interval, paired_bootstrap
+from sam2train.pretrained import resolve_path
+from sam2train.tracking import replace_text
+
+# What is scored beside what, in the column `model` of the files.
+TRAINED, BASE, COPY = "trained", "base", "copy_first_mask"
+LABELS = {BASE: "untouched base checkpoint", COPY: "copy the first mask"}
+
+SCORE_COLUMNS = (
+    "step",
+    "split",
+    "model",
+    "video_id",
+    "object_id",
+    "J",
+    "F",
+    "J_and_F",
+    "num_frames",
+    "J_recall",
+    "J_decay",
+    "F_recall",
+    "F_decay",
+    "mIoU",
+    "frame_policy",
+    "prompt",
+    "prompt_frame",
+)
+HORIZON_COLUMNS = ("step", "split", "model", "metric", "at", "value", "count")
+FRAME_COLUMNS = (
+    "model",
+    "video_id",
+    "object_id",
+    "frame",
+    "since_prompt",
+    "visible",
+    "predicted",
+    "area",
+    "J",
+    "object_score",
+    "absence",
+    "returned",
+)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one model scored on one split, at one step."""
+
+    label: str  # for tables
+    model: str  # TRAINED, BASE or COPY
+    step: int
+    means: dict[str, float]  # `evaluate.score_tracks`
+    objects: list[dict[str, Any]]  # rows with SCORE_COLUMNS
+    frames: list[dict[str, Any]]  # rows with FRAME_COLUMNS
+    horizon: list[dict[str, Any]]  # rows with HORIZON_COLUMNS
+
+
+def score(
+    track: Track,
+    dataset: Videos,
+    config: EvaluationConfig,
+    *,
+    split: str,
+    model: str,
+    step: int,
+    seed: int,
+    label: str | None = None,
+    draw_prompts: DrawPrompts | None = None,
+    on_video: Callable[[int, TrackedVideo], None] | None = None,
+) -> Scores:
+    """Score every object of a data set; `on_video` sees each video as it is done.
+
+    Args:
+        track, seed, draw_prompts: see `score_tracks`.
+        split, model, step: written in every row.
+        label: in tables; None takes that of the baseline.
+
+    Raises:
+        UserError: no object has a frame to score.
+    """
+    objects, frames = [], []
+
+    def keep(index: int, tracked: TrackedVideo) -> None:
+        objects.extend(object_rows(tracked, config.frame_policy))
+        frames.extend(frame_rows(tracked))
+        if on_video is not None:
+            on_video(index, tracked)
+
+    means = score_tracks(
+        track, dataset, config, seed=seed, draw_prompts=draw_prompts, on_video=keep
+    )
+    names = {"step": step, "split": split, "model": model}
+    return Scores(
+        label or LABELS[model],
+        model,
+        step,
+        means,
+        [names | row for row in objects],
+        [{"model": model} | row for row in frames],
+        [names | row for row in horizon_rows(frames)],
+    )
+
+
+def object_rows(tracked: TrackedVideo, frame_policy: str) -> list[dict[str, Any]]:
+    """The scores of each scored object of a video, with the rule and the prompt they hang on."""
+    prompts = {prompt["object_id"]: prompt for prompt in tracked.prompts}
+    rows = []
+    for scores in tracked.scores.objects:
+        prompt = prompts.get(scores.object_id)
+        rows.append(
+            {
+                "video_id": tracked.video.video_id,
+                "object_id": scores.object_id,
+                "J": scores.J_mean,
+                "F": scores.F_mean,
+                "J_and_F": scores.J_and_F,
+                "num_frames": len(scores.frames),
+                "J_recall": scores.J_recall,
+                "J_decay": scores.J_decay,
+                "F_recall": scores.F_recall,
+                "F_decay": scores.F_decay,
+                "mIoU": scores.iou,
+                "frame_policy": frame_policy,
+                "prompt": prompt and prompt["type"],
+                "prompt_frame": prompt and prompt["frame_index"],
+            }
+        )
+    return rows
+
+
+def difference(one: Scores, other: Scores, metric: str = "J_and_F") -> Interval:
+    """Mean over objects of `other` minus `one`, with its interval over videos."""
+    import pandas as pd
+
+    frames = (pd.DataFrame(scores.objects).astype({metric: float}) for scores in (one, other))
+    return paired_bootstrap(*frames, metric)
+
+
+def scores_table(title: str, rows: Sequence[Scores]) -> Table:
+    """Scores, a column each model, and how far the first is from each other, with intervals."""
+    table = Table("", title=title, title_justify="left")
+    for scores in rows:
+        table.add_column(scores.label, justify="right")
+    lines = {"J&F": "J_and_F", "J": "J", "F": "F", "mIoU": "mIoU"}
+    lines |= {"J recall": "J_recall", "J decay": "J_decay"}
+    lines |= {"F recall": "F_recall", "F decay": "F_decay"}
+    for heading, name in lines.items():
+        table.add_row(heading, *(f"{scores.means[name]:.3f}" for scores in rows))
+    apart = [difference(scores, rows[0]).text(sign=True) for scores in rows[1:]]
+    table.add_row("J&F, first - this", "", *(text.replace(" (", "\n(") for text in apart))
+    return table
+
+
+def read_scores(
+    rows: Iterable[Mapping[str, Any]], split: str, model: str, step: int, label: str
+) -> Scores:
+    """Scores again from the rows of `scores.csv`, of which means are made; without frames."""
+    wanted = (split, model, step)
+    chosen = [r for r in rows if (r["split"], r["model"], int(r["step"])) == wanted]
+    means = {
+        name: float(np.mean([float(row[name]) for row in chosen]))
+        for name in ("J", "F", "J_and_F", "J_recall", "J_decay", "F_recall", "F_decay", "mIoU")
+    }
+    ids = [{name: str(row[name]) for name in ("video_id", "object_id")} for row in chosen]
+    objects = [{**row, **names} for row, names in zip(chosen, ids, strict=True)]
+    return Scores(label, model, step, means, objects, [], [])
+
+
+def shared_split_warning(config: DatasetConfig) -> str | None:
+    """What to say where one file both chooses the best checkpoint and reports the result."""
+    if config.val_path is None or config.test_path is None:
+        return None
+    paths = [resolve_path(path).resolve() for path in (config.val_path, config.test_path)]
+    if paths[0] != paths[1]:
+        return None
+    return (
+        f"dataset.val_path and dataset.test_path are the same data ({config.val_path}): the best "
+        "checkpoint was chosen on the videos it is reported on, so that its test score is too high"
+    )
+
+
+class RowsFile:
+    """A CSV that grows with a run and is whole at any time.
+
+    Args:
+        first_step: a resumed run's; rows of later steps are dropped, they come again. 0 starts
+            anew.
+
+    Raises:
+        UserError: a file that is no such CSV.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], first_step: int = 0):
+        self.path, self.columns = path, tuple(columns)
+        self.rows: list[Mapping[str, Any]] = []
+        if first_step and path.is_file():
+            with open(path, encoding="utf-8", newline="") as file:
+                found = list(csv.DictReader(file))
+            try:
+                self.rows = [row for row in found if int(row["step"]) <= first_step]
+            except (KeyError, TypeError, ValueError):
+                raise UserError(
+                    f"{path}: expected the columns {', '.join(columns)}, as this run wrote them; "
+                    "delete the file to go on without it"
+                ) from None
+
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows and write the file."""
+        self.rows += rows
+        write_rows(self.path, self.rows, self.columns)
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """A CSV, whole or not at all; None is an empty cell. Folders are made."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, text.getvalue())

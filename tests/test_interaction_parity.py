@@ -1,0 +1,163 @@
+"""Correction clicks against SAM 2's own simulation: outputs, loss and gradients."""
+
+import types
+
+import numpy as np
+import pytest
+import torch
+from test_parity import (
+    assert_same_gradients,
+    make_clip,
+    make_models,
+    prompts_of,
+    reference_model,
+    their_loss,
+)
+
+from sam2train.clips import collate_fn
+from sam2train.interaction import Interaction, InteractionConfig, uniform_clicks
+from sam2train.losses import LossConfig, compute_losses
+
+# T, objects of each clip, prompt, conditioning frames, clicks, corrected frames, SAM 2's settings;
+# in eval mode SAM 2 clicks on the centre of the largest error, in train mode anywhere in it.
+CASES = [
+    ("eval", 1, (2,), "point", 1, 3, 1, {}),
+    ("eval", 3, (1, 2), "point", 1, 2, 2, {"add_all_frames_to_correct_as_cond": True}),
+    ("eval", 4, (2,), "bbox", 2, 2, 3, {"add_all_frames_to_correct_as_cond": False}),
+    ("eval", 3, (2,), "mask", 1, 2, 2, {"add_all_frames_to_correct_as_cond": True}),
+    (
+        "train",
+        8,
+        (3,),
+        "point",
+        1,
+        7,
+        2,
+        {"add_all_frames_to_correct_as_cond": True, "prob_to_sample_from_gt_for_train": 0.1},
+    ),
+    (
+        "train",
+        4,
+        (2,),
+        "bbox",
+        2,
+        2,
+        2,
+        {"add_all_frames_to_correct_as_cond": True, "prob_to_sample_from_gt_for_train": 0.5},
+    ),
+    ("train", 4, (1, 1), "point", 1, 1, 4, {"add_all_frames_to_correct_as_cond": False}),
+]
+
+
+@pytest.mark.parametrize(
+    ("mode", "num_frames", "objects", "prompt", "num_cond", "num_clicks", "num_corrected", "more"),
+    CASES,
+)
+def test_clicks_outputs_loss_and_gradients(
+    monkeypatch, mode, num_frames, objects, prompt, num_cond, num_clicks, num_corrected, more
+):
+    settings = {
+        "num_correction_pt_per_frame": num_clicks,
+        f"num_frames_to_correct_for_{mode}": num_corrected,
+        **more,
+    }
+    ours, theirs = make_models(64, 7, prompt=prompt, num_cond=num_cond, clicks=settings)
+    ours.train(mode == "train")
+    theirs.train(mode == "train")
+    batch = collate_fn([make_clip(num_frames, n, 64, seed=k) for k, n in enumerate(objects)])
+    if mode == "train":
+        click_with_our_sampler(theirs, monkeypatch)
+    their_frames = theirs(batch)
+
+    user = Interaction(
+        InteractionConfig(
+            num_correction_pt_per_frame=num_clicks,
+            num_frames_to_correct=num_corrected,
+            prob_to_sample_from_gt=more.get("prob_to_sample_from_gt_for_train", 0.0),
+            add_all_frames_to_correct_as_cond=more.get("add_all_frames_to_correct_as_cond", False),
+            point_sampling="uniform" if mode == "train" else "center",
+        ),
+        seed=0,
+    )
+    user.rng = np.random.default_rng(5)
+    corrected = set(theirs.seen["frames_to_add_correction_pt"])
+    assert len(corrected) == (0 if prompt == "mask" else num_corrected)
+    user.draw_frames = lambda conditioning, num_frames: corrected
+    outputs = ours(batch, prompts=prompts_of(theirs.seen, batch), interaction=user)
+
+    for t, frame in enumerate(their_frames):
+        passes = outputs["frames"][t]
+        assert len(passes) == len(frame["multistep_pred_ious"]) == 1 + num_clicks * (t in corrected)
+        for step, prediction in enumerate(passes):
+            for name, expected in (
+                ("mask_logits", frame["multistep_pred_multimasks_high_res"][step]),
+                ("iou_predictions", frame["multistep_pred_ious"][step]),
+                ("object_score_logits", frame["multistep_object_score_logits"][step]),
+            ):
+                torch.testing.assert_close(
+                    getattr(prediction, name),
+                    expected,
+                    rtol=0,
+                    atol=1e-4,
+                    msg=f"frame {t}, pass {step}: {name}",
+                )
+    losses = compute_losses(outputs["frames"], batch.masks, LossConfig(), batch.object_frame_valid)
+    expected = their_loss(their_frames, batch.masks)
+    assert losses["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    losses["loss"].backward()
+    expected.backward()
+    assert_same_gradients(ours, theirs)
+
+
+def click_with_our_sampler(theirs, monkeypatch):
+    """Once SAM 2's model has drawn its prompts, its clicks come from our function, with the random
+    numbers of a generator that ours can have as well."""
+    prepare = theirs.prepare_prompt_inputs
+
+    def next_point(gt_masks, pred_masks, method):
+        assert method == "uniform"
+        predicted = torch.zeros_like(gt_masks) if pred_masks is None else pred_masks
+        draws = torch.from_numpy(theirs.rng.random(len(gt_masks)))
+        return uniform_clicks(gt_masks[:, 0], predicted[:, 0], draws)
+
+    def prepare_and_switch(self, *arguments, **options):
+        prepared = prepare(*arguments, **options)
+        self.rng = np.random.default_rng(5)
+        monkeypatch.setattr(reference_model, "get_next_point", next_point)
+        return prepared
+
+    theirs.prepare_prompt_inputs = types.MethodType(prepare_and_switch, theirs)
+
+
+def test_as_many_frames_are_corrected_as_in_sam2():
+    """The counts over many draws: 1 to 3 corrected frames in a clip of 6, one or two prompted."""
+    config = InteractionConfig(num_correction_pt_per_frame=1, num_frames_to_correct=3)
+    user = Interaction(config, seed=0)
+    _, theirs = make_models(
+        64,
+        7,
+        prompt="point",
+        clicks={
+            "num_frames_to_correct_for_train": 3,
+            "rand_frames_to_correct_for_train": True,
+            "num_init_cond_frames_for_train": 2,
+            "rand_init_cond_frames_for_train": True,
+        },
+    )
+    batch = collate_fn([make_clip(6, 1, 64, seed=0)])
+    counts = {"ours": {}, "theirs": {}}
+    for _ in range(600):
+        prepared = theirs.prepare_prompt_inputs({}, batch)
+        conditioning = prepared["init_cond_frames"]
+        for name, frames in (
+            ("theirs", set(prepared["frames_to_add_correction_pt"])),
+            ("ours", user.draw_frames(conditioning, 6)),
+        ):
+            assert set(conditioning) <= frames <= set(range(6))
+            key = (len(conditioning), len(frames))
+            counts[name][key] = counts[name].get(key, 0) + 1
+    assert counts["ours"].keys() == counts["theirs"].keys()
+    assert set(counts["theirs"]) == {(1, 1), (1, 2), (1, 3), (2, 2), (2, 3)}
+    for key, count in counts["theirs"].items():
+        # 600 draws of a chance of 1/6 or 1/4 stray by 11 at most, four of those apart.
+        assert abs(count - counts["ours"][key]) < 60, key

@@ -1,0 +1,174 @@
+"""The prompts of the matrix: clicks that correct, noise of a known size, equal random numbers."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_coco
+
+from sam2train import prompt_cells
+from sam2train.datasets import COCODataset
+from sam2train.model import SAM2Model
+from sam2train.prompt_cells import (
+    NOISE,
+    Cell,
+    CellPrompts,
+    all_cells,
+    move_point,
+    move_prompt,
+    next_click,
+    segment_frame,
+    stretch_mask,
+)
+from sam2train.prompts import PromptGenerator, mask_center, mask_to_box
+
+ORACLE = Path(__file__).parents[2] / "shared" / "oracles" / "oracle_points.pt"
+SIZE = (64, 64)
+
+
+def rectangle(left, top, right, bottom, size=SIZE):
+    mask = np.zeros(size, bool)
+    mask[top : bottom + 1, left : right + 1] = True
+    return mask
+
+
+@pytest.fixture
+def data(tmp_path):
+    return COCODataset(make_coco(tmp_path, num_frames=3, size=SIZE), SIZE)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = "sam2train/configs/sam2.1_hiera_demo.yaml"
+    return SAM2Model(None, config, device="cpu", image_size=64).load().train()
+
+
+def draw(model, data, *cell):
+    return CellPrompts(model, Cell(*cell))(data, data.videos[0], np.random.default_rng(5))
+
+
+def test_the_matrix_has_every_prompt_clean_and_moved():
+    cells = all_cells()
+    names = ["1 click", "3 clicks", "5 clicks", "bbox", "mask"]
+    assert list(dict.fromkeys(cell.name for cell in cells)) == names
+    assert len(cells) == len(set(cells)) == 5 * len(NOISE)
+    assert NOISE[0] == 0
+
+
+def test_the_first_click_is_the_middle_of_the_object(model, data):
+    for prompt in draw(model, data, "point", 1, 0.0):
+        mask = data.read_mask(data.videos[0], 0, prompt["object_id"], SIZE)
+        np.testing.assert_array_equal(prompt["points"], mask_center(mask)[None])
+        assert prompt["labels"].tolist() == [1]
+
+
+def test_further_clicks_fall_on_what_the_model_gets_wrong(model, data, monkeypatch):
+    """A model that first finds the left half only, then everything and a blob elsewhere."""
+    video = data.videos[0]
+    truth = data.read_mask(video, 0, 1, SIZE)
+    left, _, right, _ = mask_to_box(truth).astype(int)
+    half = truth.copy()
+    half[:, (left + right) // 2 :] = False
+    blob = truth | rectangle(50, 50, 60, 60)
+    answers = {1: half, 2: blob, 3: truth}
+    monkeypatch.setattr(
+        prompt_cells,
+        "segment_frame",
+        lambda model, data, video, prompt, bf16: answers[len(prompt["labels"])],
+    )
+    monkeypatch.setattr(prompt_cells, "first_views", lambda data, video: iter([(1, 0, truth)]))
+    (prompt,) = draw(model, data, "point", 5, 0.0)
+    assert prompt["labels"].tolist() == [1, 1, 0]  # nothing is wrong after three
+    missed = truth & ~half
+    x, y = prompt["points"][1].astype(int)
+    assert missed[y, x]
+    assert prompt["points"][2].tolist() == [55, 55]
+    assert prompt["points"].dtype == np.float32
+    assert prompt["labels"].dtype == np.int32
+
+
+def test_the_model_answers_and_is_left_as_it_was(model, data):
+    (prompt, _) = draw(model, data, "bbox", 0, 0.0)
+    mask = segment_frame(model, data, data.videos[0], prompt)
+    assert (mask.shape, mask.dtype) == (SIZE, bool)
+    assert model.training
+    three = draw(model, data, "point", 3, 0.0)
+    assert {len(prompt["points"]) for prompt in three} <= {2, 3}
+
+
+@pytest.mark.parametrize("kind", [("point", 1), ("bbox", 0), ("mask", 0)])
+def test_noise_grows_with_its_strength_along_one_direction(model, data, kind):
+    """The same random numbers at every strength: scores differ by the strength only."""
+    clean, weak, strong = (draw(model, data, *kind, noise) for noise in (0.0, 0.1, 0.2))
+    assert draw(model, data, *kind, 0.1)[0]["points"].tolist() == weak[0]["points"].tolist()
+    for a, b, c in zip(clean, weak, strong, strict=True):
+        if kind[0] == "mask":
+            assert a["mask"].sum() > 0
+            assert not np.array_equal(a["mask"], c["mask"])
+        else:
+            inside = (c["points"] > 0) & (c["points"] < np.array(SIZE)[::-1] - 1)  # not held back
+            assert inside.any()
+            twice = 2 * (b["points"] - a["points"])
+            np.testing.assert_allclose(
+                twice[inside], (c["points"] - a["points"])[inside], atol=1e-4
+            )
+            assert not np.array_equal(a["points"], b["points"])
+
+
+def test_noise_is_a_share_of_the_object_and_stays_in_the_frame():
+    rng = np.random.default_rng(0)
+    mask = rectangle(10, 20, 50, 30)  # sides of 40 and 10
+    moved = np.stack(
+        [move_point(np.array([30, 25]), mask_to_box(mask), SIZE, 0.2, rng) for _ in range(500)]
+    )
+    reach = np.abs(moved - [30, 25]).max(axis=0)
+    assert (reach <= [8, 2]).all()
+    assert (reach > [7.5, 1.9]).all()
+    edge = np.stack(
+        [move_point(np.array([0, 63]), mask_to_box(mask), SIZE, 0.4, rng) for _ in range(50)]
+    )
+    assert edge.min() >= 0
+    assert edge.max() <= 63
+
+
+def test_large_boxes_move_as_far_as_they_should():
+    """Training's bound of 20 px would make the noise of large objects weaker than it is called."""
+    mask = rectangle(50, 50, 450, 450, (512, 512))
+    prompt = PromptGenerator(["bbox"]).generate(mask, np.random.default_rng(0))
+    rng = np.random.default_rng(1)
+    moved = np.stack([move_prompt(prompt, mask, 0.1, rng)["box"] for _ in range(200)])
+    assert 35 < np.abs(moved - prompt["box"]).max() <= 40
+
+
+def test_a_mask_is_stretched_as_its_box_is():
+    mask = rectangle(10, 20, 29, 39)
+    box = mask_to_box(mask)
+    moved = stretch_mask(mask, box, np.array([12, 10, 51, 29], np.float32))
+    np.testing.assert_array_equal(mask_to_box(moved), [12, 10, 51, 29])
+    assert moved.sum() == 40 * 20
+    np.testing.assert_array_equal(stretch_mask(mask, box, box), mask)
+    assert stretch_mask(mask, box, np.array([70, 70, 80, 80], np.float32)).any()  # never empty
+
+
+def test_nothing_wrong_is_no_click():
+    mask = rectangle(5, 5, 9, 9)
+    assert next_click(mask, mask.copy()) is None
+
+
+@pytest.mark.skipif(not ORACLE.exists(), reason="needs the reference numbers")
+def test_clicks_equal_those_of_sam2():
+    compared = 0
+    for case in torch.load(ORACLE, weights_only=True)["cases"].values():
+        expected = case["get_next_point_center"]
+        predicted = case["pred_masks"]
+        for row, mask in enumerate(case["gt_masks"][:, 0].numpy()):
+            guess = np.zeros_like(mask) if predicted is None else predicted[row, 0].numpy()
+            click = next_click(mask, guess)
+            if click is None:
+                continue  # SAM 2 then clicks on the corner of the picture
+            np.testing.assert_array_equal(click[0], expected["points"][row, 0].numpy())
+            assert click[1] == expected["labels"][row, 0]
+            compared += 1
+    assert compared >= 10
