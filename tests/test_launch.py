@@ -1,6 +1,7 @@
 """The command line as a user meets it: what it prints, writes, and answers to a mistake."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_coco
+from test_results import make_run
 
 from sam2train import launch
 
@@ -55,7 +57,8 @@ def test_help_and_list_answer_at_once(option):
         seconds.append(time.perf_counter() - start)
     # Without anything heavy it takes 0.1 s; the best of three forgives a busy machine.
     assert min(seconds) < 0.5
-    assert ("--dry-run" if option == "--help" else "coco_point_bbox.yaml  Fine-tune") in done.stdout
+    expected = "--dry-run" if option == "--help" else r"coco_point_bbox\.yaml +Fine-tune"
+    assert re.search(expected, done.stdout)
 
 
 def test_train_then_resume_then_the_same_folder_again(experiment, tmp_path, capsys):
@@ -128,7 +131,26 @@ def test_a_sweep_agents_typed_values_win(experiment, tmp_path, monkeypatch, caps
     assert "num_maskmem: 5" in capsys.readouterr().out
 
 
+def test_runs_and_compare_need_no_experiment(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    first, second = (make_run(tmp_path / "runs" / "small" / name) for name in ("one", "two"))
+    assert launch.main(["--runs"]) == 0
+    assert "finished" in capsys.readouterr().out
+    assert launch.main(["--compare", str(first), str(second)]) == 0
+    assert "over videos" in capsys.readouterr().out
+    assert launch.main(["--collect", "runs/small"]) == 0
+    assert "small.csv: 2 runs" in capsys.readouterr().out
+
+
 class TestMistakes:
+    def test_runs_and_compare(self, capsys, experiment, tmp_path):
+        assert "nowhere" in fails(capsys, "--runs", tmp_path / "nowhere")
+        assert "no run in it" in fails(capsys, "--runs", tmp_path / "data")
+        assert "is no run" in fails(capsys, "--compare", tmp_path, tmp_path / "data")
+        assert "key=value" in fails(capsys, "--runs", tmp_path, "--key=value")
+        assert "small.yaml" in fails(capsys, experiment, "--runs")
+        assert "--runs --collect" in fails(capsys, "--collect", "--runs")
+
     def test_no_file(self, capsys):
         assert "experiments/coco_point_bbox.yaml" in fails(capsys)
 

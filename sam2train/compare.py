@@ -1,0 +1,317 @@
+"""Runs in a terminal of 100 columns: `--runs`, the table; `--compare`, what differs; `--collect`,
+what a sweep says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from sam2train.ablation import (
+    QUESTIONS,
+    compact_results,
+    differences,
+    is_result,
+    markdown,
+    read_results,
+    readable,
+)
+from sam2train.errors import UserError
+from sam2train.figures import draw_results
+from sam2train.intervals import mean_interval, paired_bootstrap, seed_difference
+from sam2train.results import is_run, labels, load_runs, load_scores, over_seeds, varied
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RESULTS = Path("experiments/results")  # what --collect writes, to be committed
+MAX_SETTINGS = 4  # more than so many do not fit a line that one can read
+_COLOURS = {"finished": "green", "running": "cyan", "interrupted": "yellow"}
+
+
+def show_runs(folder: Path, console: Console) -> None:
+    """Print the runs below a folder, a table for each folder of runs, the best last J&F first.
+
+    Below each, runs that differ only in their seed are summed up, with their interval.
+
+    Raises:
+        UserError: no such folder, or no run in it.
+    """
+    runs = load_runs(folder)
+    for place, part in runs.groupby(runs["path"].map(lambda path: str(Path(path).parent))):
+        part = part.sort_values(["last", "run"], ascending=[False, True], na_position="last")
+        _say(console, f"{place} (sweep)" if part["sweep"].notna().any() else place)
+        console.print(_runs_table(part))
+        scored = part[part["last"].notna()]
+        if table := _groups_table(scored):
+            console.print(table)
+        for row in part[part["problem"].notna()].itertuples():
+            _say(console, f"unreadable: {row.problem}")
+        console.print()
+    if (runs["status"] == "crashed").any():
+        _say(console, "crashed: it was running and fell silent; `--resume RUN` goes on with it")
+    _say(console, "J&F on the validation videos; --compare RUN RUN: differences with intervals")
+
+
+def compare_runs(folders: Sequence[Path], console: Console) -> None:
+    """Print in which settings runs differ, and their scores' differences with intervals.
+
+    Runs that differ only in the seed count as one, unless all of them do. The first is what the
+    others are compared with. A difference without an interval is not printed; what it would need
+    is.
+
+    Raises:
+        UserError: fewer than two runs, the same twice, or a folder that is no run.
+    """
+    import pandas as pd
+
+    for folder in folders:
+        if not is_run(folder):
+            what = "is no run: no config.yaml with metrics.jsonl in it" if folder.is_dir() else ""
+            raise UserError(
+                f"--compare: {folder} {what or 'is no folder'}; `python run.py --runs` lists runs"
+            )
+    if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
+        raise UserError(
+            f"--compare {' '.join(map(str, folders))}: expected two different runs or more, "
+            "each once"
+        )
+    runs = pd.concat([load_runs(folder) for folder in folders], ignore_index=True)
+    if (runs["status"] == "unreadable").any():
+        raise UserError("\n".join(runs["problem"].dropna()))
+    alone = runs["group"].nunique() == 1
+    parts = [part for _, part in runs.groupby("path" if alone else "group", sort=False)]
+    groups = dict(zip(_letters(len(parts)), parts, strict=True))
+    console.print(_compared_table(groups))
+    table = _settings_table(groups)
+    console.print(table if table.rows else "The settings are the same.")
+    if alone:
+        _say(console, "They differ in nothing but the seed.")
+        if runs["last"].notna().any():
+            (text,) = over_seeds(runs, ["group"])["text"]
+            _say(console, f"J&F over the seeds: {text}")
+    scored = [n for n in varied(runs) if n.startswith("evaluation.") or n == "dataset.val_path"]
+    if scored:
+        _say(console, f"Careful: they were scored under different {', '.join(scored)}.")
+    scores: dict[str, pd.DataFrame] = {}
+    for letter, part in groups.items():
+        try:
+            scores[letter] = _last_scores(part)
+        except UserError as problem:
+            _say(console, f"{letter}, nothing over videos: {problem}")
+    console.print(_gains_table(groups, scores))
+    console.print(_differences_table(groups, scores))
+    _say(
+        console,
+        "over videos: 95 %, paired bootstrap, these weights on other videos of the kind\n"
+        "over seeds: 95 %, t, other trainings on these videos",
+    )
+
+
+def collect_results(folder: Path | None, console: Console) -> None:
+    """Write what the finished runs of a folder say to `experiments/results/<its name>.csv`, and
+    from there the pictures and the table that the README has; without a folder, draw the pictures
+    and tables of all CSV files there again.
+
+    Raises:
+        UserError: no such folder, no run in it, none that is finished, or no CSV file.
+    """
+    if folder is None:
+        paths = sorted(RESULTS.glob("*.csv"))
+        if not paths:
+            raise UserError(
+                f"--collect: no CSV file in {RESULTS}/; name the folder of a sweep, such as "
+                "runs/sweeps/prompts"
+            )
+    else:
+        runs = load_runs(folder)
+        results = compact_results(runs)
+        paths = [RESULTS / f"{folder.resolve().name}.csv"]
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        results.to_csv(paths[0], index=False)
+        for row in runs[~is_result(runs)].itertuples():
+            _say(console, f"left out: {row.path}, {row.status} at step {row.step}")
+        _say(console, f"wrote {paths[0]}: {results['run'].nunique()} runs, {len(results)} rows")
+    for path in paths:
+        for picture in draw_results(path):
+            _say(console, f"wrote {picture}")
+        if question := QUESTIONS.get(path.stem):
+            table = readable(differences(read_results(path), question), question)
+            _say(console, f"\n{markdown(table)}\n")
+
+
+def _runs_table(runs: pd.DataFrame) -> Table:
+    table = Table(padding=(0, 1), box=None)
+    table.add_column("run", overflow="fold", max_width=24)
+    for name in ("seed", "status", "step", "step 0", "last", "best", "trained", "time"):
+        left = name == "status"
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+    for row in runs.to_dict("records"):
+        status = row["status"]
+        known = status != "unreadable"
+        table.add_row(
+            escape(row["run"]),
+            f"{row['seed']:.0f}" if known and not _missing(row["seed"]) else "",
+            f"[{_COLOURS.get(status, 'red')}]{status}[/]",
+            f"{row['step']:.0f}/{row['num_steps']:.0f}" if known else "",
+            *(_score(row.get(name)) for name in ("baseline", "last", "best")),
+            _millions(row.get("params/trainable")),
+            f"{timedelta(seconds=round(row['seconds']))}" if known else "",
+        )
+    return table
+
+
+def _groups_table(runs: pd.DataFrame) -> Table | None:
+    """What a few settings did, or several seeds; None where neither can be read off the runs."""
+    names = varied(runs)
+    if len(names) > MAX_SETTINGS:
+        repeated = runs.groupby("group")["seed"].transform("nunique") > 1
+        runs = runs[repeated]
+        names = varied(runs)
+    if len(runs) < 2:
+        return None
+    runs = runs.assign(settings=labels(runs) if names else "all of them")
+    table = Table(title="by settings", title_justify="left", padding=(0, 1), box=None)
+    table.add_column("settings", overflow="fold")
+    table.add_column("last J&F", no_wrap=True)
+    table.add_column("runs", overflow="fold")
+    for row in over_seeds(runs, ["settings"]).sort_values("mean", ascending=False).itertuples():
+        members = runs.loc[runs["settings"] == row.settings, "run"]
+        table.add_row(escape(row.settings), row.text, escape(" ".join(members)))
+    return table
+
+
+def _compared_table(groups: dict[str, pd.DataFrame]) -> Table:
+    table = Table(title="Runs", title_justify="left", box=None)
+    for name in ("", "run", "seed", "status", "step", "step 0", "last"):
+        table.add_column(name, overflow="fold", no_wrap=name != "run")
+    for letter, part in groups.items():
+        for row in part.to_dict("records"):
+            table.add_row(
+                letter,
+                escape(row["path"]),
+                str(row["seed"]),
+                row["status"],
+                str(row["step"]),
+                _score(row["baseline"]),
+                "" if _missing(row["last"]) else f"{row['last']:.3f} at step {row['scored']:.0f}",
+            )
+    return table
+
+
+def _settings_table(groups: dict[str, pd.DataFrame]) -> Table:
+    import pandas as pd
+
+    firsts = pd.concat([part.iloc[:1] for part in groups.values()])
+    table = Table("setting", title="What differs", title_justify="left", box=None)
+    for letter in groups:
+        table.add_column(letter, overflow="fold")
+    for name in [*varied(firsts), "commit", "device"]:
+        values = firsts[name].map(str)
+        if values.nunique() > 1:
+            shown = (value[:12] if name == "commit" else escape(value) for value in values)
+            table.add_row(name, *shown)
+    return table
+
+
+def _gains_table(groups: dict[str, pd.DataFrame], scores: dict[str, pd.DataFrame]) -> Table:
+    """Each group against its own step 0."""
+    table = Table("", "over videos", "over seeds", title_justify="left", box=None)
+    table.title = "J&F gained since step 0"
+    for letter, part in groups.items():
+        gains = part.dropna(subset=["gain"]).groupby("seed")["gain"].mean()
+        table.add_row(
+            letter,
+            _over_videos(scores, letter, letter, first="first"),
+            mean_interval(gains).text(sign=True) if len(gains) > 1 else "needs two seeds or more",
+        )
+    return table
+
+
+def _differences_table(groups: dict[str, pd.DataFrame], scores: dict[str, pd.DataFrame]) -> Table:
+    """Each group against the first, at the last step."""
+    reference, *others = groups
+    table = Table("", "metric", "over videos", "over seeds", title_justify="left", box=None)
+    table.title = f"Difference to {reference}"
+
+    def by_seed(letter: str) -> dict[int, float]:
+        part = groups[letter].dropna(subset=["last"])
+        return part.groupby("seed")["last"].mean().to_dict()
+
+    for letter in others:
+        first, second = by_seed(reference), by_seed(letter)
+        seeds = "needs two seeds or more of both"
+        if min(len(first), len(second)) > 1:
+            seeds = seed_difference(first, second).text(sign=True)
+        for metric in ("J_and_F", "J", "F"):
+            table.add_row(
+                letter if metric == "J_and_F" else "",
+                metric.replace("_and_", "&"),
+                _over_videos(scores, reference, letter, metric=metric),
+                seeds if metric == "J_and_F" else "",
+            )
+    return table
+
+
+def _over_videos(
+    scores: dict[str, pd.DataFrame],
+    one: str,
+    other: str,
+    *,
+    metric: str = "J_and_F",
+    first: str = "last",
+) -> str:
+    """The last scores of `other` minus those of `one`, or its `first`; else what is missing."""
+    if missing := [letter for letter in dict.fromkeys((one, other)) if letter not in scores]:
+        return f"needs scores.csv of {' and '.join(missing)}"
+    before = scores[one]
+    try:
+        found = paired_bootstrap(
+            before[before["when"] == first],
+            scores[other][scores[other]["when"] == "last"],
+            metric,
+        )
+    except UserError as problem:
+        return str(problem)
+    return found.text(sign=True) if found.known else f"needs more than {found.num} videos"
+
+
+def _last_scores(runs: pd.DataFrame) -> pd.DataFrame:
+    """Validation scores by object of all these runs; `when` is "first" at step 0, or "last"."""
+    import pandas as pd
+
+    parts = []
+    for path in runs["path"]:
+        scores = load_scores(path)
+        scores = scores[scores["split"] == "val"]
+        if scores.empty:
+            raise UserError(f"{path}/scores.csv: no row of the validation split")
+        for when, step in (("first", 0), ("last", scores["step"].max())):
+            parts.append(scores[scores["step"] == step].assign(when=when))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _letters(num: int) -> list[str]:
+    return [chr(ord("A") + k) if k < 26 else f"#{k + 1}" for k in range(num)]
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _score(value: float | None) -> str:
+    return "" if _missing(value) else f"{value:.3f}"
+
+
+def _millions(value: float | None) -> str:
+    return "" if _missing(value) else f"{value / 1e6:.2f}M"
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,392 @@
+"""Results -> matplotlib figures, and a table that sorts, for notebooks and the README.
+
+Every function returns a `Figure` of its own and touches no global state of matplotlib; a notebook
+shows it after `%matplotlib inline`. Colours are told apart by the colour-blind, and lines by their
+markers too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sam2train.ablation import (
+    MASKMEM,
+    POINTERS,
+    PROMPTS,
+    last_step,
+    read_results,
+    settings_in_order,
+)
+from sam2train.errors import UserError
+from sam2train.results import over_seeds
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from IPython.display import HTML
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours that are dark enough for a line on white, the most different ones first.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
+MARKERS = "osD^vPX"
+GREY = "#777777"
+JANDF = "J&F"
+
+_STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "legend.frameon": False,
+}
+
+
+@contextmanager
+def new_figure(
+    width: float, height: float, columns: int = 1
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A new figure of so many inches with its axes, styled; not known to pyplot."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, list(figure.subplots(1, columns, sharey=columns > 1, squeeze=False)[0])
+
+
+def curves(
+    data: pd.DataFrame, by: str = "settings", *, label: str = JANDF, title: str = ""
+) -> Figure:
+    """Score over steps: a thin line each run, a thick one the mean over the runs of a `by`.
+
+    The dashed line is the mean at step 0, where nothing was trained yet: a run that stays below it
+    has lost. The mean ends where the first run of its `by` ends.
+
+    Args:
+        data: as `results.load_curves` gives it; `by` is one of its columns. Without a row the
+            picture says that there is no score.
+    """
+    with new_figure(8, 4) as (figure, (axes,)):
+        if data.empty:
+            axes.text(0.5, 0.5, f"no {label} yet", ha="center", transform=axes.transAxes)
+            return figure
+        if (data["step"] == 0).any():
+            start = data.loc[data["step"] == 0, "value"].mean()
+            axes.axhline(start, color=GREY, linestyle="--", linewidth=1.2, label="step 0, mean")
+        # The legend in the order in which the lines end.
+        parts = sorted(
+            data.groupby(by),
+            key=lambda pair: pair[1].groupby("step")["value"].mean().iloc[-1],
+            reverse=True,
+        )
+        for (name, part), style in zip(parts, _styles(len(parts)), strict=True):
+            wide = part.pivot_table(index="step", columns=["experiment", "run"], values="value")
+            num = wide.shape[1]
+            if num > 1:
+                axes.plot(wide.index, wide, color=style["color"], linewidth=0.8, alpha=0.45)
+                wide = wide.dropna()
+            text = f"{name}, mean of {num}" if num > 1 else f"{name}"
+            mean = wide.mean(axis=1)
+            axes.plot(mean.index, mean, label=text, linewidth=2, markersize=5, **style)
+        axes.set(xlabel="step", ylabel=label, title=title)
+        _honest(axes)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
+    return figure
+
+
+def prompt_scores(results: pd.DataFrame, *, title: str = "") -> Figure:
+    """J&F by prompt type: the last step with its interval over seeds, and step 0 in grey.
+
+    Args:
+        results: as `ablation.read_results` gives them, with `dataset.prompt_types` varied.
+    """
+    last = _whole(last_step(results))
+    first = _whole(results[(results["metric"] == "J_and_F") & (results["step"] == 0)])
+    _not_empty(last)
+    order = settings_in_order(last[PROMPTS])
+    with new_figure(6.5, 3.8) as (figure, (axes,)):
+        for part, shift, style, label in (
+            (first, -0.13, {"color": GREY, "marker": "o"}, "step 0"),
+            (last, 0.13, {"color": COLOURS[0], "marker": "s"}, "last step"),
+        ):
+            _dots(axes, part, PROMPTS, order, shift, style, label)
+        names = [name.replace("+", "\n+ ") for name in order]
+        _categories(axes, names, "prompts in training and evaluation")
+        axes.set(ylabel=JANDF, title=title)
+        _legend(axes)
+    return figure
+
+
+def memory_scores(results: pd.DataFrame, *, title: str = "") -> Figure:
+    """J&F by `num_maskmem`, with and without object pointers, with intervals over seeds.
+
+    Args:
+        results: as `ablation.read_results` gives them, with `model.num_maskmem` varied and, if
+            there is to be a second series, `model.max_obj_ptrs_in_encoder`.
+    """
+    last = _whole(last_step(results))
+    _not_empty(last)
+    order = settings_in_order(last[MASKMEM])
+    series = settings_in_order(last[POINTERS]) if POINTERS in last else [None]
+    with new_figure(6.5, 3.8) as (figure, (axes,)):
+        for place, (pointers, style) in enumerate(zip(series, _styles(len(series)), strict=True)):
+            part = last if pointers is None else last[last[POINTERS] == pointers]
+            shift = 0.2 * (place - (len(series) - 1) / 2)
+            label = "last step" if pointers is None else _pointers(pointers)
+            _dots(axes, part, MASKMEM, order, shift, {**style, "linestyle": "-"}, label)
+        _categories(axes, order, "memories kept (num_maskmem)")
+        axes.set(ylabel=JANDF, title=title)
+        _legend(axes)
+    return figure
+
+
+def horizon(
+    results: pd.DataFrame,
+    metric: str = "horizon/J",
+    by: str = MASKMEM,
+    *,
+    xlabel: str = "frames since the prompt, up to",
+    ylabel: str = "J",
+    title: str = "",
+) -> Figure:
+    """A metric against `at`, a line each value of `by`, a panel each number of object pointers.
+
+    Lines are means over seeds, the shade their interval; a single seed has none.
+
+    Args:
+        results: as `ablation.read_results` gives them.
+    """
+    part = results[results["metric"] == metric]
+    part = last_step(part, metric, part["split"].iloc[0]) if len(part) else part
+    _not_empty(part)
+    panels = settings_in_order(part[POINTERS]) if POINTERS in part and by != POINTERS else [None]
+    settings = settings_in_order(part[by])
+    with new_figure(4.5 * len(panels) + 2, 3.8, len(panels)) as (figure, all_axes):
+        for panel, axes in zip(panels, all_axes, strict=True):
+            chosen = part if panel is None else part[part[POINTERS] == panel]
+            for setting, style in zip(settings, _ordered(len(settings)), strict=True):
+                means = over_seeds(chosen[chosen[by] == setting], ["at"], "value")
+                axes.plot(means["at"], means["mean"], label=f"{setting}", markersize=5, **style)
+                axes.fill_between(
+                    means["at"], means["low"], means["high"], color=style["color"], alpha=0.13, lw=0
+                )
+            axes.set_xscale("log", base=2)  # `at` is the end of a bin, each twice as long
+            axes.xaxis.set_major_formatter("{x:.0f}")
+            axes.set(xlabel=xlabel, title=title if panel is None else _pointers(panel))
+        all_axes[0].set_ylabel(ylabel)
+        all_axes[-1].legend(title=by.split(".")[-1], loc="center left", bbox_to_anchor=(1, 0.5))
+        if title and panels != [None]:
+            figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    return figure
+
+
+def mask_sizes(areas: Mapping[str, Sequence[float]], *, title: str = "") -> Figure:
+    """How large masks are: a histogram each data set, of their share of the frame, log scale.
+
+    Args:
+        areas: name -> the masks' areas as fractions of their frames, in [0, 1]; empty masks are
+            left out and counted in the legend.
+    """
+    values = {name: np.asarray(area, np.float64) for name, area in areas.items()}
+    kept = {name: area[area > 0] for name, area in values.items()}
+    if not any(map(len, kept.values())):
+        raise UserError("no mask with a pixel in it; nothing to draw")
+    smallest = min(area.min() for area in kept.values() if len(area))
+    bins = np.geomspace(min(smallest, 0.5), 1, 31)
+    with new_figure(6.5, 3.6) as (figure, (axes,)):
+        for (name, area), style in zip(kept.items(), _styles(len(kept)), strict=True):
+            empty = len(values[name]) - len(area)
+            label = f"{name}: {len(area):,}" + (f", {empty:,} empty" if empty else "")
+            shares = np.full(len(area), 1 / max(len(area), 1))
+            colour = style["color"]
+            axes.hist(area, bins, weights=shares, histtype="stepfilled", color=colour, alpha=0.15)
+            axes.hist(
+                area, bins, weights=shares, histtype="step", color=colour, lw=1.8, label=label
+            )
+        axes.set(xscale="log", xlabel="mask / frame (area)", ylabel="share of masks", title=title)
+        axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:g} %")
+        _legend(axes)
+    return figure
+
+
+def presence(masks: pd.DataFrame, *, title: str = "") -> Figure:
+    """Where each object shows: a bar for every stretch of frames, the objects of a video together.
+
+    Args:
+        masks: as `results.mask_table` gives it.
+    """
+    if masks.empty:
+        raise UserError("no object in these videos; nothing to draw")
+    num_objects = masks.groupby(["video_id", "object_id"]).ngroups
+    height = 0.17 * num_objects + 0.1 * masks["video_id"].nunique() + 1
+    with new_figure(8, height) as (figure, (axes,)):
+        y, places, videos = 0.0, [], []
+        for video, part in masks.groupby("video_id", sort=False):
+            start = y
+            for number, (_, rows) in enumerate(part.groupby("object_id", sort=False)):
+                shown = rows.loc[rows["area"] > 0, "frame"].to_numpy()
+                axes.barh(np.full(len(shown), y), 1, 0.8, shown - 0.5, color=_colour(number))
+                y += 1
+            places.append((start + y - 1) / 2)
+            videos.append(str(video))
+            y += 0.6
+        axes.set_yticks(places, videos, fontsize=8)
+        axes.set(xlabel="frame", title=title, ylim=(y - 0.6, -1))
+        axes.grid(False, axis="y")
+    return figure
+
+
+def parameters(run: Mapping[str, Any], *, title: str = "") -> Figure:
+    """How many parameters each module has; the title's second half says how many are trained.
+
+    Args:
+        run: a row of `results.load_runs`.
+    """
+    sizes = {
+        name.removeprefix("params/"): size
+        for name, size in run.items()
+        if name.startswith("params/") and size == size  # not NaN: another run's module
+    }
+    total, trained = sizes.pop("total", math.nan), sizes.pop("trainable", math.nan)
+    if not sizes:
+        raise UserError(f"{run['path']}: no parameter counts in its summary.json; nothing to draw")
+    names = sorted(sizes, key=sizes.get)
+    with new_figure(6.5, 0.32 * len(names) + 1) as (figure, (axes,)):
+        bars = axes.barh(names, [sizes[name] for name in names], color=COLOURS[0])
+        axes.bar_label(bars, [f"{sizes[name]:,.0f}" for name in names], padding=3, fontsize=9)
+        said = f"{title or run['run']}: {trained / 1e6:.2f} M of {total / 1e6:.2f} M are trained"
+        axes.set(title=said, xlabel="parameters", xlim=(0, 1.25 * max(sizes.values())))
+        axes.grid(False, axis="y")
+    return figure
+
+
+def sortable(table: pd.DataFrame) -> HTML:
+    """The table in a notebook; a click on a heading sorts by it, another one the other way."""
+    from IPython.display import HTML
+
+    text = table.to_html(index=False, na_rep="", float_format="{:.3f}".format, border=0)
+    name = "sort" + hashlib.sha256(text.encode()).hexdigest()[:8]
+    return HTML(f'<div id="{name}">{text}</div><script>{_SORT.replace("NAME", name)}</script>')
+
+
+def draw_results(path: Path) -> list[Path]:
+    """Write what a CSV of `experiments/results/` shows as PNG files beside it; returns them.
+
+    Raises:
+        UserError: no such file, or nothing in it that can be drawn.
+    """
+    results, drawn = read_results(path), {}
+    if PROMPTS in results:
+        drawn[""] = prompt_scores(results, title="Score by prompt type")
+    if MASKMEM in results:
+        drawn[""] = memory_scores(results, title="Score by number of memories")
+        if (results["metric"] == "horizon/J").any():
+            drawn["_horizon"] = horizon(results, title="How long the memory holds")
+    written = []
+    for suffix, figure in drawn.items():
+        written.append(path.with_name(f"{path.stem}{suffix}.png"))
+        figure.savefig(written[-1], dpi=120)
+    return written
+
+
+# Numbers by size, other texts by the alphabet, empty cells last.
+_SORT = """
+document.querySelectorAll("#NAME th").forEach((heading, column) => {
+  heading.style.cursor = "pointer";
+  heading.onclick = () => {
+    const body = document.querySelector("#NAME tbody");
+    const down = heading.dataset.down = heading.dataset.down === "1" ? "" : "1";
+    const value = row => row.cells[column].textContent;
+    const order = (x, y) => isNaN(x - y) ? x.localeCompare(y) : x - y;
+    const compare = (a, b) => value(a) === "" ? 1 : value(b) === "" ? -1 :
+      (down ? -1 : 1) * order(value(a), value(b));
+    [...body.rows].sort(compare).forEach(row => body.append(row));
+  };
+});
+"""
+
+
+def _dots(
+    axes: Axes,
+    part: pd.DataFrame,
+    by: str,
+    order: Sequence[Any],
+    shift: float,
+    style: Mapping[str, Any],
+    label: str,
+) -> None:
+    """Each seed as a faint dot, their mean with its interval; categories at 0, 1, 2, ..."""
+    if part.empty:
+        return
+    places = {name: place + shift for place, name in enumerate(order)}
+    axes.scatter(
+        part[by].map(places) + 0.06, part["value"], s=14, color=style["color"], alpha=0.4, lw=0
+    )
+    means = over_seeds(part, [by], "value").set_index(by).reindex(order).dropna(subset=["mean"])
+    x = [places[name] for name in means.index]
+    error = (means["high"] - means["mean"]).to_numpy()  # NaN, and no bar, for a single seed
+    bars = {"capsize": 3, "elinewidth": 1.3, "markersize": 6, "linewidth": 1.2}
+    style = {"linestyle": "none", **style}
+    axes.errorbar(x, means["mean"], error, label=label, **bars, **style)
+
+
+def _categories(axes: Axes, names: Sequence[Any], label: str) -> None:
+    axes.set_xticks(range(len(names)), [str(name) for name in names])
+    axes.set(xlim=(-0.5, len(names) - 0.5), xlabel=label)
+    axes.grid(False, axis="x")
+    _honest(axes)
+
+
+def _honest(axes: Axes) -> None:
+    """Show at least 0.05 of the score's axis: less would make a slope out of noise."""
+    low, high = axes.get_ylim()
+    missing = max(0.0, 0.05 - (high - low)) / 2
+    axes.set_ylim(low - missing, high + missing)
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(loc="best", fontsize=9)
+
+
+def _pointers(number: Any) -> str:
+    return "without object pointers" if number == 0 else f"{number} object pointers"
+
+
+def _whole(results: pd.DataFrame) -> pd.DataFrame:
+    """The rows about all videos together."""
+    return results[results["video_id"].isna()]
+
+
+def _not_empty(data: pd.DataFrame) -> None:
+    if data.empty:
+        raise UserError("no scores among these results; nothing to draw")
+
+
+def _colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
+
+
+def _styles(num: int) -> list[dict[str, Any]]:
+    """Colour and marker of unordered series; beyond seven the markers make the difference."""
+    return [
+        {"color": _colour(k), "marker": MARKERS[(k + k // 7) % len(MARKERS)]} for k in range(num)
+    ]
+
+
+def _ordered(num: int) -> list[dict[str, Any]]:
+    """Colour and marker of series in an order, dark to light."""
+    import matplotlib
+
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, num))
+    return [{"color": c, "marker": MARKERS[k % len(MARKERS)]} for k, c in enumerate(colours)]

@@ -1,0 +1,510 @@
+"""Runs on disk, or in a W&B project -> DataFrames of one shape, a row a run or a row a step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sam2train.config import flatten, load_yaml
+from sam2train.errors import UserError
+from sam2train.intervals import mean_interval
+from sam2train.tracking import STEP_AXIS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sam2train.videos import Video
+
+# Runs that differ in these only form a group: the seeds of one experiment.
+_NOT_OF_THE_GROUP = {
+    "trainer.seed",
+    "trainer.save_every",
+    "trainer.log_every",
+    "dataset.num_workers",
+    "dataset.mask_cache_mb",
+    "evaluation.num_overlays",
+}
+# A run that says it is running and wrote nothing for so long was killed. Seconds; a guess, raised
+# to three times the longest silence the run had before.
+QUIET = 1800
+EVALUATIONS = "evaluations"  # the folder beside runs that `--evaluate` writes to
+_SCORES = ("step", "split", "model", "video_id", "object_id", "J", "F", "J_and_F", "num_frames")
+TRAINED = "trained"  # the run itself, in the column `model`; baselines stand beside it
+_WANDB_STATES = {"killed": "interrupted", "preempted": "interrupted", "preempting": "interrupted"}
+
+
+def is_run(folder: Path) -> bool:
+    """Whether this is a run folder: a config, and something that a started run wrote."""
+    names = ("summary.json", "metrics.jsonl", "environment.json")
+    return (folder / "config.yaml").is_file() and any((folder / n).is_file() for n in names)
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The run folders at and below a folder, by path; what lies inside a run is not searched, nor
+    the evaluations of checkpoints, which train nothing.
+
+    Raises:
+        UserError: no such folder, or no run in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; runs are written below runs/")
+    found = []
+    for place, names, _ in os.walk(folder):
+        if is_run(Path(place)):
+            found.append(Path(place))
+            names.clear()
+        names[:] = [name for name in names if not name.startswith(".") and name != EVALUATIONS]
+    if not found:
+        raise UserError(
+            f"{folder}: no run in it; a run is a folder with config.yaml and metrics.jsonl, as "
+            "`python run.py experiments/coco_point_bbox.yaml` writes"
+        )
+    return sorted(found)
+
+
+def load_runs(folder: Path) -> pd.DataFrame:
+    """One row a run, in the order of their paths.
+
+    Columns:
+        source, path: "disk" and the run's folder; "wandb" and entity/project/id.
+        experiment, run, sweep: the folder the run lies in, its own name, the sweep's name or None.
+        group: the same text for runs that differ only in `trainer.seed` (and in what moves no
+            result, such as the number of workers); `seed` tells them apart.
+        status: finished; interrupted (saved, can be resumed); failed (stopped by an error);
+            running; crashed (it says running and has been silent for long: killed); unreadable,
+            see `problem`.
+        step, num_steps, seconds, written (UTC), commit, device: of the last line that was written.
+        baseline, last, best: J&F of the validation at step 0, the last, and the highest; gain is
+            last - baseline, scored the step of the last. NaN where there was no validation.
+        params/...: total, trainable, and each module's.
+        dotted names: every setting; a list of words is joined by "+".
+
+    Raises:
+        UserError: as `find_runs`.
+    """
+    import pandas as pd
+
+    return pd.DataFrame([_read_run(path) for path in find_runs(folder)])
+
+
+def load_metrics(run: Path) -> pd.DataFrame:
+    """What a run wrote, a row each step (the index) and a column each name.
+
+    A resumed run appends to its file: where the step goes back, what the earlier segment wrote from
+    there on is left out, and so is a last line that was cut off.
+
+    Raises:
+        UserError: no such file, or a line in it that is not JSON.
+    """
+    path = Path(run) / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a run folder")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise UserError(
+                    f"{path}, line {number}: {error}; expected one JSON object a line; mend or "
+                    "delete the line"
+                ) from error
+    return _by_step(rows)
+
+
+def load_scores(run: Path) -> pd.DataFrame:
+    """`scores.csv` of a run without its baselines: step, split, video_id, object_id, J, F, J_and_F,
+    num_frames and more; a row for each object at each scoring. Ids are text.
+
+    Raises:
+        UserError: no such file, or columns missing.
+    """
+    path = Path(run) / "scores.csv"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; a run with validation videos writes it")
+    scores = read_csv(path, _SCORES)
+    return scores[scores["model"] == TRAINED]
+
+
+def load_curves(runs: pd.DataFrame, key: str = "val/J_and_F", api: Any = None) -> pd.DataFrame:
+    """Long: experiment, run, group, seed, settings (as `labels` has them), step, value; a row for
+    each time a run wrote `key`."""
+    import pandas as pd
+
+    columns = ["experiment", "run", "group", "seed", "settings"]
+    parts = []
+    for row in runs.assign(settings=labels(runs)).itertuples():
+        if row.status == "unreadable":
+            continue
+        if row.source == "wandb":
+            metrics = _wandb_metrics((api or _wandb_api()).run(row.path), key)
+        elif not (Path(row.path) / "metrics.jsonl").is_file():
+            continue  # it has not come that far
+        else:
+            metrics = load_metrics(row.path)
+        if key in metrics:
+            values = metrics[key].dropna()
+            names = {name: getattr(row, name) for name in columns}
+            parts.append(pd.DataFrame({**names, "step": values.index, "value": values.to_numpy()}))
+    empty = pd.DataFrame(columns=[*columns, "step", "value"])
+    return pd.concat(parts, ignore_index=True) if parts else empty
+
+
+def load_wandb(project: str, api: Any = None) -> pd.DataFrame:
+    """As `load_runs`, from a W&B project, "project" or "entity/project"; needs a key.
+
+    `experiment` is the run's name there.
+
+    Raises:
+        UserError: no key, no such project, or no run in it.
+    """
+    import pandas as pd
+    import wandb
+
+    api = api or _wandb_api()
+    try:
+        found = list(api.runs(project, lazy=False))  # lazily, each run would ask once more
+    except (ValueError, OSError, wandb.Error) as error:
+        raise UserError(f"W&B project {project}: {error}; expected entity/project") from error
+    if not found:
+        raise UserError(f"W&B project {project}: no run in it; `wandb sync` uploads offline runs")
+    return pd.DataFrame([_read_wandb_run(run) for run in found])
+
+
+def varied(runs: pd.DataFrame) -> list[str]:
+    """The settings, by dotted name, in which these runs differ, without the seed.
+
+    A setting that only some have differs; runs that cannot be read do not count.
+    """
+    known = runs[runs["status"] != "unreadable"]
+    return [
+        name for name in runs.columns if _of_the_group(name) and known[name].map(str).nunique() > 1
+    ]
+
+
+def labels(runs: pd.DataFrame) -> pd.Series:
+    """For each run its settings in which these runs differ, as one text: "num_maskmem=7"."""
+    names = varied(runs)
+    if not names:
+        return runs["experiment"].map(str)
+    leaves = [name.split(".")[-1] for name in names]
+    words = leaves if len({*leaves}) == len(leaves) else names
+    # As text: a run without one of the settings, from an older version, is a group of its own.
+    columns = [word + "=" + runs[name].map(str) for word, name in zip(words, names, strict=True)]
+    return columns[0].str.cat(columns[1:], sep=" ")
+
+
+def overview(runs: pd.DataFrame) -> pd.DataFrame:
+    """`load_runs` as a table to look at: its main columns and what was varied, best first."""
+    names = ("experiment", "run", "seed", "status", "step", "baseline", "last", "gain", "best")
+    table = runs.sort_values(["last", "path"], ascending=[False, True], na_position="last")
+    table = table.assign(
+        minutes=(table["seconds"] / 60).round(1),
+        written=table["written"].dt.strftime("%Y-%m-%d %H:%M"),
+    )
+    table = table.reindex(columns=[*names, "params/trainable", "minutes", "written", *varied(runs)])
+    # Whole numbers that may be missing, where a run cannot be read.
+    whole = dict.fromkeys(("seed", "step", "params/trainable"), "Int64")
+    return table.astype(whole).reset_index(drop=True)
+
+
+def newest(runs: pd.DataFrame) -> pd.DataFrame:
+    """The readable runs of the experiment or sweep in which something was written last."""
+    runs = runs[runs["status"] != "unreadable"]
+    last = runs.loc[runs["written"].idxmax()]
+    group = "sweep" if isinstance(last["sweep"], str) else "experiment"  # None becomes NaN
+    return runs[runs[group] == last[group]]
+
+
+def best(runs: pd.DataFrame) -> pd.Series:
+    """The run with the highest last J&F; the first one where none was scored."""
+    return runs.loc[runs["last"].idxmax() if runs["last"].notna().any() else runs.index[0]]
+
+
+def status_text(runs: pd.DataFrame) -> str:
+    """How many runs there are, how they ended, and which is best: a sentence or two."""
+    counts = runs["status"].value_counts()
+    ended = ", ".join(f"{num} {name}" for name, num in counts.items())
+    text = f"{len(runs)} run{'s' * (len(runs) != 1)}: {ended}."
+    top = best(runs)
+    if top["last"] == top["last"]:  # not NaN
+        where = f"{top['experiment']}/{top['run']}"
+        text += f" The highest last J&F is {top['last']:.3f}, of {where}"
+        text += f" ({top['gain']:+.3f} since step 0)." if top["gain"] == top["gain"] else "."
+    return text
+
+
+def failures(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs that did not end well: path, status, step, num_steps, and what to do about it."""
+    ways_out = {
+        "interrupted": "saved; `--resume` goes on with it",
+        "crashed": "killed without a word; `--resume` goes on from its last checkpoint",
+        "failed": "stopped by an error that stands at the end of its output",
+    }
+    shown = runs[~runs["status"].isin(["finished", "running"])]
+    what = shown["problem"].where(shown["problem"].notna(), shown["status"].map(ways_out))
+    table = shown.reindex(columns=["path", "status", "step", "num_steps"]).assign(what=what)
+    return table.reset_index(drop=True)
+
+
+def overlay_files(run: Path) -> pd.DataFrame:
+    """The pictures that a run on disk drew: step, video, path; by video, then step."""
+    import pandas as pd
+
+    rows = []
+    for path in (Path(run) / "overlays").glob("step_*.png"):
+        _, step, video = path.stem.split("_", 2)
+        rows.append({"step": int(step), "video": video, "path": str(path)})
+    return pd.DataFrame(rows, columns=["step", "video", "path"]).sort_values(["video", "step"])
+
+
+def overlays_to_compare(runs: pd.DataFrame, most: int = 3) -> dict[str, str]:
+    """Title -> path of pictures of one video: the best run before training and at its end, then the
+    next best runs at their ends, up to `most` of them. Empty where no run drew any on this disk."""
+    chosen: dict[str, str] = {}
+    video = None
+    for row in runs.sort_values("last", ascending=False).to_dict("records"):
+        found = overlay_files(row["path"])
+        found = found[found["video"] == (video or found["video"].min())]
+        if found.empty or len(chosen) > most:
+            continue
+        for picture in found.iloc[[-1] if chosen else [0, -1]].to_dict("records"):
+            chosen[f"{row['run']}, step {picture['step']}"] = picture["path"]
+        video = video or found["video"].iloc[0]
+    return chosen
+
+
+def mask_table(videos: Sequence[Video]) -> pd.DataFrame:
+    """A row for each object on each labelled frame: video_id, object_id, frame, and area, the share
+    of the frame that its mask covers, 0 where it does not show. No mask is decoded."""
+    import pandas as pd
+
+    rows = []
+    for video in videos:
+        pixels = video.size[0] * video.size[1]
+        for t in video.labelled:
+            found = video.frames[t].annotations
+            for o in video.object_ids:
+                area = found[o].area / pixels if o in found else 0.0
+                rows.append((video.video_id, str(o), t, area))
+    return pd.DataFrame(rows, columns=["video_id", "object_id", "frame", "area"])
+
+
+def presence_counts(masks: pd.DataFrame) -> dict[str, int]:
+    """How many objects of `mask_table` there are, appear late, vanish, and come back.
+
+    An object appears late if it does not show on the first frame; it vanishes if it does not show
+    on a frame after one that shows it, and comes back if it shows again after that.
+    """
+    counts = dict.fromkeys(("objects", "late", "vanish", "return"), 0)
+    for _, part in masks.groupby(["video_id", "object_id"], sort=False):
+        shows = (part.sort_values("frame")["area"] > 0).astype(int)
+        change = shows.diff()
+        counts["objects"] += 1
+        counts["late"] += int(shows.iloc[0] == 0)
+        counts["vanish"] += int((change == -1).any())
+        counts["return"] += int((change == 1).sum() > (shows.iloc[0] == 0))
+    return counts
+
+
+def presence_text(masks: pd.DataFrame) -> str:
+    """`presence_counts` and the usual size of a mask, as a sentence or two."""
+    counts, area = presence_counts(masks), masks.loc[masks["area"] > 0, "area"]
+    return (
+        f"Of {counts['objects']} objects, {counts['late']} appear after the first frame, "
+        f"{counts['vanish']} vanish, and {counts['return']} of these come back. Half of the "
+        f"masks cover less than {area.median():.1%} of their frame, one in twenty less than "
+        f"{area.quantile(0.05):.2%}."
+    )
+
+
+def over_seeds(frame: pd.DataFrame, by: Sequence[str], value: str = "last") -> pd.DataFrame:
+    """A row for each combination of `by`: mean, low, high, num (of seeds), text.
+
+    NaN values are left out; runs that repeat a seed count as one, by their mean.
+    """
+    import pandas as pd
+
+    rows = []
+    for names, part in frame.dropna(subset=[value]).groupby(list(by), sort=True, dropna=False):
+        found = mean_interval(part.groupby("seed")[value].mean())
+        numbers = {"mean": found.value, "low": found.low, "high": found.high, "num": found.num}
+        rows.append({**dict(zip(by, names, strict=True)), **numbers, "text": found.text()})
+    return pd.DataFrame(rows, columns=[*by, "mean", "low", "high", "num", "text"])
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    parent = path.resolve().parent
+    swept = (parent / "results.csv").is_file() or parent.parent.name == "sweeps"
+    row: dict[str, Any] = {
+        "source": "disk",
+        "path": str(path),
+        "experiment": parent.name,
+        "run": path.resolve().name,
+        "sweep": parent.name if swept else None,
+        "status": "unreadable",
+        "problem": None,
+    }
+    try:
+        config = flatten(load_yaml(path / "config.yaml"))
+        summary = _read_json(path / "summary.json")
+        code = _read_json(path / "environment.json")
+        has_metrics = (path / "metrics.jsonl").is_file()
+        metrics = load_metrics(path) if has_metrics else _by_step([])
+    except UserError as error:
+        return {**row, "problem": str(error)}
+    row |= _numbers(config, summary, metrics)
+    names = (
+        "config.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "checkpoints",
+        "overlays",
+        "scores.csv",
+    )
+    written = max((path / name).stat().st_mtime for name in names if (path / name).exists())
+    row["status"] = summary.get("status", "running")
+    if row["status"] == "running":
+        stamps = metrics["seconds"].dropna() if "seconds" in metrics else ()
+        longest = float(stamps.diff().max()) if len(stamps) > 1 else 0.0
+        if time.time() - written > max(QUIET, 3 * longest):
+            row["status"] = "crashed"
+    row["written"] = datetime.fromtimestamp(written, UTC)
+    row["commit"] = code.get("code", {}).get("commit")
+    row["device"] = code.get("device")
+    return row | _settings(config)
+
+
+def _read_wandb_run(run: Any) -> dict[str, Any]:
+    config = flatten(run.config)
+    summary, metrics = dict(run.summary_metrics), _wandb_metrics(run, "val/J_and_F")
+    said = summary.get("status")
+    ended = said if said in ("finished", "interrupted", "failed") else None
+    row = {
+        "source": "wandb",
+        "path": "/".join(run.path),
+        "experiment": run.name,
+        "run": run.id,
+        "sweep": run.sweep_name,
+        "status": ended or _WANDB_STATES.get(run.state, run.state),
+        "problem": None,
+        **_numbers(config, summary, metrics),
+        # When it began; W&B writes UTC, with or without saying so.
+        "written": datetime.fromisoformat(run.created_at).replace(tzinfo=UTC),
+        "commit": run.commit,
+        "device": None,
+    }
+    return row | _settings(config)
+
+
+def _numbers(
+    config: Mapping[str, Any], summary: Mapping[str, Any], metrics: pd.DataFrame
+) -> dict[str, Any]:
+    """Group, seed, progress, scores and parameters, from what both sources have."""
+    curve = metrics["val/J_and_F"].dropna() if "val/J_and_F" in metrics else ()
+    scores = dict.fromkeys(("baseline", "last", "best", "scored"), math.nan)
+    if len(curve):
+        baseline = float(curve.loc[0]) if 0 in curve.index else math.nan
+        scores = {"baseline": baseline, "last": float(curve.iloc[-1]), "best": float(curve.max())}
+        scores["scored"] = int(curve.index[-1])
+    settings = {name: value for name, value in config.items() if _of_the_group(name)}
+    text = json.dumps(settings, sort_keys=True, default=str)
+    # The summary learns its numbers at the end of a run, the metrics know them all along.
+    seconds = metrics["seconds"].max() if "seconds" in metrics else 0
+    return {
+        "group": hashlib.sha256(text.encode()).hexdigest()[:8],
+        "seed": config.get("trainer.seed"),
+        "step": int(max(summary.get("steps", 0), metrics.index.max() if len(metrics) else 0)),
+        "num_steps": config.get("trainer.num_steps"),
+        **scores,
+        "gain": scores["last"] - scores["baseline"],
+        "seconds": float(max(summary.get("seconds", 0), seconds)),
+        **{name: value for name, value in summary.items() if name.startswith("params/")},
+    }
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as cells that can be grouped and written to CSV."""
+
+    def cell(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            words = bool(value) and all(isinstance(item, str) for item in value)
+            return "+".join(value) if words else json.dumps(value)
+        return json.dumps(value) if isinstance(value, Mapping) else value
+
+    return {name: cell(value) for name, value in config.items()}
+
+
+def _of_the_group(name: str) -> bool:
+    """Whether this is a setting that can move a result, the seed aside."""
+    return (
+        "." in name
+        and "/" not in name
+        and not name.startswith("tracking.")
+        and name not in _NOT_OF_THE_GROUP
+    )
+
+
+def _by_step(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    import pandas as pd
+
+    joined: dict[int, dict[str, float]] = {}
+    latest = -1
+    for row in rows:
+        step = int(row["step"])
+        if step < latest:
+            joined = {before: values for before, values in joined.items() if before < step}
+        latest = step
+        values = {n: math.nan if v is None else v for n, v in row.items() if n != "step"}
+        joined.setdefault(step, {}).update(values)
+    frame = pd.DataFrame.from_dict(joined, orient="index").sort_index()
+    return frame.rename_axis("step")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is no file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; expected the JSON that the run wrote") from error
+
+
+def read_csv(path: Path, names: Sequence[str]) -> pd.DataFrame:
+    """The table in a CSV file; ids are text.
+
+    Raises:
+        UserError: a file that is no table, or one without all of these columns.
+    """
+    import pandas as pd
+
+    try:
+        frame = pd.read_csv(path, dtype={"video_id": str, "object_id": str})
+    except (ValueError, pd.errors.ParserError) as error:  # an empty file is a ValueError
+        raise UserError(f"{path}: {error}; expected columns {', '.join(names)}") from error
+    if missing := [name for name in names if name not in frame]:
+        raise UserError(
+            f"{path}: without the column {', '.join(missing)}; expected {', '.join(names)}"
+        )
+    return frame
+
+
+def _wandb_api() -> Any:
+    import wandb
+
+    if not wandb.login(prompt=False, verify=False):
+        raise UserError("W&B: no key was found; `wandb login` stores one")
+    return wandb.Api()
+
+
+def _wandb_metrics(run: Any, key: str) -> pd.DataFrame:
+    rows = run.scan_history(keys=[STEP_AXIS, key])
+    return _by_step([{"step": row[STEP_AXIS], key: row[key]} for row in rows])
