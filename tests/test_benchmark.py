@@ -1,0 +1,190 @@
+"""`--evaluate` and `--prompt-matrix` from the command line to the files."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import yaml
+from conftest import make_coco
+from PIL import Image
+
+from sam2train import checkpoint, launch
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with small.yaml, its data of two videos, and a run of two steps."""
+    root = tmp_path_factory.mktemp("benchmark")
+    data = make_coco(
+        root / "data", num_videos=2, num_frames=5, size=(64, 64), absent=[(1, 0, 2), (2, 2, 1)]
+    )
+    sections = {
+        "dataset": {
+            "data_path": str(data),
+            "val_path": str(data),
+            "image_size": [64, 64],
+            "video_clip_length": 3,
+            "prompt_types": ["bbox"],
+        },
+        "model": {
+            "config_path": "sam2train/configs/sam2.1_hiera_demo.yaml",
+            "image_size": 64,
+            "num_maskmem": 2,
+        },
+        "trainer": {"num_steps": 2, "val_every": 2, "save_every": 2, "device": "cpu"},
+        "tracking": {"mode": "disabled"},
+    }
+    (root / "small.yaml").write_text(yaml.safe_dump(sections))
+    assert launch.main([str(root / "small.yaml"), "--run-dir", str(root / "run")]) == 0
+    return root
+
+
+def call(trained, *words) -> int:
+    return launch.main([str(trained / "small.yaml"), *map(str, words)])
+
+
+def fails(capsys, trained, *words) -> str:
+    capsys.readouterr()
+    assert call(trained, *words) == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+def table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_checkpoint_beside_its_baselines(trained, tmp_path, capsys):
+    out, masks = tmp_path / "out", tmp_path / "masks"
+    source = trained / "run" / "checkpoints" / "best.pt"
+    assert call(trained, "--evaluate", source, "--run-dir", out, "--save-masks", masks) == 0
+    printed = capsys.readouterr().out
+    for text in ("untouched base", "copy the first", "Memory horizon", "after_prompt", str(out)):
+        assert text in printed
+    rows = table(out / "scores.csv")
+    assert {row["model"] for row in rows} == {"trained", "base", "copy_first_mask"}
+    assert len(rows) == 3 * 4
+    late = [row for row in rows if (row["video_id"], row["object_id"]) == ("1", "2")]
+    assert {row["prompt_frame"] for row in late} == {"1"}
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["checkpoint"]["sha256"] == checkpoint.file_hash(source)
+    mean = np.mean([float(row["J_and_F"]) for row in rows if row["model"] == "trained"])
+    assert summary["val/J_and_F"] == pytest.approx(mean)
+    assert summary["val/gain_over_copy_first_mask"]["num_videos"] == 2
+    assert {path.name for path in out.glob("*.png")} == {"horizon.png"}
+    assert len(list((out / "overlays").glob("*.png"))) == 2
+    assert {row["model"] for row in table(out / "horizon.csv")} == {
+        "trained",
+        "base",
+        "copy_first_mask",
+    }
+    assert not (out / "config.yaml").exists()  # it is no run
+    pictures = sorted((masks / "1").glob("*.png"))
+    assert len(pictures) == 5
+    with Image.open(pictures[0]) as picture:
+        assert picture.mode == "P"
+        assert 2 not in np.array(picture)  # object 2 is not there yet
+
+
+def test_the_training_says_the_same(trained, tmp_path):
+    """The trainer scores through the same functions: the same numbers, to the bit."""
+    out = tmp_path / "out"
+    source = trained / "run" / "checkpoints" / "last.pt"
+    assert call(trained, "--evaluate", source, "--run-dir", out, "--no-base") == 0
+    summary = json.loads((out / "summary.json").read_text())
+    run = json.loads((trained / "run" / "summary.json").read_text())
+    assert summary["val/J_and_F"] == run["val/J_and_F"]
+    assert "val/base/J_and_F" not in summary
+
+
+def test_an_exported_file_scores_as_its_checkpoint(trained, tmp_path):
+    source = trained / "run" / "checkpoints" / "last.pt"
+    assert call(trained, "--export", source, tmp_path / "w.pt") == 0
+    words = ("--evaluate", tmp_path / "w.pt", "--run-dir", tmp_path / "out", "--no-base")
+    assert call(trained, *words) == 0
+    run = json.loads((trained / "run" / "summary.json").read_text())
+    assert json.loads((tmp_path / "out/summary.json").read_text())["val/J_and_F"] == pytest.approx(
+        run["val/J_and_F"], abs=1e-9
+    )
+
+
+def test_the_test_split_and_its_warning(trained, tmp_path, capsys):
+    data = trained / "data" / "annotations.json"
+    out = tmp_path / "out"
+    words = ("--evaluate", "base", "--split", "test", f"dataset.test_path={data}")
+    assert call(trained, *words, "--run-dir", out) == 0
+    assert "too high" in capsys.readouterr().out
+    summary = json.loads((out / "summary.json").read_text())
+    assert "too high" in summary["warnings"][0]
+    assert {row["split"] for row in table(out / "scores.csv")} == {"test"}
+
+
+def test_a_run_reports_its_best_on_test(trained, tmp_path):
+    test = make_coco(tmp_path / "test", num_videos=1, num_frames=4, size=(64, 64))
+    run = tmp_path / "run"
+    assert call(trained, f"dataset.test_path={test}", "--run-dir", run) == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["warnings"] == []
+    best = checkpoint.load(run / "checkpoints" / "best.pt")
+    assert summary["test/step"] == best["step"]
+    out = tmp_path / "out"
+    words = ("--evaluate", run / "checkpoints" / "best.pt", "--split", "test")
+    assert call(trained, *words, f"dataset.test_path={test}", "--run-dir", out) == 0
+    again = json.loads((out / "summary.json").read_text())
+    for name in ("test/J_and_F", "test/base/J_and_F", "test/copy_first_mask/J_and_F"):
+        assert summary[name] == again[name]
+
+
+def test_the_prompt_matrix(trained, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ("--prompt-matrix", "base", "--run-dir", out)
+    assert call(trained, *words, "evaluation.max_videos=1", "evaluation.max_frames=2") == 0
+    rows = table(out / "prompt_matrix.csv")
+    kinds = {(row["prompt"], row["clicks"], row["noise"]) for row in rows}
+    assert len(kinds) == len(rows) == 20
+    assert {clicks for prompt, clicks, _ in kinds if prompt == "point"} == {"1", "3", "5"}
+    assert {noise for _, _, noise in kinds} == {"0.0", "0.1", "0.2", "0.4"}
+    assert all((row["change"] == "") == (row["noise"] == "0.0") for row in rows)
+    assert (out / "prompt_matrix.png").stat().st_size > 10_000
+    assert len(table(out / "prompt_matrix_objects.csv")) == 20 * len(
+        {row["object_id"] for row in table(out / "prompt_matrix_objects.csv")}
+    )
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["matrix/base/bbox/noise_0.0/J_and_F"] == pytest.approx(
+        float(next(r for r in rows if r["prompt"] == "bbox")["J_and_F"])
+    )
+    assert "3 clicks" in capsys.readouterr().out
+
+
+class TestMistakes:
+    def test_no_such_checkpoint(self, capsys, trained, tmp_path):
+        message = fails(capsys, trained, "--evaluate", tmp_path / "no.pt")
+        assert "no.pt: no such checkpoint" in message
+
+    def test_no_such_split(self, capsys, trained):
+        assert "dataset.test_path is null" in fails(
+            capsys, trained, "--evaluate", "base", "--split", "test"
+        )
+
+    def test_a_folder_in_use(self, capsys, trained):
+        words = ("--evaluate", "base", "--run-dir", trained / "run")
+        assert "there is something already" in fails(capsys, trained, *words)
+
+    def test_options_that_do_not_go_together(self, capsys, trained, tmp_path):
+        assert "--evaluate" in fails(capsys, trained, "--save-masks", tmp_path)
+        assert "give one" in fails(capsys, trained, "--evaluate", "base", "--prompt-matrix", "base")
+
+    def test_another_base(self, capsys, trained, tmp_path):
+        """A checkpoint holds only what was trained: over another base it is another model."""
+        source = trained / "run" / "checkpoints" / "last.pt"
+        assert call(trained, "--export", source, tmp_path / "w.pt") == 0
+        run = tmp_path / "run"
+        words = (f"model.checkpoint_path={tmp_path / 'w.pt'}", "dataset.val_path=null")
+        assert call(trained, *words, "trainer.num_steps=1", "--run-dir", run) == 0
+        message = fails(capsys, trained, "--evaluate", run / "checkpoints" / "last.pt")
+        assert "w.pt" in message
+        assert "model.checkpoint_path has random weights" in message

@@ -1,0 +1,83 @@
+"""Masks on disk as the DAVIS evaluation reads them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sam2train.errors import UserError
+from sam2train.evaluate import TrackedVideo
+from sam2train.mask_files import MaskFolder
+from sam2train.metrics import VideoScores
+from sam2train.videos import Frame, Video
+
+
+def tracked(video_id, masks, *, names=None) -> TrackedVideo:
+    """A video with the predictions `masks`, object id -> (T, H, W) bool."""
+    shape = next(iter(masks.values())).shape
+    names = names or [f"{t:05d}.jpg" for t in range(shape[0])]
+    frames = [Frame(Path(name), {}) for name in names]
+    video = Video(video_id, shape[1:], frames, list(masks))
+    return TrackedVideo(video, [], masks, {}, VideoScores((), ()), {})
+
+
+def read(path) -> np.ndarray:
+    with Image.open(path) as picture:
+        assert picture.mode == "P"
+        return np.array(picture)
+
+
+def two_objects(first, second):
+    masks = {first: np.zeros((3, 8, 9), bool), second: np.zeros((3, 8, 9), bool)}
+    masks[first][:, :4] = True
+    masks[second][1:, 4:, 2:] = True  # it appears on frame 1
+    return masks
+
+
+def test_a_pixel_is_the_number_of_its_object(tmp_path):
+    masks = two_objects(3, 7)
+    MaskFolder(tmp_path / "out").write(tracked("dog", masks))
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*.png")) == [
+        "00000.png",
+        "00001.png",
+        "00002.png",
+    ]
+    for t in range(3):
+        ids = read(tmp_path / "out" / "dog" / f"{t:05d}.png")
+        assert ids.shape == (8, 9)
+        for object_id, mask in masks.items():
+            assert ((ids == object_id) == mask[t]).all()
+    with Image.open(tmp_path / "out" / "dog" / "00001.png") as picture:
+        colours = np.array(picture.convert("RGB"))
+    assert (colours[4, 0] == 0).all()  # the background is black
+    assert len({tuple(colours[y, x]) for y, x in ((4, 0), (0, 0), (4, 2))}) == 3
+    assert not (tmp_path / "out" / "objects.json").exists()
+
+
+def test_other_ids_are_counted_and_written_down(tmp_path):
+    MaskFolder(tmp_path).write(tracked("a/b", two_objects("cat", 300)))
+    assert json.loads((tmp_path / "objects.json").read_text()) == {
+        "a_b": {"1": "cat", "2": "300"},
+    }
+    assert np.unique(read(tmp_path / "a_b" / "00001.png")).tolist() == [0, 1, 2]
+
+
+def test_frames_of_a_film_are_named_by_their_position(tmp_path):
+    MaskFolder(tmp_path).write(tracked(1, two_objects(1, 2), names=["film.mp4"] * 3))
+    assert sorted(path.name for path in tmp_path.rglob("*.png"))[-1] == "00002.png"
+
+
+def test_nothing_is_overwritten(tmp_path):
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"--save-masks .* something already"):
+        MaskFolder(tmp_path)
+    with pytest.raises(UserError, match="--save-masks"):
+        MaskFolder(tmp_path / "note.txt")
+
+
+def test_a_palette_ends_at_255(tmp_path):
+    masks = {number: np.zeros((1, 2, 2), bool) for number in range(1, 257)}
+    with pytest.raises(UserError, match="256 objects"):
+        MaskFolder(tmp_path).write(tracked(1, masks))

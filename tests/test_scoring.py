@@ -1,0 +1,118 @@
+"""Rows and tables of scores: what is written is what was scored, beside its baselines."""
+
+import csv
+import io
+from functools import partial
+
+import numpy as np
+import pytest
+from conftest import make_coco
+from rich.console import Console
+
+from sam2train.datasets import COCODataset, DatasetConfig
+from sam2train.errors import UserError
+from sam2train.evaluate import EvaluationConfig, Tracks, copy_first_mask
+from sam2train.scoring import (
+    COPY,
+    HORIZON_COLUMNS,
+    SCORE_COLUMNS,
+    TRAINED,
+    RowsFile,
+    difference,
+    read_scores,
+    score,
+    scores_table,
+    shared_split_warning,
+)
+
+SIZE = (48, 64)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Six videos; object 2 of the first is absent on frames 2 and 3."""
+    path = make_coco(tmp_path, num_videos=6, num_frames=6, absent=[(1, 2, 2), (1, 3, 2)])
+    return COCODataset(path, SIZE, video_clip_length=4, prompt_types=["mask"])
+
+
+def truth(dataset, video, prompts) -> Tracks:
+    """A tracker that is always right."""
+    frames = range(len(video.frames))
+    masks = {
+        o: np.stack([dataset.read_mask(video, t, o) for t in frames]) for o in video.object_ids
+    }
+    scores = {o: np.where(m.any(axis=(1, 2)), 5.0, -5.0) for o, m in masks.items()}
+    return Tracks(masks, scores)
+
+
+def scored(data, track, model=TRAINED, step=7):
+    config = EvaluationConfig()
+    return score(track, data, config, split="val", model=model, step=step, seed=0, label=model)
+
+
+def test_a_tracker_that_is_right_scores_one(data):
+    scores = scored(data, truth)
+    assert scores.means["J_and_F"] == 1
+    assert len(scores.objects) == 12
+    for row in scores.objects:
+        assert set(row) == set(SCORE_COLUMNS)
+        assert (row["step"], row["split"], row["model"]) == (7, "val", TRAINED)
+        assert (row["J"], row["F"], row["frame_policy"]) == (1, 1, "after_prompt")
+        assert (row["prompt"], row["prompt_frame"], row["num_frames"]) == ("mask", 0, 5)
+    horizon = {(row["metric"], row["at"]): row["value"] for row in scores.horizon}
+    assert set(scores.horizon[0]) == set(HORIZON_COLUMNS)
+    assert horizon["horizon/recall_after_absence", 2] == 1
+    assert horizon["horizon/false_positives", None] == 0
+    assert horizon["horizon/object_score_auc", None] == 1
+
+
+def test_copying_the_first_mask_falls_behind(data):
+    right, copied = scored(data, truth), scored(data, copy_first_mask, COPY, 0)
+    assert 0 < copied.means["J_and_F"] < 1
+    assert copied.objects[0]["model"] == COPY
+    apart = difference(copied, right)
+    assert apart.value == pytest.approx(1 - copied.means["J_and_F"])
+    assert apart.low > 0
+    assert (apart.num, apart.unit) == (6, "video")
+    # Nobody says that the object is gone: the copy stays on both frames.
+    horizon = {row["metric"]: row["value"] for row in copied.horizon}
+    assert horizon["horizon/false_positives"] == 1
+    assert "horizon/object_score_auc" not in horizon
+
+
+def test_the_table_has_an_interval_with_every_difference(data):
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(
+        scores_table("title", [scored(data, truth), scored(data, copy_first_mask, COPY, 0)])
+    )
+    text = console.export_text()
+    assert "J&F" in text
+    assert "1.000" in text
+    assert "(6 videos)" in text
+    assert "[+" in text
+
+
+def test_rows_come_back_as_scores(data, tmp_path):
+    file = RowsFile(tmp_path / "scores.csv", SCORE_COLUMNS)
+    first, second = scored(data, copy_first_mask, step=0), scored(data, truth, step=5)
+    file.add(first.objects)
+    file.add(second.objects)
+    with open(tmp_path / "scores.csv", newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    for scores in (first, second):
+        again = read_scores(rows, "val", TRAINED, scores.step, "again")
+        assert again.means["J_and_F"] == pytest.approx(scores.means["J_and_F"])
+        assert difference(again, again).value == 0
+    # Resumed from step 0, what came after it comes again.
+    resumed = RowsFile(tmp_path / "scores.csv", SCORE_COLUMNS, 4)
+    assert {row["step"] for row in resumed.rows} == {"0"}
+    (tmp_path / "scores.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match=r"scores\.csv: expected the columns step"):
+        RowsFile(tmp_path / "scores.csv", SCORE_COLUMNS, 4)
+
+
+def test_one_split_for_both_is_warned_of():
+    build = partial(DatasetConfig, data_path="train.json", val_path="a/val.json")
+    assert shared_split_warning(build(test_path=None)) is None
+    assert shared_split_warning(build(test_path="a/test.json")) is None
+    assert "too high" in shared_split_warning(build(test_path="a/../a/val.json"))
