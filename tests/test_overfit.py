@@ -34,7 +34,6 @@ def test_a_small_model_overfits_one_clip():
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         set_learning_rates(optimizer, step, MOST_STEPS, config)
         optimizer.step()
-    print("steps", step)
     assert start < 0.3
     assert ious.min() >= 0.95, f"IoU {ious.min():.3f} after {step} steps"
     model.eval()
