@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -325,6 +326,8 @@ def _train(experiment: Experiment, name: str, arguments: argparse.Namespace, con
         trainer.run()
     except Interrupted as stopped:
         say(f"stopped at step {trainer.step}, saved. Go on with: {again}")
+        if stopped.code == 128 + signal.SIGTERM and "WANDB_SWEEP_PARAM_PATH" in os.environ:
+            _die_of_sigterm()
         return int(stopped.code)
     say(f"\nwrote {run_dir}/")
     for place, what in (
@@ -338,6 +341,13 @@ def _train(experiment: Experiment, name: str, arguments: argparse.Namespace, con
     if trainer.tracker.how_to_sync:
         say(f"look at it: wandb leet {run_dir}/wandb    upload it: {trainer.tracker.how_to_sync}")
     return 0
+
+
+def _die_of_sigterm() -> None:
+    """`wandb agent` counts code 143, unlike the signal, as failed and gives up after three."""
+    sys.stdout.flush()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _run_id() -> str:

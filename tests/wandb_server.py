@@ -93,7 +93,6 @@ class WandbServer:
         self.stopped: list[str] = []  # runs that an agent was told to stop, once each
         self.operations: list[str] = []  # GraphQL, in order
         self.unknown: list[str] = []
-        self.clients: dict[str, str] = {}  # an artifact's id at the client -> here
         self.lock = threading.RLock()
         server = self
 
@@ -118,14 +117,14 @@ class WandbServer:
         self._thread.join(10)
 
     def answer(self, operation: str, variables: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The `data` of a GraphQL answer; None for an operation that is not known here."""
-        method = getattr(self, f"_on_{operation}", None)
+        """The `data` of a GraphQL answer; None for what cannot be answered here."""
         with self.lock:
             self.operations.append(operation)
-            if method is None:
-                self.unknown.append(operation)
+            try:
+                return getattr(self, f"_on_{operation}")(**variables)
+            except Exception as error:  # the client would ask again and again
+                self.unknown.append(f"{operation}: {error!r}")
                 return None
-            return method(**variables)
 
     def stream(self, run_id: str, body: Mapping[str, Any]) -> None:
         """Take a piece of a run's history, summary and console; see `FileStream` in wandb-core."""
@@ -146,12 +145,6 @@ class WandbServer:
         with self.lock:
             self._owner(kind, owner).files[name] = content
 
-    def fetch(self, path: str) -> bytes | None:
-        """A stored file, None if there is none."""
-        kind, owner, name = path.split("/", 2)
-        with self.lock:
-            return self._owner(kind, owner).files.get(name)
-
     def _owner(self, kind: str, owner: str) -> Run | Artifact:
         return self.runs[owner] if kind == "run" else self.artifacts[owner]
 
@@ -170,16 +163,10 @@ class WandbServer:
 
     # Sweeps and agents.
 
-    def _on_UpsertSweep(
-        self, projectName: str, config: str | None = None, **rest: Any
-    ) -> dict[str, Any]:
-        if found := rest.get("id"):
-            sweep = self.sweeps[found]
-            sweep.text, sweep.state = config or sweep.text, rest.get("state") or sweep.state
-        else:
-            waiting = iter(self.trials(yaml.safe_load(config)))
-            sweep = Sweep(f"sweep{len(self.sweeps) + 1:03d}", projectName, config, waiting)
-            self.sweeps[sweep.id] = sweep
+    def _on_UpsertSweep(self, projectName: str, config: str, **_: Any) -> dict[str, Any]:
+        waiting = iter(self.trials(yaml.safe_load(config)))
+        sweep = Sweep(f"sweep{len(self.sweeps) + 1:03d}", projectName, config, waiting)
+        self.sweeps[sweep.id] = sweep
         answer = {"name": sweep.id, "project": _project(sweep.project)}
         return {"upsertSweep": {"sweep": answer, "configValidationWarnings": []}}
 
@@ -191,24 +178,23 @@ class WandbServer:
         about |= {"method": found.config["method"], "controller": None, "scheduler": None}
         return {"project": {"sweep": {**about, "runs": {"edges": []}}}}
 
-    def _on_GetSweepState(self, sweep: str, **_: Any) -> dict[str, Any]:
-        return {"project": {"sweep": {"state": self.sweeps[sweep].state}}}
-
     def _on_CreateAgent(self, sweep: str, **_: Any) -> dict[str, Any]:
         agent = f"agent{len(self.agents) + 1}"
         self.agents[agent] = sweep
         return {"createAgent": {"agent": {"id": agent}}}
 
     def _on_Heartbeat(self, id: str, runState: str, **_: Any) -> dict[str, Any]:
-        running = json.loads(runState)
+        running, sweep = json.loads(runState), self.sweeps[self.agents[id]]
         commands = []
         for run_id in running:
             if run_id in self.runs and (run_id in self.stopped or self.stop(self.runs[run_id])):
-                commands.append({"type": "stop", "run_id": run_id})  # W&B, too, repeats it
+                commands.append({"type": "stop", "run_id": run_id})  # until the run is over
                 if run_id not in self.stopped:
                     self.stopped.append(run_id)
-        if not running:
-            commands += self._next_commands(self.sweeps[self.agents[id]])
+        if sweep.state == "CANCELED":  # an agent then kills what it runs
+            commands = [{"type": "exit"}]
+        elif not running:
+            commands = self._next_commands(sweep)
         return {"agentHeartbeat": {"agent": {"id": id}, "commands": json.dumps(commands)}}
 
     def _next_commands(self, sweep: Sweep) -> list[dict[str, Any]]:
@@ -230,25 +216,9 @@ class WandbServer:
     # Runs.
 
     def _on_RunResumeStatus(self, name: str, project: str, **_: Any) -> dict[str, Any]:
-        run = self.runs.get(name)
-        bucket = None
-        if run is not None:
-            bucket = {
-                "id": run.id,
-                "name": run.id,
-                "displayName": run.name,
-                "summaryMetrics": json.dumps(run.summary),
-                "config": json.dumps({k: {"value": v} for k, v in run.config.items()}),
-                "logLineCount": 0,
-                "historyLineCount": len(run.history),
-                "eventsLineCount": len(run.lines.get("wandb-events.jsonl", [])),
-                "historyTail": json.dumps(run.lines.get("wandb-history.jsonl", [])[-1:]),
-                "eventsTail": "[]",
-                "tags": [],
-                "notes": None,
-                "wandbConfig": json.dumps({"t": 1}),
-            }
-        return {"model": {**_project(project), "bucket": bucket}}
+        if name in self.runs:
+            raise NotImplementedError("going on with a run that is known here")
+        return {"model": {**_project(project), "bucket": None}}
 
     def _on_UpsertBucket(self, name: str, project: str, **given: Any) -> dict[str, Any]:
         inserted = name not in self.runs
@@ -267,29 +237,16 @@ class WandbServer:
         rows = [{"name": name, "uploadUrl": self._address("run", run, name)} for name in files]
         return {"createRunFiles": {"runID": run, "uploadHeaders": [], "files": rows}}
 
-    def _on_MarkRunFilesUploaded(self, **_: Any) -> dict[str, Any]:
-        return {"markRunFilesUploaded": {"success": True}}
-
     def _on_OrganizationCoreWeaveOrganizationID(self, **_: Any) -> dict[str, Any]:
         return {"entity": {"organization": None}}
 
     # Artifacts: tables come as such.
-
-    def _on_FetchArtifactDigestAlgorithm(self, **_: Any) -> dict[str, Any]:
-        return {"project": {"artifactType": None}}
-
-    def _on_XXHashDigestsEnabled(self, **_: Any) -> dict[str, Any]:
-        return {"entity": {"xxhashDigestsEnabled": False}}
-
-    def _on_ArtifactType(self, **_: Any) -> dict[str, Any]:
-        return {"project": {"artifactType": {"id": "type", "name": "type"}}}
 
     def _on_CreateArtifact(self, input: Mapping[str, Any]) -> dict[str, Any]:
         artifact_id = f"artifact{len(self.artifacts) + 1}"
         self.artifacts[artifact_id] = Artifact(
             input["artifactCollectionName"], input["artifactTypeName"], input["runName"]
         )
-        self.clients[input["clientID"]] = artifact_id
         about = {
             "id": artifact_id,
             "state": "PENDING",
@@ -312,26 +269,17 @@ class WandbServer:
         return {"createArtifactFiles": {"files": {"edges": edges}}}
 
     def _on_CreateArtifactManifest(self, artifactID: str, **_: Any) -> dict[str, Any]:
-        return {"createArtifactManifest": self._manifest(artifactID)}
-
-    def _on_UpdateArtifactManifest(self, artifactManifestID: str, **_: Any) -> dict[str, Any]:
-        return {"updateArtifactManifest": self._manifest(artifactManifestID)}
-
-    def _manifest(self, artifact_id: str) -> dict[str, Any]:
-        address = self._address("artifact", artifact_id, "wandb_manifest.json")
-        file = {"id": artifact_id, "uploadUrl": address, "uploadHeaders": []}
-        return {"artifactManifest": {"id": artifact_id, "file": file}}
+        address = self._address("artifact", artifactID, "wandb_manifest.json")
+        file = {"id": artifactID, "uploadUrl": address, "uploadHeaders": []}
+        return {"createArtifactManifest": {"artifactManifest": {"id": artifactID, "file": file}}}
 
     def _on_CommitArtifact(self, artifactID: str) -> dict[str, Any]:
         self.artifacts[artifactID].committed = True
         return {"commitArtifact": {"artifact": {"id": artifactID, "digest": ""}}}
 
-    def _on_ClientIDMapping(self, clientID: str) -> dict[str, Any]:
-        return {"clientIDMapping": {"serverID": self.clients.get(clientID)}}
-
 
 class _Handler(BaseHTTPRequestHandler):
-    """HTTP: GraphQL, the stream of a run's lines, uploads and downloads."""
+    """HTTP: GraphQL, the stream of a run's lines, and uploads."""
 
     protocol_version = "HTTP/1.1"  # wandb-core keeps its connections
     wandb: WandbServer
@@ -348,7 +296,7 @@ class _Handler(BaseHTTPRequestHandler):
             operation = re.search(r"(?:query|mutation)\s+(\w+)", request["query"])[1]
             data = self.wandb.answer(operation, request.get("variables") or {})
             if data is None:
-                self._reply(400, {"errors": [{"message": f"{operation} is not known here"}]})
+                self._reply(400, {"errors": [{"message": self.wandb.unknown[-1]}]})
             else:
                 self._reply(200, {"data": data})
         elif found := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", path):
