@@ -486,13 +486,13 @@ class TestRunning:
         assert [call["trial"] for call in calls()] == ["001", "002"]
 
     def test_a_sweep_of_the_server_is_joined(self, small, monkeypatch):
-        monkeypatch.setenv("WANDB_SWEEP_ID", "team/work/abc123")
+        monkeypatch.setenv("WANDB_SWEEP_ID", "team/memory/abc123")
         assert run(small(SEEDS), count=1) == 0
         monkeypatch.delenv("WANDB_SWEEP_ID")
         assert run(small(SEEDS), count=2) == 0
         for call in calls():
             assert call["env"]["WANDB_SWEEP_ID"] == "abc123"
-            assert call["env"]["WANDB_PROJECT"] == "work"
+            assert call["env"]["WANDB_PROJECT"] == "memory"
 
     def test_another_sweep_in_the_same_folder(self, small):
         assert run(small(SEEDS), count=1) == 0
