@@ -1,6 +1,5 @@
 """SAM 2 found, built and loaded: names, counts, temporal rows, and files that are wrong."""
 
-import os
 
 import pytest
 import torch
@@ -229,7 +228,7 @@ def test_missing_other_file_names_no_address(tmp_path, demo):
         b"",
         b"<!doctype html><html><body>404</body></html>",
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
-        os.urandom(64),
+        bytes(range(128, 192)),
         b"PK\x03\x04 cut short",
     ],
 )
