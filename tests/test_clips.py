@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from sam2train.clips import (
@@ -178,6 +180,45 @@ def test_the_order_of_clips_permutes_the_batch(pair):
     assert torch.equal(one.images, two.images.flip(0))
     assert torch.equal(one.object_masks, two.object_masks.flip(0))
     assert torch.equal(one.masks, two.masks[:, [3, 0, 1, 2]])
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 4)), min_size=1, max_size=4), st.data())
+def test_any_clips_come_back_from_their_batch(shapes, data):
+    """Whatever the lengths and object counts (none included), every image, mask, id and prompt is
+    where the batch says that it is, and nothing else counts."""
+    clips = []
+    for video_id, (num_frames, num_objects) in enumerate(shapes):
+        one = clip(
+            video_id, num_frames, list(range(num_objects)), first=data.draw(st.integers(0, 9))
+        )
+        one.masks[:] = torch.from_numpy(
+            np.random.default_rng(data.draw(st.integers(0, 99))).random(tuple(one.masks.shape))
+            < 0.5
+        )
+        clips.append(one)
+    batch = collate_fn(clips)
+    longest, most = max(t for t, _ in shapes), max(n for _, n in shapes)
+    total = sum(n for _, n in shapes)
+    assert batch.img_batch.shape == (longest, len(clips), 3, *SIZE)
+    assert batch.masks.shape == (longest, total, *SIZE)
+    assert batch.object_masks.shape[:3] == (len(clips), longest, most)
+    flat, first = batch.flat_img_batch, 0
+    for b, (one, (num_frames, num_objects)) in enumerate(zip(clips, shapes, strict=True)):
+        objects = slice(first, first + num_objects)
+        first += num_objects
+        assert torch.equal(batch.images[b, :num_frames], one.images)
+        assert torch.equal(batch.masks[:num_frames, objects], one.masks)
+        assert not batch.masks[num_frames:, objects].any()
+        assert torch.equal(batch.object_masks[b, :num_frames, :num_objects], one.masks)
+        assert not batch.object_masks[b, :, num_objects:].any()
+        assert batch.object_valid[b].tolist() == [k < num_objects for k in range(most)]
+        assert batch.frame_valid[:, b].tolist() == [t < num_frames for t in range(longest)]
+        assert len(batch.prompts[b]) == num_objects
+        for t in range(num_frames):
+            for place in range(objects.start, objects.stop):
+                assert torch.equal(flat[batch.flat_obj_to_img_idx[t, place]], one.images[t])
+    counted = batch.object_frame_valid.sum().item()
+    assert counted == sum(t * n for t, n in shapes)
 
 
 def test_scatter_fills_what_no_clip_has():

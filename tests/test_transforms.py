@@ -264,3 +264,14 @@ def test_the_input_is_not_written_to():
 def test_ranges_are_checked(key, value):
     with pytest.raises(ConfigError, match=key):
         build(AugmentConfig, {key: value}, "augment")
+
+
+def test_what_a_turn_leaves_free_is_filled_as_in_sam2():
+    """With the mean colour (123, 116, 103), and with no object."""
+    images = np.full((2, 32, 32, 3), 200, np.uint8)
+    masks = np.ones((2, 1, 32, 32), bool)
+    turned, left = augment(images, masks, AugmentConfig(degrees=45.0), np.random.default_rng(0))
+    free = (turned == (123, 116, 103)).all(-1)
+    assert 20 < free.sum() < free.size / 2
+    assert not left[:, 0][free].any()
+    assert (turned[left[:, 0]] >= 103).all()

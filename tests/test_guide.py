@@ -1,0 +1,82 @@
+"""The three YAML blocks of the guide, word for word but for their paths, train a step."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from conftest import make_coco, make_frames
+
+from sam2train import checkpoint, launch
+from sam2train.pretrained import build_sam2, resolve_config
+
+VIDEO = """\
+dataset:
+  dataset_type: "video"
+  data_path: "/path/to/video/data"
+  image_size: [512, 512]
+  video_clip_length: 5
+  batch_size: 1
+  num_workers: 16
+  shuffle: True
+  prompt_types: ["point"]
+  num_of_pos_points: 1
+  include_center_point: True
+"""
+COCO = """\
+dataset:
+  dataset_type: "coco"
+  data_path: "/path/to/coco_annotations.json"
+  image_size: [512, 512]
+  video_clip_length: 5
+  batch_size: 1
+  num_workers: 16
+  shuffle: True
+  prompt_types: ["point", "bbox"]
+  num_of_pos_points: 1
+  include_center_point: True
+"""
+MODEL = """\
+model:
+  checkpoint_path: "/path/to/sam2_checkpoint.pt"
+  config_path: "configs/sam2.1_hiera_t.yaml"
+  trainable_modules: ["memory_attention", "memory_encoder"]
+  image_size: 512
+  num_maskmem: 7
+"""
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file of the layout of Meta's, of random weights."""
+    torch.manual_seed(0)
+    model = build_sam2(resolve_config("configs/sam2.1_hiera_t.yaml"), image_size=512, num_maskmem=7)
+    path = tmp_path_factory.mktemp("meta") / "sam2.1_hiera_tiny.pt"
+    torch.save({"model": model.state_dict()}, path)
+    return path
+
+
+@pytest.mark.parametrize("block", [VIDEO, COCO], ids=["video", "coco"])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+def test_the_blocks_train_a_step(block, weights, tmp_path):
+    if block == COCO:
+        data = make_coco(tmp_path / "data", num_objects=1)
+    else:
+        data = tmp_path / "data"
+        make_frames(data / "video_001", [f"frame_{t:03d}.jpg" for t in range(1, 7)])
+    text = (block + MODEL).replace("/path/to/sam2_checkpoint.pt", str(weights))
+    old = yaml.safe_load(block)["dataset"]["data_path"]
+    path = tmp_path / "experiment.yaml"
+    path.write_text(text.replace(old, str(data)))
+    run = tmp_path / "run"
+    words = ["trainer.num_steps=1", "trainer.device=cpu", "tracking.mode=disabled"]
+    if block == VIDEO:
+        words.append("dataset.synthetic.max_objects=1")
+    assert launch.main([str(path), *words, "--run-dir", str(run)]) == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["status"], summary["steps"]) == ("finished", 1)
+    assert summary["params/trainable"] == 5_922_304 + 1_384_608
+    trained = checkpoint.load(run / "checkpoints" / "last.pt")["model"]
+    before = torch.load(weights, weights_only=True)["model"]
+    changed = {n.split(".")[0] for n, value in trained.items() if not value.equal(before[n])}
+    assert changed == {"memory_attention", "memory_encoder"}
