@@ -89,6 +89,8 @@ def augment(
                 config.degrees,
                 shear=config.shear or None,
                 interpolation=v2.InterpolationMode.BILINEAR,  # masks take the nearest all the same
+                # SAM 2's: what a turned frame leaves free is as good as 0 once normalised.
+                fill={tv_tensors.Image: (255 * MEAN).astype(int).tolist(), tv_tensors.Mask: 0},
             )
         )
     if config.crop_scale < 1:

@@ -1,6 +1,5 @@
 """SAM 2 found, built and loaded: names, counts, temporal rows, and files that are wrong."""
 
-
 import pytest
 import torch
 
