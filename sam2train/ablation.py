@@ -35,10 +35,10 @@ class Question:
     within: str | None = None  # another setting: the question is asked at each of its values
 
 
-# By the name of the sweep.
+# By the name of the sweep. One memory is that of the prompted frame alone.
 QUESTIONS = {
     "prompts": Question(PROMPTS, "point"),
-    "num_maskmem": Question(MASKMEM, 0, POINTERS),
+    "num_maskmem": Question(MASKMEM, 1, POINTERS),
 }
 
 

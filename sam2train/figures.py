@@ -8,6 +8,7 @@ markers too.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,10 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4
 MARKERS = "osD^vPX"
 GREY = "#777777"
 JANDF = "J&F"
+_HORIZON = {  # metric -> labels of its axes
+    "horizon/J": ("frames since the prompt, up to", "J"),
+    "horizon/recall_after_absence": ("frames away, up to", "found again (J > 0.5)"),
+}
 
 _STYLE = {
     "font.size": 10,
@@ -54,15 +59,15 @@ _STYLE = {
 
 @contextmanager
 def new_figure(
-    width: float, height: float, columns: int = 1
+    width: float, height: float, columns: int = 1, rows: int = 1
 ) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A new figure of so many inches with its axes, styled; not known to pyplot."""
+    """A new figure of so many inches with its axes, row by row, styled; not known to pyplot."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure, list(figure.subplots(1, columns, sharey=columns > 1, squeeze=False)[0])
+        yield figure, list(figure.subplots(rows, columns, sharey="row", squeeze=False).flat)
 
 
 def curves(
@@ -146,35 +151,36 @@ def memory_scores(results: pd.DataFrame, *, title: str = "") -> Figure:
             label = "last step" if pointers is None else _pointers(pointers)
             _dots(axes, part, MASKMEM, order, shift, {**style, "linestyle": "-"}, label)
         _categories(axes, order, "memories kept (num_maskmem)")
+        _cut_off_below(axes, last, order)
         axes.set(ylabel=JANDF, title=title)
         _legend(axes)
     return figure
 
 
-def horizon(
-    results: pd.DataFrame,
-    metric: str = "horizon/J",
-    by: str = MASKMEM,
-    *,
-    xlabel: str = "frames since the prompt, up to",
-    ylabel: str = "J",
-    title: str = "",
-) -> Figure:
-    """A metric against `at`, a line each value of `by`, a panel each number of object pointers.
+def horizon(results: pd.DataFrame, by: str = MASKMEM, *, title: str = "") -> Figure:
+    """How long the memory holds: J against the frames since the prompt, and below it how many
+    objects are found again after an absence, against its length.
 
-    Lines are means over seeds, the shade their interval; a single seed has none.
+    A line each value of `by`, a column each number of object pointers. Lines are means over seeds,
+    the shade their interval; a single seed has none. What was not measured has no row.
 
     Args:
         results: as `ablation.read_results` gives them.
     """
-    part = results[results["metric"] == metric]
-    part = last_step(part, metric, part["split"].iloc[0]) if len(part) else part
-    _not_empty(part)
-    panels = settings_in_order(part[POINTERS]) if POINTERS in part and by != POINTERS else [None]
-    settings = settings_in_order(part[by])
-    with new_figure(4.5 * len(panels) + 2, 3.8, len(panels)) as (figure, all_axes):
-        for panel, axes in zip(panels, all_axes, strict=True):
-            chosen = part if panel is None else part[part[POINTERS] == panel]
+    parts = {name: results[results["metric"] == name] for name in _HORIZON}
+    parts = {
+        name: last_step(part, name, part["split"].iloc[0])
+        for name, part in parts.items()
+        if len(part)
+    }
+    _not_empty(results if parts else results[:0])
+    columns = settings_in_order(results[POINTERS]) if POINTERS in results else [None]
+    settings = settings_in_order(results[by])
+    size = (4.5 * len(columns) + 2, 0.6 + 3.2 * len(parts))
+    with new_figure(*size, len(columns), len(parts)) as (figure, all_axes):
+        cells = itertools.product(parts.items(), columns)
+        for axes, ((name, part), column) in zip(all_axes, cells, strict=True):
+            chosen = part if column is None else part[part[POINTERS] == column]
             for setting, style in zip(settings, _ordered(len(settings)), strict=True):
                 means = over_seeds(chosen[chosen[by] == setting], ["at"], "value")
                 axes.plot(means["at"], means["mean"], label=f"{setting}", markersize=5, **style)
@@ -183,10 +189,14 @@ def horizon(
                 )
             axes.set_xscale("log", base=2)  # `at` is the end of a bin, each twice as long
             axes.xaxis.set_major_formatter("{x:.0f}")
-            axes.set(xlabel=xlabel, title=title if panel is None else _pointers(panel))
-        all_axes[0].set_ylabel(ylabel)
-        all_axes[-1].legend(title=by.split(".")[-1], loc="center left", bbox_to_anchor=(1, 0.5))
-        if title and panels != [None]:
+            xlabel, ylabel = _HORIZON[name]
+            axes.set(xlabel=xlabel, title="" if column is None else _pointers(column))
+            if column == columns[0]:
+                axes.set_ylabel(ylabel)
+        all_axes[len(columns) - 1].legend(
+            title=by.split(".")[-1], loc="center left", bbox_to_anchor=(1, 0.5)
+        )
+        if title:
             figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     return figure
 
@@ -291,7 +301,7 @@ def draw_results(path: Path) -> list[Path]:
         drawn[""] = prompt_scores(results, title="Score by prompt type")
     if MASKMEM in results:
         drawn[""] = memory_scores(results, title="Score by number of memories")
-        if (results["metric"] == "horizon/J").any():
+        if results["metric"].isin(_HORIZON).any():
             drawn["_horizon"] = horizon(results, title="How long the memory holds")
     written = []
     for suffix, figure in drawn.items():
@@ -346,6 +356,30 @@ def _categories(axes: Axes, names: Sequence[Any], label: str) -> None:
     axes.set(xlim=(-0.5, len(names) - 0.5), xlabel=label)
     axes.grid(False, axis="x")
     _honest(axes)
+
+
+def _cut_off_below(axes: Axes, part: pd.DataFrame, order: Sequence[Any]) -> None:
+    """Where the first category lies so far below the others that it would press them into one
+    line, end the axis above it and write its score instead."""
+    first, others = (part[(part[MASKMEM] == order[0]) == is_first] for is_first in (True, False))
+    gap = others["value"].min() - first["value"].max()  # NaN where there are no others
+    if not gap > max(0.1, 2 * (others["value"].max() - others["value"].min())):
+        return
+    by = [name for name in (POINTERS, MASKMEM) if name in part]
+    ends = over_seeds(others, by, "value")[["mean", "low", "high"]]  # NaN ends for a single seed
+    low, high = ends.min(axis=None), ends.max(axis=None)
+    margin = max(0.1 * (high - low), 0.025)
+    axes.set_ylim(low - margin, high + margin)
+    axes.annotate(
+        f"{first['value'].mean():.3f},\nbelow",
+        (0, 0),
+        (0, 18),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        ha="center",
+        color=GREY,
+        arrowprops={"arrowstyle": "->", "color": GREY},
+    )
 
 
 def _honest(axes: Axes) -> None:

@@ -140,6 +140,33 @@ def test_horizon_has_a_panel_for_each_number_of_pointers(memories):
     assert list(lines[1].get_ydata()) == [0.5, 0.25, 0.125]
 
 
+def test_horizon_has_a_row_for_each_curve(memories):
+    results = compact_results(load_runs(memories))
+    returns = results[results["metric"] == "horizon/J"].assign(
+        metric="horizon/recall_after_absence", value=0.75
+    )
+    figure = figures.horizon(pd.concat([results, returns]))
+    labels = [(axes.get_ylabel(), axes.get_xlabel()) for axes in figure.axes]
+    assert [label[0] for label in labels] == ["J", "", "found again (J > 0.5)", ""]
+    assert "away" in labels[3][1]
+    assert list(figure.axes[2].lines[0].get_ydata()) == [0.75] * 3
+
+
+def test_a_score_far_below_is_written_not_drawn_to_scale(memories):
+    results = compact_results(load_runs(memories))
+    results["value"] = 0.5 + results["value"] / 8
+    name = "model.num_maskmem"
+    none = results[results[name] == 1].assign(**{name: 0, "value": 0.0625})
+    none["run"] += "n"
+    (axes,) = figures.memory_scores(pd.concat([results, none])).axes
+    assert [text.get_text() for text in axes.texts] == ["0.062,\nbelow"]
+    assert axes.get_ylim()[0] > 0.4
+    near = none.assign(value=0.5)
+    (axes,) = figures.memory_scores(pd.concat([results, near])).axes
+    assert not axes.texts
+    assert axes.get_ylim()[0] < 0.5
+
+
 def test_mask_sizes_add_up_and_count_the_empty_ones():
     figure = figures.mask_sizes({"train": [0.0, 0.01, 0.02, 0.5], "val": [0.1, 1.0]})
     assert legend(figure) == ["train: 3, 1 empty", "val: 2"]

@@ -46,7 +46,7 @@ def root(tmp_path_factory):
     sweeps = root / "runs" / "sweeps"
     types = [["point"], ["bbox"], ["point", "bbox"]]
     make_sweep(sweeps / "prompts", [{PROMPTS: words} for words in types])
-    cells = [{MASKMEM: num, POINTERS: many} for num in (0, 7) for many in (0, 16)]
+    cells = [{MASKMEM: num, POINTERS: many} for num in (1, 7) for many in (0, 16)]
     make_sweep(sweeps / "num_maskmem", cells)
     (root / "experiments" / "results").mkdir(parents=True)
     for name in ("prompts", "num_maskmem"):
@@ -120,10 +120,10 @@ class TestExecuted:
     def test_memories(self, root, monkeypatch):
         notebook = execute(NOTEBOOKS / "03_num_maskmem_ablation.ipynb", root, monkeypatch)
         memories, pointers, far = outputs(notebook, "text/markdown")
-        assert "max_obj_ptrs_in_encoder 0: **num_maskmem 7** against 0: J&F +0.062" in memories
+        assert "max_obj_ptrs_in_encoder 0: **num_maskmem 7** against 1: J&F +0.062" in memories
         assert "num_maskmem 7: **max_obj_ptrs_in_encoder 16** against 0: J&F +0.031" in pointers
         assert "recall_after_absence at 3 to 4 frames" in far
-        assert len(outputs(notebook, "image/png")) == 3
+        assert len(outputs(notebook, "image/png")) == 2
 
     def test_data(self, root, monkeypatch):
         notebook = execute(NOTEBOOKS / "04_look_at_the_data.ipynb", root, monkeypatch)
