@@ -6,6 +6,7 @@ Every picture is (H, W, 3) uint8 RGB: floats would turn black in `wandb.Image`.
 from __future__ import annotations
 
 import colorsys
+import io
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +18,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
+    from IPython.display import Image as NotebookImage
+
     from sam2train.clips import Clip
 
 # Okabe and Ito, "Color Universal Design" (2008), without black. Most data sets count from 1:
@@ -297,6 +300,16 @@ def stacked(pictures: Mapping[str, np.ndarray]) -> np.ndarray:
         sheet.paste(Image.fromarray(picture), (0, y + STRIP))
         y += STRIP + picture.shape[0]
     return np.array(sheet)
+
+
+def as_jpeg(picture: np.ndarray, quality: int = 85) -> NotebookImage:
+    """The picture (H, W, 3) uint8 for a notebook that is kept with its outputs: as PNG, which
+    Pillow's own display adds, frames take ten times the room."""
+    from IPython.display import Image as NotebookImage
+
+    data = io.BytesIO()
+    Image.fromarray(picture).save(data, format="JPEG", quality=quality)
+    return NotebookImage(data.getvalue(), format="jpeg")
 
 
 def read_png(path: str | Path) -> np.ndarray:

@@ -104,7 +104,8 @@ class TestExecuted:
         assert (
             "17 runs: 15 finished, 1 unreadable, 1 failed" in outputs(notebook, "text/markdown")[0]
         )
-        assert len(outputs(notebook, "image/png")) == 4  # J&F, loss, overlays, parameters
+        assert len(outputs(notebook, "image/png")) == 3  # J&F, loss, parameters
+        assert len(outputs(notebook, "image/jpeg")) == 1  # overlays
         table, failed = outputs(notebook, "text/html")
         assert table.count("<tr") == 1 + 17
         assert "stopped by an error" in failed
@@ -129,7 +130,8 @@ class TestExecuted:
         notebook = execute(NOTEBOOKS / "04_look_at_the_data.ipynb", root, monkeypatch)
         (said,) = outputs(notebook, "text/markdown")
         assert "Of 6 objects, 0 appear after the first frame, 1 vanish, and 1 of these" in said
-        assert len(outputs(notebook, "image/png")) == 4
+        assert len(outputs(notebook, "image/png")) == 2
+        assert len(outputs(notebook, "image/jpeg")) == 2
 
     def test_without_results_a_message_says_what_makes_them(self, tmp_path, monkeypatch):
         with pytest.raises(CellExecutionError) as caught:

@@ -1,3 +1,4 @@
+import io
 import itertools
 import os
 
@@ -10,6 +11,7 @@ from sam2train.overlays import (
     ERRORS,
     NEGATIVE,
     POSITIVE,
+    as_jpeg,
     colour,
     comparison,
     draw_errors,
@@ -381,6 +383,15 @@ def test_png_round_trip_creates_the_folder_and_leaves_nothing_else(tmp_path):
     with Image.open(path) as image:
         np.testing.assert_array_equal(np.array(image), picture)
     assert os.listdir(path.parent) == ["video.png"]
+
+
+def test_a_notebook_gets_a_small_jpeg():
+    picture = np.random.default_rng(0).integers(0, 255, (200, 300, 3), np.uint8)
+    shown = as_jpeg(picture)
+    assert shown._repr_mimebundle_()[0].keys() == {"image/jpeg"}
+    with Image.open(io.BytesIO(shown.data)) as image:
+        assert (image.format, image.size) == ("JPEG", (300, 200))
+    assert len(shown.data) < picture.nbytes / 2
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
