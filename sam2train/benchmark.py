@@ -25,7 +25,7 @@ from sam2train.build import (
 from sam2train.config import to_yaml
 from sam2train.environment import describe_environment
 from sam2train.errors import UserError
-from sam2train.evaluate import TrackedVideo, Videos, copy_first_mask, track_video
+from sam2train.evaluate import SeenFrame, TrackedVideo, Videos, copy_first_mask, track_video
 from sam2train.experiment import Experiment
 from sam2train.horizon import numbers
 from sam2train.mask_files import MaskFolder
@@ -47,8 +47,8 @@ from sam2train.scoring import (
     shared_split_warning,
     write_rows,
 )
-from sam2train.tracking import Overlay, Tracker
-from sam2train.video_overlays import draw_overlay
+from sam2train.tracking import Tracker
+from sam2train.video_overlays import OverlayDrawer
 
 Split = Literal["val", "test"]
 _MEANS = ("J", "F", "J_and_F", "J_recall", "J_decay", "F_recall", "F_decay", "mIoU")
@@ -141,27 +141,30 @@ class Benchmark:
             save_masks: a new folder for its masks, as palette PNGs.
         """
         masks = save_masks and MaskFolder(save_masks)
-        pictures: list[Overlay] = []
+        drawer = OverlayDrawer(
+            self.data,
+            self.run_dir / "overlays",
+            self.split,
+            self.experiment.evaluation.num_overlays,
+        )
 
-        def see(index: int, tracked: TrackedVideo) -> None:
+        def see(index: int, seen: SeenFrame) -> None:
             if masks:
-                masks.write(tracked)
-            if index < self.experiment.evaluation.num_overlays:
-                folder = self.run_dir / "overlays"
-                pictures.append(draw_overlay(self.data, tracked, folder, self.split))
+                masks.write(seen)
+            drawer.see_frame(index, seen)
 
         with self._record() as summary:
             rows = []
             with self._progress(len(self.contenders) + 1) as advance:
                 for place, contender in enumerate(self.contenders):
                     track = partial(track_video, contender.model, bf16=self.bf16)
-                    on_video = see if place == 0 else None
-                    rows.append(self._score(contender, track, advance, on_video=on_video))
+                    seen_by = {"on_frame": see, "on_video": drawer.see_video} if place == 0 else {}
+                    rows.append(self._score(contender, track, advance, **seen_by))
                 copied = _Contender(COPY, LABELS[COPY], 0, self.contenders[0].model)
                 rows.append(self._score(copied, copy_first_mask, advance))
             self._write(rows)
             self._summarise(rows, summary)
-            self.tracker.overlays(rows[0].step, pictures)
+            self.tracker.overlays(rows[0].step, drawer.overlays)
             self._show(rows)
         if masks:
             self._say(f"  {save_masks!s:<48} masks as palette PNGs")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -15,7 +16,15 @@ from pydantic import Field
 from sam2train.clips import Prompt
 from sam2train.config import Section
 from sam2train.datasets import VideoDataset
-from sam2train.metrics import FramePolicy, VideoScores, mean_scores, score_video
+from sam2train.metrics import (
+    FramePolicy,
+    Measures,
+    VideoScores,
+    join,
+    mean_scores,
+    measure,
+    score_measures,
+)
 from sam2train.model import MemoryBank, SAM2Model
 from sam2train.prompts import PromptGenerator
 from sam2train.sampling import AnnotatedVideos
@@ -39,29 +48,44 @@ class EvaluationConfig(Section):
 
 
 @dataclass(frozen=True)
-class Tracks:
-    """The objects of one video as a model sees them, by object id."""
+class TrackedFrame:
+    """The objects of one frame as a model sees them, by object id; before its prompt an object has
+    no entry."""
 
-    masks: dict[int | str, np.ndarray]  # (T, H, W) bool
-    # (T,) float32 logits of being visible, NaN before the prompt; empty if nobody gives any
-    object_scores: dict[int | str, np.ndarray]
+    masks: Mapping[int | str, np.ndarray]  # (H, W) bool
+    object_scores: Mapping[int | str, float]  # logits of being visible; empty if nobody gives any
+
+
+@dataclass(frozen=True)
+class SeenFrame:
+    """One frame of a video with what the model made of it; every object has its masks."""
+
+    video: Video
+    prompts: list[Prompt]  # `frame_index` counts in the video, coordinates in the model's input
+    frame_idx: int
+    prediction: dict[int | str, np.ndarray]  # object id -> (H, W) bool
+    ground_truth: dict[int | str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class TrackedVideo:
-    """One video with what the model made of it."""
+    """One video with how well it was tracked. Masks are gone by then: see `SeenFrame`."""
 
     video: Video
-    prompts: list[Prompt]  # `frame_index` counts in the video, coordinates in the model's input
-    prediction: dict[int | str, np.ndarray]  # object id -> (T, H, W) bool
-    ground_truth: dict[int | str, np.ndarray]
+    prompts: list[Prompt]  # as in `SeenFrame`
+    measures: dict[int | str, Measures]  # object id -> on the L labelled frames
     scores: VideoScores
-    object_scores: dict[int | str, np.ndarray]  # as in `Tracks`
+    # (T,) float32 logits of being visible, NaN before the prompt; empty if nobody gives any
+    object_scores: dict[int | str, np.ndarray]
 
 
 Videos = AnnotatedVideos | VideoDataset
-Track = Callable[[Videos, Video, list[Prompt]], Tracks]
+# All frames of a video in order.
+Track = Callable[[Videos, Video, list[Prompt]], Iterator[TrackedFrame]]
 DrawPrompts = Callable[[Videos, Video, np.random.Generator], list[Prompt]]
+# Their first argument counts the videos.
+OnFrame = Callable[[int, SeenFrame], None]
+OnVideo = Callable[[int, TrackedVideo], None]
 
 
 def evaluate(
@@ -71,11 +95,12 @@ def evaluate(
     *,
     seed: int,
     bf16: bool = False,
-    on_video: Callable[[int, TrackedVideo], None] | None = None,
+    on_frame: OnFrame | None = None,
+    on_video: OnVideo | None = None,
 ) -> dict[str, float]:
     """`score_tracks` of a model."""
     track = partial(track_video, model, bf16=bf16)
-    return score_tracks(track, dataset, config, seed=seed, on_video=on_video)
+    return score_tracks(track, dataset, config, seed=seed, on_frame=on_frame, on_video=on_video)
 
 
 def score_tracks(
@@ -85,17 +110,19 @@ def score_tracks(
     *,
     seed: int,
     draw_prompts: DrawPrompts | None = None,
-    on_video: Callable[[int, TrackedVideo], None] | None = None,
+    on_frame: OnFrame | None = None,
+    on_video: OnVideo | None = None,
 ) -> dict[str, float]:
     """`J`, `F`, `J_and_F` and their companions over all objects of a data set.
 
-    Each object is prompted once, on the first frame that shows it, and tracked to the end.
+    Each object is prompted once, on the first frame that shows it, and tracked to the end. Frames
+    are scored as they come and forgotten, so that a video may be of any length.
 
     Args:
         track: the model, or a baseline such as `copy_first_mask`.
         seed: draws the prompts; the same seed gives every model the same ones.
         draw_prompts: None takes `first_prompts` of the types in `config`.
-        on_video: sees each video as it is done, for pictures and tables.
+        on_frame, on_video: see each frame, and each video as it is done, for pictures and tables.
 
     Raises:
         UserError: no object has a frame to score.
@@ -109,36 +136,47 @@ def score_tracks(
     for index, video in enumerate(videos):
         rng = np.random.default_rng(np.random.SeedSequence([seed, index], spawn_key=_PROMPT_STREAM))
         prompts = draw_prompts(dataset, video, rng)
-        tracks = track(dataset, video, prompts)
-        truth = {
-            object_id: np.stack(
-                [dataset.read_mask(video, t, object_id) for t in range(len(video.frames))]
-            )
-            for object_id in video.object_ids
-        }
-        scored = score_labelled(video, tracks.masks, truth, config.frame_policy)
+        labelled = set(video.labelled)
+        measures: dict[int | str, list[Measures]] = {o: [] for o in video.object_ids}
+        object_scores: dict[int | str, np.ndarray] = {}
+        for t, frame in enumerate(track(dataset, video, prompts)):
+            seen = _see(dataset, video, prompts, t, frame)
+            for object_id, of_object in measures.items() if t in labelled else ():
+                pair = seen.prediction[object_id][None], seen.ground_truth[object_id][None]
+                of_object.append(measure(*pair))
+            for object_id, value in frame.object_scores.items():
+                missing = np.full(len(video.frames), np.nan, np.float32)
+                object_scores.setdefault(object_id, missing)[t] = value
+            if on_frame is not None:
+                on_frame(index, seen)
+        joined = {o: join(parts) for o, parts in measures.items()}
+        scored = score_labelled(video, joined, config.frame_policy)
         scores.append(scored)
         if on_video is not None:
-            on_video(
-                index,
-                TrackedVideo(video, prompts, tracks.masks, truth, scored, tracks.object_scores),
-            )
+            on_video(index, TrackedVideo(video, prompts, joined, scored, object_scores))
     return mean_scores(scores)
 
 
-def score_labelled(
-    video: Video,
-    prediction: dict[int | str, np.ndarray],
-    ground_truth: dict[int | str, np.ndarray],
-    policy: FramePolicy,
-) -> VideoScores:
-    """The scores of a video on its labelled frames; `frames` counts in the video."""
-    labelled = np.array(video.labelled, np.int64)
-    scored = score_video(
-        {o: masks[labelled] for o, masks in prediction.items()},
-        {o: masks[labelled] for o, masks in ground_truth.items()},
-        policy,
+def _see(
+    dataset: Videos, video: Video, prompts: list[Prompt], frame_idx: int, frame: TrackedFrame
+) -> SeenFrame:
+    empty = np.zeros(video.size, bool)
+    return SeenFrame(
+        video,
+        prompts,
+        frame_idx,
+        {o: frame.masks.get(o, empty) for o in video.object_ids},
+        {o: dataset.read_mask(video, frame_idx, o) for o in video.object_ids},
     )
+
+
+def score_labelled(
+    video: Video, measures: Mapping[int | str, Measures], policy: FramePolicy
+) -> VideoScores:
+    """The scores of a video from the measures of its labelled frames; `frames` counts in the
+    video."""
+    labelled = np.array(video.labelled, np.int64)
+    scored = score_measures(measures, policy)
     return replace(
         scored, objects=tuple(replace(s, frames=labelled[s.frames]) for s in scored.objects)
     )
@@ -183,43 +221,35 @@ def track_video(
     prompts: list[Prompt],
     *,
     bf16: bool = False,
-) -> Tracks:
-    """Masks at the video's own size; where objects overlap the surer wins.
+) -> Iterator[TrackedFrame]:
+    """Masks at the video's own size, frame by frame; where objects overlap the surer wins.
 
-    An object is empty before its prompt. Image features live for one frame, memories as long as
-    memory attention can reach them.
+    Image features live for one frame, memories as long as memory attention can reach them.
     """
-    num_frames = len(video.frames)
-    tracks = _empty_tracks(video)
-    tracks.object_scores.update(
-        {o: np.full(num_frames, np.nan, np.float32) for o in video.object_ids}
-    )
-    for t, object_ids, current in track_frames(model, dataset, video, prompts, bf16=bf16):
+    begin = min((prompt["frame_index"] for prompt in prompts), default=len(video.frames))
+    yield from itertools.repeat(TrackedFrame({}, {}), begin)
+    for _, object_ids, current in track_frames(model, dataset, video, prompts, bf16=bf16):
         logits = current["low_res_logits"][:, None]
         resized = F.interpolate(logits, video.size, mode="bilinear", align_corners=False)
         surest, winner = resized[:, 0].max(dim=0)  # (H, W)
-        for place, object_id in enumerate(object_ids):
-            tracks.masks[object_id][t] = ((winner == place) & (surest > 0)).cpu().numpy()
-            tracks.object_scores[object_id][t] = current["object_score_logits"][place].item()
-    return tracks
+        winner = winner.where(surest > 0, -1).cpu().numpy()
+        scores = current["object_score_logits"][:, 0].tolist()
+        yield TrackedFrame(
+            {object_id: winner == place for place, object_id in enumerate(object_ids)},
+            dict(zip(object_ids, scores, strict=True)),
+        )
 
 
-def copy_first_mask(dataset: Videos, video: Video, prompts: list[Prompt]) -> Tracks:
+def copy_first_mask(dataset: Videos, video: Video, prompts: list[Prompt]) -> Iterator[TrackedFrame]:
     """The baseline without a model: an object stays where the ground truth has it on its prompted
     frame, whatever the prompt. Where objects overlap, the one prompted last wins."""
-    tracks = _empty_tracks(video)
-    for prompt in sorted(prompts, key=lambda prompt: prompt["frame_index"]):
-        t, object_id = prompt["frame_index"], prompt["object_id"]
-        mask = dataset.read_mask(video, t, object_id)
-        for other in tracks.masks.values():
-            other[t:] &= ~mask
-        tracks.masks[object_id][t:] = mask
-    return tracks
-
-
-def _empty_tracks(video: Video) -> Tracks:
-    shape = len(video.frames), *video.size
-    return Tracks({o: np.zeros(shape, bool) for o in video.object_ids}, {})
+    masks: dict[int | str, np.ndarray] = {}
+    for t in range(len(video.frames)):
+        for object_id in [p["object_id"] for p in prompts if p["frame_index"] == t]:
+            mask = dataset.read_mask(video, t, object_id)
+            masks = {other: of_other & ~mask for other, of_other in masks.items()}
+            masks[object_id] = mask
+        yield TrackedFrame(masks, {})
 
 
 @torch.inference_mode()

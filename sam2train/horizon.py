@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from sam2train.evaluate import TrackedVideo
-from sam2train.metrics import jaccard
 
 # Frames after a return that decide whether the object was found again. A guess: long enough for
 # one lucky frame not to count as a recovery.
@@ -29,13 +28,14 @@ def frame_rows(tracked: TrackedVideo) -> list[dict[str, Any]]:
     video, rows = tracked.video, []
     for prompt in tracked.prompts:
         object_id, prompted = prompt["object_id"], prompt["frame_index"]
-        frames = np.array([t for t in video.labelled if t > prompted], np.int64)
-        truth = tracked.ground_truth[object_id][frames]
-        prediction = tracked.prediction[object_id][frames]
-        visible = truth.any(axis=(1, 2))
+        labelled = np.array(video.labelled, np.int64)
+        counted = labelled > prompted
+        frames, measures = labelled[counted], tracked.measures[object_id].select(counted)
+        visible = measures.present > 0
         returns = after_absence(frames, visible)
         scores = tracked.object_scores.get(object_id)
-        for place, (t, score) in enumerate(zip(frames, jaccard(prediction, truth), strict=True)):
+        pixels = video.size[0] * video.size[1]
+        for place, (t, score) in enumerate(zip(frames, measures.J, strict=True)):
             rows.append(
                 {
                     "video_id": video.video_id,
@@ -43,8 +43,8 @@ def frame_rows(tracked: TrackedVideo) -> list[dict[str, Any]]:
                     "frame": int(t),
                     "since_prompt": int(t) - prompted,
                     "visible": int(visible[place]),
-                    "predicted": int(prediction[place].any()),
-                    "area": float(prediction[place].mean()),
+                    "predicted": int(measures.predicted[place] > 0),
+                    "area": float(measures.predicted[place] / pixels),
                     "J": float(score),
                     "object_score": None if scores is None else float(scores[t]),
                     "absence": returns[place][0],

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from sam2train.errors import UserError
-from sam2train.evaluate import TrackedVideo
+from sam2train.evaluate import SeenFrame
 from sam2train.overlays import palette
 from sam2train.videos import Video
 
@@ -32,26 +32,36 @@ class MaskFolder:
             raise UserError(
                 f"--save-masks {folder}: there is something already; name a new or empty folder"
             )
+        self.colours = [0, 0, 0, *palette(256)[1:].ravel().tolist()]
         self.renamed: dict[str, dict[int, str]] = {}
+        # Of the video that is being written.
+        self.numbers: dict[int | str, int] = {}
+        self.names: list[str] = []
 
-    def write(self, tracked: TrackedVideo) -> None:
-        """Write one video's prediction; more than 255 objects raise UserError."""
-        video = tracked.video
+    def write(self, seen: SeenFrame) -> None:
+        """Write one frame's prediction; the frames of a video come in order.
+
+        Raises:
+            UserError: more than 255 objects, or two videos whose folder would be the same.
+        """
+        video = seen.video
         name = str(video.video_id).replace(os.sep, "_")
-        numbers = self._numbers(video, name)
-        place = self.folder / name
-        place.mkdir(parents=True, exist_ok=True)
-        colours = palette(256).ravel().tolist()
-        colours[:3] = [0, 0, 0]
-        for t, stem in enumerate(_frame_names(video)):
-            ids = np.zeros(video.size, np.uint8)
-            for object_id, masks in tracked.prediction.items():
-                ids[masks[t]] = numbers[object_id]
-            picture = Image.fromarray(ids)
-            picture.putpalette(colours)
-            picture.save(place / f"{stem}.png")
+        if seen.frame_idx == 0:
+            if (self.folder / name).exists():
+                raise UserError(
+                    f"--save-masks: two videos would be written to {self.folder / name}; give "
+                    "them ids that differ in more than their slashes"
+                )
+            self.numbers, self.names = self._number(video, name), _frame_names(video)
+            (self.folder / name).mkdir(parents=True)
+        ids = np.zeros(video.size, np.uint8)
+        for object_id, mask in seen.prediction.items():
+            ids[mask] = self.numbers[object_id]
+        picture = Image.fromarray(ids)
+        picture.putpalette(self.colours)
+        picture.save(self.folder / name / f"{self.names[seen.frame_idx]}.png")
 
-    def _numbers(self, video: Video, name: str) -> dict[int | str, int]:
+    def _number(self, video: Video, name: str) -> dict[int | str, int]:
         if len(video.object_ids) > 255:
             raise UserError(
                 f"--save-masks: video {name} has {len(video.object_ids)} objects; a palette PNG "

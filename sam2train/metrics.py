@@ -10,7 +10,7 @@ Letters are those of `clips`: T frames, H W pixels. There are no void pixels her
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -135,6 +135,38 @@ class VideoScores:
     not_scored: tuple[int, ...]
 
 
+class Measures(NamedTuple):
+    """All that the scores of one object need of T frames: its masks need not be kept."""
+
+    intersection: np.ndarray  # (T,) int64, pixels in both masks
+    predicted: np.ndarray  # (T,) int64, pixels of the prediction
+    present: np.ndarray  # (T,) int64, pixels of the ground truth
+    F: np.ndarray  # (T,) float64
+
+    @property
+    def union(self) -> np.ndarray:
+        return self.predicted + self.present - self.intersection
+
+    @property
+    def J(self) -> np.ndarray:
+        return _ratio(self.intersection, self.union)
+
+    def select(self, frames: np.ndarray | slice) -> "Measures":
+        return Measures(*(values[frames] for values in self))
+
+
+def measure(prediction: np.ndarray, ground_truth: np.ndarray, tolerance: float = 0.008) -> Measures:
+    """The measures of (T, H, W) bool stacks; see `boundary_f` for the arguments and errors."""
+    F = boundary_f(prediction, ground_truth, tolerance)
+    return Measures(*_counts(prediction, ground_truth), F)
+
+
+def join(parts: Iterable[Measures]) -> Measures:
+    """One after the other: the measures of the frames of all parts."""
+    none = np.zeros((3, 0), np.int64)
+    return Measures(*map(np.concatenate, zip(Measures(*none, np.zeros(0)), *parts, strict=True)))
+
+
 def score_video(
     prediction: Mapping[int, np.ndarray],
     ground_truth: Mapping[int, np.ndarray],
@@ -158,44 +190,49 @@ def score_video(
             f"objects {sorted(prediction)} were predicted and {sorted(ground_truth)} are in the "
             "ground truth; give an empty stack for an object without masks"
         )
+    return score_measures(
+        {o: measure(prediction[o], ground_truth[o], tolerance) for o in ground_truth}, policy
+    )
+
+
+def score_measures(measures: Mapping[int, Measures], policy: FramePolicy) -> VideoScores:
+    """Score every object of a video, ids ascending, from its measures on the annotated frames.
+
+    Raises:
+        ValueError: a policy that does not exist.
+    """
     objects, not_scored = [], []
-    for object_id in sorted(ground_truth):
-        predicted, truth = prediction[object_id], ground_truth[object_id]
-        frames = counted_frames(predicted, truth, policy)
+    for object_id in sorted(measures):
+        frames = counted_frames(measures[object_id], policy)
         if len(frames) == 0:
             not_scored.append(object_id)
             continue
-        counted = slice(frames[0], frames[-1] + 1)  # every policy counts one run of frames
-        intersection, union = _overlap(predicted[counted], truth[counted])
+        counted = measures[object_id].select(frames)
         objects.append(
             ObjectScores(
                 object_id=object_id,
                 frames=frames,
-                J=_ratio(intersection, union),
-                F=boundary_f(predicted[counted], truth[counted], tolerance),
-                iou=float(_ratio(intersection.sum(), union.sum())),
+                J=counted.J,
+                F=counted.F,
+                iou=float(_ratio(counted.intersection.sum(), counted.union.sum())),
             )
         )
     return VideoScores(tuple(objects), tuple(not_scored))
 
 
-def counted_frames(
-    prediction: np.ndarray, ground_truth: np.ndarray, policy: FramePolicy
-) -> np.ndarray:
+def counted_frames(measures: Measures, policy: FramePolicy) -> np.ndarray:
     """The frames that count for an object: (n,) int64, consecutive, empty if it is not scored."""
-    _check(prediction, ground_truth)
-    num_frames = len(ground_truth)
-    frames = np.arange(num_frames)
+    in_truth = measures.present > 0
+    frames = np.arange(len(in_truth))
     if policy == "all":
         return frames
     if policy == "davis":
         return frames[1:-1]
-    in_truth = ground_truth.any(axis=(1, 2))
     if policy == "after_prompt":
         return frames[np.argmax(in_truth) + 1 :] if in_truth.any() else frames[:0]
     if policy == "sav":
         in_truth = in_truth[1:-1]
-        seen = in_truth | prediction[1:-1].any(axis=(1, 2))
+        seen = in_truth | (measures.predicted[1:-1] > 0)
         return frames[1:-1][np.argmax(seen) :] if in_truth.any() else frames[:0]
     raise ValueError(f"frame policy {policy!r}; it is one of {', '.join(FramePolicy.__args__)}")
 
@@ -240,14 +277,24 @@ def _check(prediction: np.ndarray, ground_truth: np.ndarray) -> None:
         )
 
 
-def _overlap(prediction: np.ndarray, ground_truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels in both masks and in either of them, two (T,) int64, from (T, H, W) bool stacks."""
+def _counts(
+    prediction: np.ndarray, ground_truth: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pixels in both masks, in the first, in the second, three (T,) int64, from bool stacks."""
     _check(prediction, ground_truth)
     # Frame by frame: with an `axis`, count_nonzero leaves its fast path.
-    pairs = list(zip(prediction, ground_truth, strict=True))
-    intersection = np.array([np.count_nonzero(p & g) for p, g in pairs], dtype=np.int64)
-    union = np.array([np.count_nonzero(p | g) for p, g in pairs], dtype=np.int64)
-    return intersection, union
+    counts = [
+        (np.count_nonzero(p & g), np.count_nonzero(p), np.count_nonzero(g))
+        for p, g in zip(prediction, ground_truth, strict=True)
+    ]
+    both, predicted, present = np.array(counts, np.int64).reshape(-1, 3).T
+    return both, predicted, present
+
+
+def _overlap(prediction: np.ndarray, ground_truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels in both masks and in either of them, two (T,) int64, from (T, H, W) bool stacks."""
+    both, predicted, present = _counts(prediction, ground_truth)
+    return both, predicted + present - both
 
 
 def _ratio(intersection: np.ndarray, union: np.ndarray) -> np.ndarray:

@@ -65,13 +65,15 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(pixels * 255), 0, 255).astype(np.uint8)
 
 
-def id_mask(masks: Mapping[int, np.ndarray], order: Sequence[int]) -> np.ndarray:
+def id_mask(
+    masks: Mapping[int, np.ndarray], order: Sequence[int], size: tuple[int, int]
+) -> np.ndarray:
     """(H, W) uint8 for `wandb.Image`: 0 background, k + 1 where object `order[k]` is.
 
-    Where objects overlap, the one first in `order` wins.
+    Where objects overlap, the one first in `order` wins. `size` is (H, W).
     """
     assert len(order) <= 255, len(order)
-    labels = np.zeros(next(iter(masks.values())).shape, np.uint8)
+    labels = np.zeros(size, np.uint8)
     for value, object_id in reversed(list(enumerate(order, start=1))):
         assert masks[object_id].shape == labels.shape, (object_id, masks[object_id].shape)
         labels[masks[object_id]] = value

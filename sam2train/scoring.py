@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from sam2train.errors import UserError
 from sam2train.evaluate import (
     DrawPrompts,
     EvaluationConfig,
+    OnFrame,
+    OnVideo,
     Track,
     TrackedVideo,
     Videos,
@@ -91,12 +93,13 @@ def score(
     seed: int,
     label: str | None = None,
     draw_prompts: DrawPrompts | None = None,
-    on_video: Callable[[int, TrackedVideo], None] | None = None,
+    on_frame: OnFrame | None = None,
+    on_video: OnVideo | None = None,
 ) -> Scores:
-    """Score every object of a data set; `on_video` sees each video as it is done.
+    """Score every object of a data set.
 
     Args:
-        track, seed, draw_prompts: see `score_tracks`.
+        track, seed, draw_prompts, on_frame, on_video: see `score_tracks`.
         split, model, step: written in every row.
         label: in tables; None takes that of the baseline.
 
@@ -112,7 +115,13 @@ def score(
             on_video(index, tracked)
 
     means = score_tracks(
-        track, dataset, config, seed=seed, draw_prompts=draw_prompts, on_video=keep
+        track,
+        dataset,
+        config,
+        seed=seed,
+        draw_prompts=draw_prompts,
+        on_frame=on_frame,
+        on_video=keep,
     )
     names = {"step": step, "split": split, "model": model}
     return Scores(

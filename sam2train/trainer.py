@@ -23,7 +23,15 @@ from sam2train.config import to_yaml
 from sam2train.datasets import ClipSampler
 from sam2train.environment import describe_environment
 from sam2train.errors import UserError
-from sam2train.evaluate import Track, TrackedVideo, Videos, copy_first_mask, track_video
+from sam2train.evaluate import (
+    OnFrame,
+    OnVideo,
+    SeenFrame,
+    Track,
+    Videos,
+    copy_first_mask,
+    track_video,
+)
 from sam2train.experiment import Experiment, untrained_rows
 from sam2train.horizon import numbers
 from sam2train.interaction import Interaction
@@ -44,8 +52,8 @@ from sam2train.scoring import (
     scores_table,
     shared_split_warning,
 )
-from sam2train.tracking import Overlay, Tracker
-from sam2train.video_overlays import draw_overlay
+from sam2train.tracking import Tracker
+from sam2train.video_overlays import OverlayDrawer
 
 
 class Interrupted(SystemExit):
@@ -285,20 +293,27 @@ class Trainer:
     def _evaluate(self) -> None:
         if not self.val_data:
             return
-        pictures: list[Overlay] = []
-
-        def draw(index: int, tracked: TrackedVideo) -> None:
-            if index < self.experiment.evaluation.num_overlays:
-                folder, name = self.run_dir / "overlays", f"step_{self.step:06d}"
-                pictures.append(draw_overlay(self.val_data, tracked, folder, name))
-
+        drawer = OverlayDrawer(
+            self.val_data,
+            self.run_dir / "overlays",
+            f"step_{self.step:06d}",
+            self.experiment.evaluation.num_overlays,
+        )
         track = partial(track_video, self.model, bf16=self.bf16)
-        scores = self._score(track, self.val_data, "val", TRAINED, self.step, draw)
+        scores = self._score(
+            track,
+            self.val_data,
+            "val",
+            TRAINED,
+            self.step,
+            on_frame=drawer.see_frame,
+            on_video=drawer.see_video,
+        )
         self.latest = scores.means
         self.horizon_rows.add(scores.horizon)
         values = {f"val/{name}": value for name, value in self.latest.items()}
         self.tracker.record(self.step, values | numbers(scores.horizon))
-        self.tracker.overlays(self.step, pictures)
+        self.tracker.overlays(self.step, drawer.overlays)
         if not self.baseline:
             self.baseline = self.latest
             copied = self._score(copy_first_mask, self.val_data, "val", COPY, 0)
@@ -323,10 +338,11 @@ class Trainer:
         path = self.run_dir / "checkpoints" / ("best.pt" if self.val_data else "last.pt")
         content = checkpoint.load(path)
         step, track = content["step"], partial(track_video, self.model, bf16=self.bf16)
+        heed = {"on_frame": self._heed_signal}
         with self._weights(content["model"]):
-            scores = self._score(track, self.test_data, "test", TRAINED, step, self._heed_signal)
+            scores = self._score(track, self.test_data, "test", TRAINED, step, **heed)
         with self._weights(self.base_weights):
-            base = self._score(track, self.test_data, "test", BASE, 0, self._heed_signal)
+            base = self._score(track, self.test_data, "test", BASE, 0, **heed)
         copied = self._score(copy_first_mask, self.test_data, "test", COPY, 0)
         values = {f"test/{name}": value for name, value in scores.means.items()}
         self.tracker.summary(
@@ -340,7 +356,15 @@ class Trainer:
         self._show_scores("test", step, (BASE, 0), (COPY, 0))
 
     def _score(
-        self, track: Track, data: Videos, split: str, model: str, step: int, on_video=None
+        self,
+        track: Track,
+        data: Videos,
+        split: str,
+        model: str,
+        step: int,
+        *,
+        on_frame: OnFrame | None = None,
+        on_video: OnVideo | None = None,
     ) -> Scores:
         """Score and keep the rows."""
         scores = score(
@@ -352,6 +376,7 @@ class Trainer:
             step=step,
             seed=self.config.seed,
             label=LABELS.get(model, f"step {step}"),
+            on_frame=on_frame,
             on_video=on_video,
         )
         self.score_rows.add(scores.objects)
@@ -369,8 +394,8 @@ class Trainer:
         policy = self.experiment.evaluation.frame_policy
         self.tracker.console.print(scores_table(f"{split} videos, frames: {policy}", rows))
 
-    def _heed_signal(self, index: int, tracked: TrackedVideo) -> None:
-        """Stop between two videos where that was asked for; all is saved by now."""
+    def _heed_signal(self, index: int, seen: SeenFrame) -> None:
+        """Stop between two frames where that was asked for; all is saved by now."""
         if self.stop_signal is not None:
             raise Interrupted(128 + self.stop_signal)
 

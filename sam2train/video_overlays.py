@@ -3,66 +3,123 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from sam2train.evaluate import TrackedVideo, Videos
-from sam2train.overlays import comparison, id_mask, save_png
+from sam2train.clips import Prompt
+from sam2train.evaluate import SeenFrame, TrackedVideo, Videos
+from sam2train.metrics import ObjectScores
+from sam2train.overlays import comparison, id_mask, pick_frames, save_png
 from sam2train.tracking import Overlay
 from sam2train.transforms import resize_image
+from sam2train.videos import Video
+
+MAX_FRAMES = 8  # of a picture
 
 
-def draw_overlay(dataset: Videos, tracked: TrackedVideo, folder: Path, name: str) -> Overlay:
-    """Write `folder/<name>_video_<id>.png`, at most as many frames as fit a screen.
+class OverlayDrawer:
+    """Draws the first videos that are scored, at most as many frames of each as fit a screen.
+
+    `see_frame` keeps what will be drawn, `see_video` writes `folder/<name>_video_<id>.png`;
+    `overlays` has what was written.
 
     Args:
         name: what was scored, such as "step_000100"; part of the title.
+        most: how many videos.
     """
-    video = tracked.video
-    frames = np.stack([dataset.read_frame(video, t) for t in range(len(video.frames))])
-    numbers = {object_id: place for place, object_id in enumerate(video.object_ids, start=1)}
-    scale = np.array(video.size, np.float32)[::-1] / np.array(dataset.image_size)[::-1]
-    prompts = [
-        {
-            **prompt,
-            "object_id": numbers[prompt["object_id"]],
-            "points": prompt["points"] * scale,
-            "box": None if prompt["box"] is None else prompt["box"] * np.tile(scale, 2),
-            "mask": None if prompt["mask"] is None else _resize_mask(prompt["mask"], video.size),
-        }
-        for prompt in tracked.prompts
-    ]
-    means = {scores.object_id: scores for scores in tracked.scores.objects}
-    per_frame = [
-        {o: s.J[list(s.frames).index(t)] for o, s in means.items() if t in s.frames}
-        for t in range(len(frames))
-    ]
-    score = np.mean([scores.J_and_F for scores in means.values()]) if means else math.nan
-    title = f"video_{video.video_id}"
-    path = folder / f"{name}_{file_name(title)}.png"
-    save_png(
-        comparison(
-            frames,
-            {numbers[o]: masks for o, masks in tracked.prediction.items()},
-            {numbers[o]: masks for o, masks in tracked.ground_truth.items()},
-            prompts,
-            title=f"{video.video_id}, {name.replace('_', ' ')}: J&F {score:.3f}",
-            scores=[f"J {np.mean(list(j.values())):.2f}" if j else "" for j in per_frame],
-        ),
-        path,
-    )
-    # One frame with toggled masks: the middle of what is scored, where tracking shows.
-    middle = len(frames) // 2
-    order = list(numbers)
-    return Overlay(
-        name=title,
-        path=path,
-        frame=frames[middle],
-        prediction=id_mask({o: m[middle] for o, m in tracked.prediction.items()}, order),
-        ground_truth=id_mask({o: m[middle] for o, m in tracked.ground_truth.items()}, order),
-        class_labels={number: f"object {o}" for o, number in numbers.items()},
-    )
+
+    def __init__(self, dataset: Videos, folder: Path, name: str, most: int):
+        self.dataset, self.folder, self.name, self.most = dataset, folder, name, most
+        self.overlays: list[Overlay] = []
+        self._kept: list[tuple[np.ndarray, SeenFrame]] = []  # (H, W, 3) uint8 with its masks
+
+    def see_frame(self, index: int, seen: SeenFrame) -> None:
+        """Keep the frame if it will be drawn; `index` counts the videos."""
+        if index >= self.most:
+            return
+        if seen.frame_idx == 0:
+            self._kept.clear()
+        shown, middle = _picked(seen.video, seen.prompts)
+        if seen.frame_idx in (*shown, middle):
+            self._kept.append((self.dataset.read_frame(seen.video, seen.frame_idx), seen))
+
+    def see_video(self, index: int, tracked: TrackedVideo) -> None:
+        """Draw the video from the frames kept; `index` counts the videos."""
+        if index >= self.most:
+            return
+        video = tracked.video
+        shown, middle = _picked(video, tracked.prompts)
+        kept = {seen.frame_idx: (frame, seen) for frame, seen in self._kept}
+        numbers = {object_id: place for place, object_id in enumerate(video.object_ids, start=1)}
+        means = {scores.object_id: scores for scores in tracked.scores.objects}
+        score = np.mean([scores.J_and_F for scores in means.values()]) if means else math.nan
+        title = f"video_{video.video_id}"
+        path = self.folder / f"{self.name}_{file_name(title)}.png"
+        save_png(
+            comparison(
+                np.stack([kept[t][0] for t in shown]),
+                *(
+                    {
+                        n: np.stack([getattr(kept[t][1], side)[o] for t in shown])
+                        for o, n in numbers.items()
+                    }
+                    for side in ("prediction", "ground_truth")
+                ),
+                self._prompts(tracked, numbers, shown),
+                title=f"{video.video_id}, {self.name.replace('_', ' ')}: J&F {score:.3f}",
+                frame_labels=[f"frame {t}" for t in shown],
+                scores=[_mean_J(means.values(), t) for t in shown],
+                max_frames=len(shown),
+            ),
+            path,
+        )
+        # One frame with toggled masks: the middle, where tracking shows.
+        frame, seen = kept[middle]
+        self.overlays.append(
+            Overlay(
+                name=title,
+                path=path,
+                frame=frame,
+                prediction=id_mask(seen.prediction, video.object_ids, video.size),
+                ground_truth=id_mask(seen.ground_truth, video.object_ids, video.size),
+                class_labels={number: f"object {o}" for o, number in numbers.items()},
+            )
+        )
+
+    def _prompts(
+        self, tracked: TrackedVideo, numbers: dict[int | str, int], shown: list[int]
+    ) -> list[dict]:
+        """Those on the frames shown, counted among these, in pixels of the video."""
+        size = tracked.video.size
+        scale = np.array(size, np.float32)[::-1] / np.array(self.dataset.image_size)[::-1]
+        return [
+            {
+                **prompt,
+                "object_id": numbers[prompt["object_id"]],
+                "frame_index": shown.index(prompt["frame_index"]),
+                "points": prompt["points"] * scale,
+                "box": None if prompt["box"] is None else prompt["box"] * np.tile(scale, 2),
+                "mask": None if prompt["mask"] is None else _resize_mask(prompt["mask"], size),
+            }
+            for prompt in tracked.prompts
+            if prompt["frame_index"] in shown
+        ]
+
+
+def _picked(video: Video, prompts: list[Prompt]) -> tuple[list[int], int]:
+    """The frames of the picture, and the one whose masks can be toggled."""
+    num_frames = len(video.frames)
+    shown = pick_frames(num_frames, {prompt["frame_index"] for prompt in prompts}, MAX_FRAMES)
+    return shown, num_frames // 2
+
+
+def _mean_J(objects: Iterable[ObjectScores], frame_idx: int) -> str:
+    """The mean of the objects for which this frame counts, as a text."""
+    found = [s.J[s.frames == frame_idx] for s in objects]
+    values = np.concatenate(found) if found else np.zeros(0)
+    return f"J {values.mean():.2f}" if len(values) else ""
 
 
 def file_name(text: str) -> str:

@@ -106,6 +106,14 @@ def make_coco(
     return path
 
 
+def stacks(frames, video) -> dict:
+    """Object id -> (T, H, W) bool from what a tracker gives frame by frame."""
+    empty = np.zeros(video.size, bool)
+    found = [[frame.masks.get(o, empty) for o in video.object_ids] for frame in frames]
+    assert len(found) == len(video.frames)
+    return dict(zip(video.object_ids, np.array(found).swapaxes(0, 1), strict=True))
+
+
 @pytest.fixture
 def coco(tmp_path):
     """One video of 6 frames with the objects 1 and 2."""

@@ -1,23 +1,28 @@
 """Whole videos through the streaming path: the protocol, and the training forward's answers."""
 
+import tracemalloc
+from collections import deque
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_coco
+from conftest import make_coco, stacks
 
 from sam2train.clips import collate_fn
 from sam2train.datasets import COCODataset
 from sam2train.errors import UserError
 from sam2train.evaluate import (
     EvaluationConfig,
+    TrackedFrame,
     evaluate,
     first_prompts,
     score_labelled,
+    score_tracks,
     track_frames,
     track_video,
 )
+from sam2train.metrics import measure
 from sam2train.model import SAM2Model
 from sam2train.videos import Frame, Video
 
@@ -63,7 +68,7 @@ def test_each_object_is_prompted_on_its_first_frame_and_empty_before(model, tmp_
     video = data.videos[0]
     prompts = first_prompts(data, video, np.random.default_rng(0))
     assert {p["object_id"]: p["frame_index"] for p in prompts} == {1: 0, 2: 2}
-    masks = track_video(model, data, video, prompts).masks
+    masks = stacks(track_video(model, data, video, prompts), video)
     assert masks[2].shape == (6, 48, 64)
     assert not masks[2][:2].any()
     # A mask prompt is the answer on its own frame, but for the way through the model's size.
@@ -75,7 +80,7 @@ def test_objects_never_overlap(model, tmp_path):
     data = dataset(tmp_path, "point", num_frames=4, num_objects=3)
     video = data.videos[0]
     prompts = first_prompts(data, video, np.random.default_rng(0))
-    masks = track_video(model, data, video, prompts).masks
+    masks = stacks(track_video(model, data, video, prompts), video)
     assert np.stack(list(masks.values())).sum(0).max() <= 1
 
 
@@ -104,19 +109,50 @@ def test_the_memory_of_a_long_video_is_bounded(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(model, "track_frame", watch)
     prompts = first_prompts(data, data.videos[0], np.random.default_rng(0))
-    track_video(model, data, data.videos[0], prompts)
+    deque(track_video(model, data, data.videos[0], prompts), maxlen=0)
     assert len(held) == 30
     assert max(held) <= 1 + 16  # the prompt, and as many frames as object pointers reach
 
 
 def test_limits_and_prompt_types_of_the_section(model, tmp_path):
     data = dataset(tmp_path, "mask", num_frames=5, num_videos=3)
-    seen = []
+    seen, frames = [], []
     config = EvaluationConfig(max_videos=2, max_frames=3, prompt_types=("bbox",))
-    evaluate(model, data, config, seed=0, on_video=lambda index, video: seen.append(video))
+    evaluate(
+        model,
+        data,
+        config,
+        seed=0,
+        on_frame=lambda index, frame: frames.append((index, frame)),
+        on_video=lambda index, video: seen.append(video),
+    )
     assert [len(video.video.frames) for video in seen] == [3, 3]
     assert {p["type"] for video in seen for p in video.prompts} == {"bbox"}
-    assert seen[0].prediction[1].shape == (3, 48, 64)
+    assert [(index, f.frame_idx) for index, f in frames] == [
+        (v, t) for v in (0, 1) for t in (0, 1, 2)
+    ]
+    assert frames[0][1].prediction[1].shape == frames[0][1].ground_truth[2].shape == (48, 64)
+    assert [len(values) for values in seen[0].measures[1]] == [3] * 4
+
+
+def test_masks_of_a_long_video_are_not_kept(tmp_path):
+    """Frames are scored as they come: ten times the frames take no more memory."""
+
+    def tracker(dataset, video, prompts):
+        rng = np.random.default_rng(0)
+        for _ in video.frames:
+            yield TrackedFrame({o: rng.random(video.size) > 0.5 for o in video.object_ids}, {})
+
+    peaks = []
+    for num_frames in (12, 120):
+        path = make_coco(tmp_path / str(num_frames), num_frames=num_frames, size=(240, 320))
+        data = COCODataset(path, SIZE, prompt_types=["mask"], mask_cache_mb=0)
+        tracemalloc.start()
+        score_tracks(tracker, data, EvaluationConfig(), seed=0)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    one_mask = 240 * 320
+    assert peaks[1] < peaks[0] + 10 * one_mask  # with all masks kept: 432 more
 
 
 def test_nothing_to_score_is_an_error(model, tmp_path):
@@ -134,7 +170,8 @@ def test_unlabelled_frames_are_tracked_and_not_scored():
     prediction[::2, 2:6, 2:6] = True
     prediction[1::2] = True
     prediction[6, 4:] = False  # half of the object
-    scored = score_labelled(video, {1: prediction}, {1: truth}, "after_prompt")
+    labelled = measure(prediction[video.labelled], truth[video.labelled])
+    scored = score_labelled(video, {1: labelled}, "after_prompt")
     (scores,) = scored.objects
     assert scores.frames.tolist() == [2, 4, 6]
     assert scores.J.tolist() == [1, 1, 0.5]

@@ -13,7 +13,7 @@ from sam2train.horizon import (
     numbers,
     roc,
 )
-from sam2train.metrics import VideoScores
+from sam2train.metrics import VideoScores, measure
 from sam2train.videos import Frame, Video
 
 
@@ -24,11 +24,12 @@ def tracked(truth, prediction, scores=None, *, prompt_frame=0, labelled=None) ->
         Frame(None, {}, labelled is None or t in labelled)  # nobody reads the picture
         for t in range(len(truth))
     ]
+    video = Video("v", (1, 4), frames, ["a"])
+    truth, prediction = (stack[video.labelled, None] for stack in stacks)
     return TrackedVideo(
-        video=Video("v", (1, 4), frames, ["a"]),
+        video=video,
         prompts=[{"object_id": "a", "frame_index": prompt_frame}],
-        prediction={"a": stacks[1][:, None]},
-        ground_truth={"a": stacks[0][:, None]},
+        measures={"a": measure(prediction, truth)},
         scores=VideoScores((), ()),
         object_scores={} if scores is None else {"a": np.array(scores, np.float32)},
     )

@@ -8,19 +8,19 @@ import pytest
 from PIL import Image
 
 from sam2train.errors import UserError
-from sam2train.evaluate import TrackedVideo
+from sam2train.evaluate import SeenFrame
 from sam2train.mask_files import MaskFolder
-from sam2train.metrics import VideoScores
 from sam2train.videos import Frame, Video
 
 
-def tracked(video_id, masks, *, names=None) -> TrackedVideo:
-    """A video with the predictions `masks`, object id -> (T, H, W) bool."""
+def write(folder, video_id, masks, *, names=None) -> None:
+    """A video with the predictions `masks`, object id -> (T, H, W) bool, frame by frame."""
     shape = next(iter(masks.values())).shape
     names = names or [f"{t:05d}.jpg" for t in range(shape[0])]
     frames = [Frame(Path(name), {}) for name in names]
     video = Video(video_id, shape[1:], frames, list(masks))
-    return TrackedVideo(video, [], masks, {}, VideoScores((), ()), {})
+    for t in range(shape[0]):
+        folder.write(SeenFrame(video, [], t, {o: stack[t] for o, stack in masks.items()}, {}))
 
 
 def read(path) -> np.ndarray:
@@ -38,7 +38,7 @@ def two_objects(first, second):
 
 def test_a_pixel_is_the_number_of_its_object(tmp_path):
     masks = two_objects(3, 7)
-    MaskFolder(tmp_path / "out").write(tracked("dog", masks))
+    write(MaskFolder(tmp_path / "out"), "dog", masks)
     assert sorted(path.name for path in (tmp_path / "out").rglob("*.png")) == [
         "00000.png",
         "00001.png",
@@ -57,7 +57,7 @@ def test_a_pixel_is_the_number_of_its_object(tmp_path):
 
 
 def test_other_ids_are_counted_and_written_down(tmp_path):
-    MaskFolder(tmp_path).write(tracked("a/b", two_objects("cat", 300)))
+    write(MaskFolder(tmp_path), "a/b", two_objects("cat", 300))
     assert json.loads((tmp_path / "objects.json").read_text()) == {
         "a_b": {"1": "cat", "2": "300"},
     }
@@ -65,7 +65,7 @@ def test_other_ids_are_counted_and_written_down(tmp_path):
 
 
 def test_frames_of_a_film_are_named_by_their_position(tmp_path):
-    MaskFolder(tmp_path).write(tracked(1, two_objects(1, 2), names=["film.mp4"] * 3))
+    write(MaskFolder(tmp_path), 1, two_objects(1, 2), names=["film.mp4"] * 3)
     assert sorted(path.name for path in tmp_path.rglob("*.png"))[-1] == "00002.png"
 
 
@@ -80,4 +80,11 @@ def test_nothing_is_overwritten(tmp_path):
 def test_a_palette_ends_at_255(tmp_path):
     masks = {number: np.zeros((1, 2, 2), bool) for number in range(1, 257)}
     with pytest.raises(UserError, match="256 objects"):
-        MaskFolder(tmp_path).write(tracked(1, masks))
+        write(MaskFolder(tmp_path), 1, masks)
+
+
+def test_two_videos_do_not_share_a_folder(tmp_path):
+    folder = MaskFolder(tmp_path)
+    write(folder, "a/b", two_objects(1, 2))
+    with pytest.raises(UserError, match=r"two videos .*a_b"):
+        write(folder, "a_b", two_objects(1, 2))

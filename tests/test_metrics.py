@@ -21,7 +21,9 @@ from sam2train.metrics import (
     decay,
     iou,
     jaccard,
+    join,
     mean_scores,
+    measure,
     recall,
     score_video,
 )
@@ -193,7 +195,21 @@ def test_frames_that_count(prediction, ground_truth, expected):
         np.stack([ON if c == "1" else OFF for c in row]) for row in (prediction, ground_truth)
     ]
     for policy, frames in expected.items():
-        assert counted_frames(*stacks, policy).tolist() == [int(c) for c in frames], policy
+        assert counted_frames(measure(*stacks), policy).tolist() == [int(c) for c in frames], policy
+
+
+def test_measures_frame_by_frame_are_those_of_the_stack():
+    """What is scored as it comes equals what is scored at the end, bit for bit."""
+    rng = np.random.default_rng(0)
+    prediction, truth = rng.random((2, 5, 12, 17)) > 0.7
+    prediction[2], truth[3] = False, False
+    whole = measure(prediction, truth)
+    joined = join(measure(p[None], t[None]) for p, t in zip(prediction, truth, strict=True))
+    for name in ("intersection", "predicted", "present", "union", "J", "F"):
+        assert np.array_equal(getattr(joined, name), getattr(whole, name)), name
+    assert np.array_equal(whole.J, jaccard(prediction, truth))
+    assert whole.predicted[2] == whole.present[3] == 0
+    assert [len(values) for values in join([])] == [0, 0, 0, 0]
 
 
 def test_frames_that_do_not_count_change_nothing():

@@ -103,12 +103,12 @@ def test_to_uint8_by_hand_and_clipped():
 
 def test_id_mask_numbers_by_order_and_first_wins():
     masks = {7: np.array([[1, 1, 0, 0]], bool), 3: np.array([[0, 1, 1, 0]], bool)}
-    assert id_mask(masks, [7, 3]).tolist() == [[1, 1, 2, 0]]
-    assert id_mask(masks, [3, 7]).tolist() == [[2, 1, 1, 0]]
-    assert id_mask(masks, [3]).tolist() == [[0, 1, 1, 0]]
-    assert id_mask(masks, [7, 3]).dtype == np.uint8
+    assert id_mask(masks, [7, 3], (1, 4)).tolist() == [[1, 1, 2, 0]]
+    assert id_mask(masks, [3, 7], (1, 4)).tolist() == [[2, 1, 1, 0]]
+    assert id_mask(masks, [3], (1, 4)).tolist() == [[0, 1, 1, 0]]
+    assert id_mask(masks, [7, 3], (1, 4)).dtype == np.uint8
     with pytest.raises(AssertionError):
-        id_mask({1: np.zeros((2, 2), bool), 2: np.zeros((2, 3), bool)}, [1, 2])
+        id_mask({1: np.zeros((2, 2), bool), 2: np.zeros((2, 3), bool)}, [1, 2], (2, 2))
 
 
 # Masks

@@ -4,14 +4,13 @@ import csv
 import io
 from functools import partial
 
-import numpy as np
 import pytest
 from conftest import make_coco
 from rich.console import Console
 
 from sam2train.datasets import COCODataset, DatasetConfig
 from sam2train.errors import UserError
-from sam2train.evaluate import EvaluationConfig, Tracks, copy_first_mask
+from sam2train.evaluate import EvaluationConfig, TrackedFrame, copy_first_mask
 from sam2train.scoring import (
     COPY,
     HORIZON_COLUMNS,
@@ -35,14 +34,11 @@ def data(tmp_path):
     return COCODataset(path, SIZE, video_clip_length=4, prompt_types=["mask"])
 
 
-def truth(dataset, video, prompts) -> Tracks:
+def truth(dataset, video, prompts):
     """A tracker that is always right."""
-    frames = range(len(video.frames))
-    masks = {
-        o: np.stack([dataset.read_mask(video, t, o) for t in frames]) for o in video.object_ids
-    }
-    scores = {o: np.where(m.any(axis=(1, 2)), 5.0, -5.0) for o, m in masks.items()}
-    return Tracks(masks, scores)
+    for t in range(len(video.frames)):
+        masks = {o: dataset.read_mask(video, t, o) for o in video.object_ids}
+        yield TrackedFrame(masks, {o: 5.0 if m.any() else -5.0 for o, m in masks.items()})
 
 
 def scored(data, track, model=TRAINED, step=7):
