@@ -168,6 +168,24 @@ def readable(table: pd.DataFrame, question: Question) -> pd.DataFrame:
     return shown.rename(columns=lambda name: names.get(name, name.split(".")[-1]))
 
 
+def brief(table: pd.DataFrame, question: Question) -> pd.DataFrame:
+    """`differences` as a small table of texts: a row for each value, J&F and the difference over
+    seeds side by side for each value of `question.within`."""
+    import pandas as pd
+
+    word = question.by.split(".")[-1]
+    columns: dict[str, dict[str, str]] = {}
+    for row in table.to_dict("records"):
+        name = question.within
+        where = f", {name.split('.')[-1]} {row[name]}" if name in row else ""
+        value = str(row[question.by])
+        columns.setdefault(f"J&F{where}", {})[value] = row["J_and_F"]
+        apart = row["over_seeds"] if row["difference"] == row["difference"] else ""
+        against = columns.setdefault(f"against {question.reference}{where}", {})
+        against[value] = apart.split(" (")[0]
+    return pd.DataFrame(columns).rename_axis(word).reset_index()
+
+
 def sentences(table: pd.DataFrame, question: Question) -> str:
     """What `differences` says, in Markdown: a line for each value that is not the reference."""
     word = question.by.split(".")[-1]

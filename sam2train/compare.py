@@ -15,12 +15,12 @@ from rich.table import Table
 
 from sam2train.ablation import (
     QUESTIONS,
+    brief,
     compact_results,
     differences,
     is_result,
     markdown,
     read_results,
-    readable,
 )
 from sam2train.errors import UserError
 from sam2train.figures import draw_results
@@ -142,7 +142,7 @@ def collect_results(folder: Path | None, console: Console) -> None:
         for picture in draw_results(path):
             _say(console, f"wrote {picture}")
         if question := QUESTIONS.get(path.stem):
-            table = readable(differences(read_results(path), question), question)
+            table = brief(differences(read_results(path), question), question)
             _say(console, f"\n{markdown(table)}\n")
 
 

@@ -8,6 +8,7 @@ from sam2train.ablation import (
     MASKMEM,
     POINTERS,
     Question,
+    brief,
     compact_results,
     curves,
     differences,
@@ -156,6 +157,19 @@ class TestDifferences:
             "| 7 | 0.766 ± 0.039 (3 seeds) | +0.266 ± 0.039 (3 paired seeds) "
             "| +0.266 ± 0.000 (6 videos) |",
         ]
+
+    def test_as_a_small_table(self, results):
+        table = pd.concat(
+            differences(results, Question(MASKMEM, 0)).assign(**{POINTERS: many})
+            for many in (0, 16)
+        )
+        lines = markdown(brief(table, MEMORIES)).splitlines()
+        assert lines[0] == (
+            "| num_maskmem | J&F, max_obj_ptrs_in_encoder 0 | against 0, max_obj_ptrs_in_encoder 0 "
+            "| J&F, max_obj_ptrs_in_encoder 16 | against 0, max_obj_ptrs_in_encoder 16 |"
+        )
+        assert lines[2] == "| 0 | 0.500 ± 0.000 (3 seeds) |  | 0.500 ± 0.000 (3 seeds) |  |"
+        assert lines[3].count("| 0.766 ± 0.039 (3 seeds) | +0.266 ± 0.039 ") == 2
 
     def test_a_single_value_says_so(self, results):
         only = differences(results[results[MASKMEM] == 0], MEMORIES)

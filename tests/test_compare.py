@@ -192,7 +192,7 @@ class TestCollect:
         make_run(folder / "late", status="failed")
         text = printed(collect_results, folder)
         assert f"left out: {folder / 'late'}, failed at step 20" in text
-        assert "| 7 | 0.688 ± 0.000 (2 seeds) | +0.375 ± 0.000 (2 paired seeds) |" in text
+        assert "| 7 | 0.688 ± 0.000 (2 seeds) | +0.375 ± 0.000 |" in text
         written = sorted(path.name for path in (tmp_path / "experiments/results").iterdir())
         assert written == ["num_maskmem.csv", "num_maskmem.png"]
 
