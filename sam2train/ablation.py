@@ -193,7 +193,7 @@ def sentences(table: pd.DataFrame, question: Question) -> str:
     for row in table[table["difference"].notna()].to_dict("records"):
         start = f"{_within_what(question, row)}**{word} {row[question.by]}** against "
         said = verdict(row["low"], row["high"])
-        lines.append(f"- {start}{question.reference}: J&F {row['over_seeds']}, {said}.")
+        lines.append(f"- {start}{question.reference}: J&F {row['over_seeds']}{said}.")
     return "\n".join(lines) or f"Only one value of {word} is finished: nothing to compare yet."
 
 
@@ -215,17 +215,17 @@ def horizon_sentences(results: pd.DataFrame, question: Question, metric: str = "
         lines.append(
             f"- {_within_what(question, outer)}{metric.removeprefix('horizon/')} at "
             f"{at / 2 + 1:.0f} to {at:.0f} frames: {means[0]:.3f} with {word} "
-            f"{question.reference}, {means[1]:.3f} with {highest}; {found.text(sign=True)}, "
+            f"{question.reference}, {means[1]:.3f} with {highest}; {found.text(sign=True)}"
             f"{verdict(found.low, found.high)}."
         )
     return "\n".join(lines) or f"These videos say nothing about {metric}."
 
 
 def verdict(low: float, high: float) -> str:
-    """What an interval of a difference allows to say, in words."""
+    """What an interval of a difference allows to say, in words behind it; nothing without one."""
     if low != low:  # NaN
-        return "which a single seed cannot judge"
-    return "higher" if low > 0 else "lower" if high < 0 else "no difference shown"
+        return ""
+    return ", higher" if low > 0 else ", lower" if high < 0 else ", no difference shown"
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -75,8 +75,8 @@ class Benchmark:
     """One checkpoint of an experiment on one of its splits, into a folder of its own.
 
     Args:
-        source: a run's checkpoint, a file such as `--export` writes, or the word `base` for the
-            weights that the experiment starts from.
+        source: a run's checkpoint, its folder (the best one, else the last), a file such as
+            `--export` writes, or the word `base` for the weights that the experiment starts from.
         split: `val` or `test`.
         run_dir: where everything goes; must not exist, or be empty.
         with_base: also score the untouched base.
@@ -114,6 +114,7 @@ class Benchmark:
         base = _Contender(BASE, LABELS[BASE], 0, model)
         self.contenders = [base]
         if source != "base":
+            source = str(_checkpoint_of(Path(source)))
             self.loaded = load_checkpoint(model, experiment, Path(source))
             label = Path(source).name
             if self.loaded.step is not None:
@@ -308,7 +309,7 @@ class Benchmark:
                 **{f"{self.split}/{key}/{name}": scores.means[name] for name in _MEANS},
                 **{f"{key}/{name}": value for name, value in numbers(scores.horizon).items()},
                 f"{self.split}/gain_over_{key}": {
-                    "value": apart.value,
+                    "value": apart.value if apart.known else None,
                     "low": apart.low,
                     "high": apart.high,
                     "num_videos": apart.num,
@@ -354,8 +355,9 @@ class Benchmark:
         row |= {"prompt": cell.prompt, "clicks": cell.clicks, "noise": cell.noise}
         row |= scores.means | {"frame_policy": self.experiment.evaluation.frame_policy}
         apart = None if scores is clean else difference(clean, scores)
-        row |= {"change": apart and apart.value, "change_low": apart and apart.low}
-        return row | {"change_high": apart and apart.high}
+        told = apart is not None and apart.known  # no difference without its interval
+        changes = (apart.value, apart.low, apart.high) if told else (None, None, None)
+        return row | dict(zip(("change", "change_low", "change_high"), changes, strict=True))
 
     def _matrix_figure(self, rows: Sequence[dict[str, Any]]) -> Any:
         names = list(dict.fromkeys(cell.name for cell in all_cells()))
@@ -370,6 +372,13 @@ class Benchmark:
 
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _checkpoint_of(source: Path) -> Path:
+    """A file as it is; of a run's folder the best checkpoint, else the last."""
+    names = ("best.pt", "last.pt")
+    found = [path for name in names if (path := source / "checkpoints" / name).is_file()]
+    return found[0] if found else source
 
 
 def horizon_table(rows: Sequence[Scores]) -> Table:

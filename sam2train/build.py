@@ -14,7 +14,7 @@ from sam2train import checkpoint, demo
 from sam2train.datasets import COCODataset, VideoDataset
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment
-from sam2train.model import SAM2Model
+from sam2train.model import SAM2Model, read_device
 from sam2train.pretrained import REPOSITORY, load_weights, resolve_path
 from sam2train.sampling import AnnotatedVideos
 from sam2train.sav import SAVDataset
@@ -50,7 +50,7 @@ def build_dataset(
         "seed": experiment.trainer.seed,
     }
     # A JSON has real masks: what trains on anything else can be validated on them.
-    if config.dataset_type == "coco" or path.suffix == ".json":
+    if config.dataset_type == "coco" or (path.suffix == ".json" and not training):
         dataset = COCODataset(*guide, image_root=config.image_root, **shared)
     elif config.dataset_type == "video":
         dataset = VideoDataset(*guide, synthetic=config.synthetic, **shared)
@@ -114,6 +114,19 @@ class Loaded:
     notes: tuple[str, ...]  # where the run's settings and the experiment's differ
 
 
+# What a run may have changed in the model without changing the shape of most weights.
+_SHAPING = ("image_size", "num_maskmem", "max_obj_ptrs_in_encoder")
+
+
+def as_trained(experiment: Experiment, source: Path) -> Experiment:
+    """The experiment with the model as the run of a checkpoint had it; as it is for other files."""
+    if not checkpoint.is_checkpoint(source):
+        return experiment
+    trained = yaml.safe_load(checkpoint.load(source)["config"])["model"]
+    model = experiment.model.model_copy(update={name: trained[name] for name in _SHAPING})
+    return experiment.model_copy(update={"model": model})
+
+
 def load_checkpoint(model: SAM2Model, experiment: Experiment, source: Path) -> Loaded:
     """Put a run's checkpoint, or a file `{"model": state_dict}` such as `--export` writes, into a
     model that holds the experiment's base weights.
@@ -133,7 +146,7 @@ def load_checkpoint(model: SAM2Model, experiment: Experiment, source: Path) -> L
     now = experiment.model.model_dump(mode="json")
     notes = [
         f"model.{name} is {now[name]!r}; {source} was trained with {trained[name]!r}"
-        for name in ("image_size", "num_maskmem", "max_obj_ptrs_in_encoder")
+        for name in _SHAPING
         if trained[name] != now[name]
     ]
     return Loaded(str(source), checkpoint.file_hash(source), content["step"], tuple(notes))
@@ -150,10 +163,7 @@ def choose_device(name: str) -> torch.device:
     """The device an experiment names; `auto` is CUDA where there is one, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise UserError(f"trainer.device: {name!r}; expected auto, cpu, cuda or cuda:N") from None
+    return read_device(name)
 
 
 def num_cores() -> int:

@@ -12,7 +12,7 @@ Points are always (x, y) in pixels of the resized frame.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict
 
@@ -37,7 +37,7 @@ def is_empty(prompt: Prompt) -> bool:
     return len(prompt["points"]) == 0 and (prompt["mask"] is None or not prompt["mask"].any())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Clip:
     """One training sample. Fields read as attributes and, as in a plain dict, by name."""
 
@@ -51,12 +51,25 @@ class Clip:
     frame_size: tuple[int, int]  # (H, W) of the source frames
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self.keys():
-            raise KeyError(f"a clip has no field {name!r}; it has {', '.join(self.keys())}")
+        if name not in self:
+            raise KeyError(f"a clip has no field {name!r}; it has {', '.join(self)}")
         return getattr(self, name)
 
-    def keys(self) -> list[str]:
-        return [field.name for field in fields(self)]
+    # Not a `Mapping`: torch's DataLoader would take one apart.
+    def keys(self) -> KeysView[str]:
+        return self.__dataclass_fields__.keys()
+
+    def items(self) -> list[tuple[str, Any]]:
+        return [(name, getattr(self, name)) for name in self.keys()]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.keys()
 
 
 @dataclass(frozen=True)
@@ -171,12 +184,14 @@ def make_object_index(object_valid: torch.Tensor, num_frames: int) -> torch.Tens
     return torch.stack(torch.broadcast_tensors(frame_idx[:, None], clip_idx[None]), dim=-1)
 
 
-def collate_fn(clips: Sequence[Clip]) -> BatchedVideoDatapoint:
+def collate_fn(clips: Sequence[Clip | Mapping[str, Any]]) -> BatchedVideoDatapoint:
     """Stack clips; shorter ones are padded with invalid frames (their last image, no object).
 
     Args:
-        clips: B clips of one image size; lengths and numbers of objects may differ.
+        clips: B clips of one image size; lengths and numbers of objects may differ. Dicts with the
+            fields of a clip will do.
     """
+    clips = [clip if isinstance(clip, Clip) else Clip(**clip) for clip in clips]
     num_frames = max(len(clip.images) for clip in clips)
     num_objects = [len(clip.object_ids) for clip in clips]
     images = [_pad_frames(clip.images, num_frames, repeat=True) for clip in clips]

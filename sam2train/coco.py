@@ -50,7 +50,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         # A byte order mark, as some Windows tools write it, is no reason to refuse a file.
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, UnicodeDecodeError) as problem:
+    except (ValueError, RecursionError) as problem:
         what = "is empty" if path.stat().st_size == 0 else f"is not valid JSON ({problem})"
         raise UserError(f"{path}: the file {what}") from None
     wanted = "expected a COCO dataset: a mapping with `images` and `annotations`"
@@ -81,6 +81,7 @@ class _Image:
     order: int
     path: Path
     size: tuple[int, int]
+    stated: tuple[int, int]  # the size that the JSON gives, of the picture where it gives none
 
 
 class _Images(dict):
@@ -162,7 +163,8 @@ def _read_images(
             if size != header.stored:
                 done = "applied: the JSON has the size of the turned picture"
             told.setdefault(f"an EXIF orientation, {done}", []).append(where)
-        images[image_id] = _Image(video_id, order, path, size)
+        given = size if None in stated else stated
+        images[image_id] = _Image(video_id, order, path, size, given)
     warnings += [f"{listed(wheres)}: {what}" for what, wheres in told.items()]
     return images
 
@@ -187,9 +189,13 @@ def _as_id(value: Any) -> int | str | None:
     return value if isinstance(value, str) else _whole_number(value)
 
 
+_NAME_KEYS = ("path", "file_name")
+
+
 def _image_name(entry: dict[str, Any]) -> str | None:
-    name = entry.get("path") or entry.get("file_name")
-    return name if isinstance(name, str) else None
+    """The first of the two that says something."""
+    names = (entry.get(key) for key in _NAME_KEYS)
+    return next((name for name in names if isinstance(name, str) and name), None)
 
 
 def _is_absolute(name: str) -> bool:
@@ -202,28 +208,35 @@ def _locate(
 ) -> tuple[Path | None, Header | str]:
     """The file of an image with its header, or with what is wrong with it.
 
-    It lies at the path as given, from `image_root` or else from the folder of the annotations. Of
-    an absolute path of another machine, the tail may exist under `image_root`.
+    It lies at the path as given, or else at `file_name`, from `image_root` or else from the folder
+    of the annotations. Of an absolute path of another machine, the tail may exist under
+    `image_root`.
     """
-    name = _image_name(entry)
-    if name is None:
+    names = [name for key in _NAME_KEYS if isinstance(name := entry.get(key), str) and name]
+    if not names:
         return None, "`path` (or `file_name`) is missing or no text"
     root = folder if image_root is None else Path(image_root)
     candidates = []
-    for spelling in dict.fromkeys((name, PureWindowsPath(name).as_posix())):
+    for spelling in dict.fromkeys(s for n in names for s in (n, PureWindowsPath(n).as_posix())):
         candidates.append(root / spelling)  # an absolute one stays as it is
-        if image_root is not None and _is_absolute(name):
+        if image_root is not None and _is_absolute(spelling):
             parts = PurePath(spelling).parts
             candidates += [root.joinpath(*parts[k:]) for k in range(1, len(parts))]
-    path = next((path for path in candidates if path.is_file()), candidates[0])
+    try:
+        path = next((path for path in candidates if path.is_file()), candidates[0])
+        there = path.exists()
+    except OSError as problem:  # the name is too long for a file
+        return None, f"`path` is {names[0][:60]!r}...: {problem.strerror}"
     try:
         return path, read_header(path)
     except UserError as problem:
-        advice = ""
-        if _is_absolute(name) and not path.exists():
-            advice = "; set dataset.image_root to the folder that holds the frames"
-            if image_root is not None:
-                advice = f", and no end of this path exists under dataset.image_root ({root})"
+        if there:
+            return path, str(problem)
+        if not _is_absolute(names[0]):
+            return path, f"{problem}; relative paths begin at {root}, see dataset.image_root"
+        advice = "; set dataset.image_root to the folder that holds the frames"
+        if image_root is not None:
+            advice = f", and no end of this path exists under dataset.image_root ({root})"
         return path, f"{problem}{advice}"
 
 
@@ -271,6 +284,14 @@ def _read_annotations(
             area = segmentation_area(raw.get("segmentation"), image.size)
         except ValueError as problem:
             problems.append(f"{where}: segmentation: {problem}")
+            continue
+        if isinstance(raw.get("segmentation"), list) and area and image.stated != image.size:
+            (height, width), (h, w) = image.stated, image.size
+            problems.append(
+                f"{where}: polygons count in pixels of a picture of {width}x{height} as the file "
+                f"says or of {w}x{h} as it is (width x height): correct `width` and `height`, or "
+                "give an RLE"
+            )
             continue
         num_empty += area == 0
         of_frame = frames[image_id].annotations

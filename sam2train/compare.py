@@ -96,7 +96,7 @@ def compare_runs(folders: Sequence[Path], console: Console) -> None:
         if runs["last"].notna().any():
             (text,) = over_seeds(runs, ["group"])["text"]
             _say(console, f"J&F over the seeds: {text}")
-    scored = [n for n in varied(runs) if n.startswith("evaluation.") or n == "dataset.val_path"]
+    scored = [name for name in varied(runs) if _shapes_scores(name, runs)]
     if scored:
         _say(console, f"Careful: they were scored under different {', '.join(scored)}.")
     scores: dict[str, pd.DataFrame] = {}
@@ -112,6 +112,16 @@ def compare_runs(folders: Sequence[Path], console: Console) -> None:
         "over videos: 95 %, paired bootstrap, these weights on other videos of the kind\n"
         "over seeds: 95 %, t, other trainings on these videos",
     )
+
+
+def _shapes_scores(name: str, runs: pd.DataFrame) -> bool:
+    """Whether a setting decides what is scored, besides the weights."""
+    shared = {"dataset.val_path", "dataset.image_size", "dataset.num_of_pos_points"}
+    shared |= {"dataset.include_center", "dataset.num_of_neg_points"}
+    if name == "dataset.prompt_types":  # those of training, unless evaluation has its own
+        own = runs.get("evaluation.prompt_types")
+        return own is None or own.isna().any()
+    return name.startswith("evaluation.") or name in shared
 
 
 def collect_results(folder: Path | None, console: Console) -> None:
@@ -229,7 +239,7 @@ def _gains_table(groups: dict[str, pd.DataFrame], scores: dict[str, pd.DataFrame
         table.add_row(
             letter,
             _over_videos(scores, letter, letter, first="first"),
-            mean_interval(gains).text(sign=True) if len(gains) > 1 else "needs two seeds or more",
+            mean_interval(gains).text(sign=True) if len(gains) else "no score at step 0",
         )
     return table
 
@@ -246,8 +256,8 @@ def _differences_table(groups: dict[str, pd.DataFrame], scores: dict[str, pd.Dat
 
     for letter in others:
         first, second = by_seed(reference), by_seed(letter)
-        seeds = "needs two seeds or more of both"
-        if min(len(first), len(second)) > 1:
+        seeds = "needs scores of both"
+        if first and second:
             seeds = seed_difference(first, second).text(sign=True)
         for metric in ("J_and_F", "J", "F"):
             table.add_row(
@@ -279,7 +289,7 @@ def _over_videos(
         )
     except UserError as problem:
         return str(problem)
-    return found.text(sign=True) if found.known else f"needs more than {found.num} videos"
+    return found.text(sign=True)
 
 
 def _last_scores(runs: pd.DataFrame) -> pd.DataFrame:

@@ -21,6 +21,7 @@ _INT = r"[-+]?(?:0|[1-9][0-9]*)$"
 _FLOAT = r"[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$"
 _NOT_FINITE = r"(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"  # read, so that fields can refuse
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_WORDS[dict] = "a mapping"
 _LIMITS = {
     "gt": "above {}",
     "ge": "of at least {}",
@@ -248,8 +249,15 @@ def sweep_parameters(path: Path) -> dict[str, Any]:
     return flatten(parameters)
 
 
-def apply_overrides(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A new nested mapping with each dotted key set; sections that are absent or null are made."""
+def apply_overrides(
+    raw: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    section: type[Section] | None = None,
+) -> dict[str, Any]:
+    """A new nested mapping with each dotted key set; sections that are absent or null are made.
+
+    Where `section` is given, an override also takes the place of its key's other spelling.
+    """
     result = _copy(raw)
     for dotted, value in overrides.items():
         *parents, leaf = dotted.split(".")
@@ -263,8 +271,22 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dic
                     f"cannot set {dotted}: {'.'.join(parents[:depth])} is {_show(inner)}, "
                     "which holds no keys"
                 )
+        for spelling in _spellings(section, dotted):
+            inner.pop(spelling, None)
         inner[leaf] = _copy(value)
     return result
+
+
+def _spellings(section: type[Section] | None, dotted: str) -> list[str]:
+    """Both spellings of the last part of a dotted key; none where the key is not known."""
+    kind: Any = section
+    for part in dotted.split("."):
+        known = isinstance(kind, type) and issubclass(kind, Section)
+        field = _fields(kind).get(part) if known else None
+        if field is None:
+            return []
+        owner, kind = kind, _branches(field.annotation)[0]
+    return [name for name, other in _fields(owner).items() if other is field]
 
 
 def _copy(value: Any) -> Any:
@@ -401,10 +423,11 @@ def _way_out(value: Any, branches: Sequence[Any]) -> str:
     choices = [c for b in branches if get_origin(b) is Literal for c in map(str, get_args(b))]
     if near := difflib.get_close_matches(str(value), choices, n=1):
         return f"; did you mean {near[0]}?"
-    if any(get_origin(b) in (tuple, list) for b in branches) and isinstance(
-        value, (str, int, float)
-    ):
-        return f"; write [{value}]"
+    lists = [b for b in branches if get_origin(b) in (tuple, list)]
+    if lists and isinstance(value, (str, int, float)):
+        kinds = get_args(lists[0])
+        fixed = get_origin(lists[0]) is tuple and kinds[-1] is not ...
+        return f"; write [{', '.join([str(value)] * (len(kinds) if fixed else 1))}]"
     if str in branches and isinstance(value, (bool, int, float)):
         return f"; for text write \"'{value}'\" on the command line, '{value}' in a file"
     return ""

@@ -153,8 +153,9 @@ class COCODataset(AnnotatedVideos):
 class VideoDataset:
     """Clips of videos without annotations, with made-up objects: cut-outs of other frames.
 
-    `dataset[i]` is a random clip of video i with epoch 0, `dataset[epoch, i]` another one with
-    other objects. Both depend on the seed, the epoch and i alone.
+    `dataset[i]` is a random clip of video i; another epoch, by `set_epoch` or as
+    `dataset[epoch, i]`, draws another one with other objects. Both depend on the seed, the epoch
+    and i alone.
 
     Whole videos, for evaluation, have objects of their own: `videos` names them, `read_frame` and
     `read_mask` draw them. These are the same for every seed.
@@ -190,6 +191,7 @@ class VideoDataset:
             image_size, video_clip_length, prompt_types, *points, **settings
         )
         self.image_size, self.prompts = self.settings.image_size, self.settings.prompts
+        self.epoch = 0
         self.synthetic = synthetic or SyntheticConfig()
         videos, self.warnings = read_video_folders(Path(data_path))
         self.videos = []
@@ -203,8 +205,12 @@ class VideoDataset:
     def __len__(self) -> int:
         return len(self.videos)
 
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch of `dataset[i]`, 0 before; for loaders without `ClipSampler`."""
+        self.epoch = epoch
+
     def __getitem__(self, index: int | tuple[int, int]) -> Clip:
-        place, rng = locate_clip(index, len(self), self.settings.seed)
+        place, rng = locate_clip(index, len(self), self.settings.seed, self.epoch)
         video, settings = self.videos[place], self.settings
         indices, num_padding = draw_frames(
             video, settings.video_clip_length, settings.max_frame_stride, rng

@@ -39,7 +39,9 @@ class EvaluationConfig(Section):
     """The `evaluation:` section."""
 
     prompt_types: tuple[Literal["point", "bbox", "mask"], ...] | None = Field(
-        None, description="prompts of the objects; null takes those of the training data"
+        None,
+        min_length=1,
+        description="prompts of the objects; null takes those of the training data",
     )
     frame_policy: FramePolicy = Field("after_prompt", description="frames that count")
     max_videos: int | None = Field(None, ge=1, description="the first so many; null scores all")

@@ -18,6 +18,20 @@ from sam2train.optimizer import OptimizerConfig
 from sam2train.tracking import TrackingConfig
 from sam2train.transforms import AugmentConfig
 
+# What --smoke changes: two steps of anything, in seconds.
+SMOKE = {
+    "trainer.num_steps": 2,
+    "trainer.log_every": 1,
+    "trainer.val_every": 2,
+    "trainer.save_every": 2,
+    "trainer.grad_accumulation": 1,
+    "dataset.batch_size": 1,
+    "dataset.num_workers": 0,
+    "evaluation.max_videos": 1,
+    "evaluation.max_frames": 4,
+    "evaluation.num_overlays": 1,
+}
+
 
 class TrainerConfig(Section):
     """The `trainer:` section. Periods count optimiser steps."""
@@ -33,7 +47,7 @@ class TrainerConfig(Section):
     )
     bf16: bool | None = Field(None, description="bfloat16 autocast; null: where CUDA supports it")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
 
 
 class Experiment(Section):
@@ -86,7 +100,9 @@ def load_experiment(path: Path, overrides: Mapping[str, Any] | None = None) -> E
     Raises:
         UserError: everything that is wrong with it, in one message.
     """
-    return build(Experiment, apply_overrides(load_yaml(path), overrides or {}), str(path))
+    return build(
+        Experiment, apply_overrides(load_yaml(path), overrides or {}, Experiment), str(path)
+    )
 
 
 def untrained_rows(experiment: Experiment) -> Sequence[int]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from sam2train.build import build_model, load_checkpoint
+from sam2train.build import as_trained, build_model, load_checkpoint
 from sam2train.clips import Prompt
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment
@@ -30,20 +30,21 @@ def export_checkpoint(
     the same masks in a small generated clip.
 
     Args:
-        source: a checkpoint of a run of this experiment.
+        source: a checkpoint of a run of this experiment; what the run changed in the model counts.
         half: store float16; SAM 2 loads it into float32, about 3 decimal digits remain.
 
     Raises:
         UserError: a checkpoint that is missing or belongs to another base or architecture; in
             half precision also one whose masks do not survive it.
     """
+    experiment = as_trained(experiment, source)
+    _make_room(target)
     model = build_model(experiment)
     load_checkpoint(model, experiment, source)
     weights = {
         name: value.detach().cpu().to(torch.float16 if half else value.dtype)
         for name, value in model.sam2.state_dict().items()
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         torch.save({"model": weights}, partial)
@@ -67,6 +68,18 @@ def export_checkpoint(
         soft_wrap=True,
     )
     console.print(f"  {how_to_load(experiment, target)}", markup=False, soft_wrap=True)
+
+
+def _make_room(target: Path) -> None:
+    """The folder of a file that is not there yet; UserError where that cannot be."""
+    if target.exists():
+        raise UserError(
+            f"--export {target}: there is something already; name another file, or remove it"
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise UserError(f"--export {target}: {problem.strerror}; name another place") from None
 
 
 def how_to_load(experiment: Experiment, target: Path) -> str:

@@ -39,10 +39,16 @@ class Interval:
         return math.isfinite(self.low)
 
     def text(self, *, sign: bool = False) -> str:
-        """`0.412 ± 0.013 (3 seeds)`; brackets where the sides differ, words where none is known."""
+        """`0.412 ± 0.013 (3 seeds)`; brackets where the sides differ, words where none is known.
+
+        Args:
+            sign: it is a difference, which is not told without its interval.
+        """
         plus = "+" if sign else ""
         count = f"{self.num} {self.unit}{'s' * (self.num != 1)}"
         if not self.known:
+            if sign:
+                return f"needs more than {count}"
             return f"{self.value:{plus}.3f} ({count}: no interval)"
         if math.isclose(self.value - self.low, self.high - self.value, abs_tol=1e-9):
             return f"{self.value:{plus}.3f} ± {self.high - self.value:.3f} ({count})"

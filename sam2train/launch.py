@@ -27,20 +27,6 @@ A run writes to runs/<experiment>/<run id>/. Exit codes: 0 done, 2 a mistake in 
 130 and 143 stopped by Ctrl-C and SIGTERM (the run is saved first; --resume goes on).
 """
 
-# What --smoke changes: two steps of anything, in seconds.
-SMOKE = {
-    "trainer.num_steps": 2,
-    "trainer.log_every": 1,
-    "trainer.val_every": 2,
-    "trainer.save_every": 2,
-    "trainer.grad_accumulation": 1,
-    "dataset.batch_size": 1,
-    "dataset.num_workers": 0,
-    "evaluation.max_videos": 1,
-    "evaluation.max_frames": 4,
-    "evaluation.num_overlays": 1,
-}
-
 
 def main(words: Sequence[str]) -> int:
     """Run one command. Returns the exit code; a user's mistake is a message and code 2."""
@@ -160,8 +146,16 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     scores = arguments.evaluate or arguments.prompt_matrix
     if (arguments.split or arguments.no_base) and not scores:
         raise UserError("--split and --no-base belong to --evaluate or --prompt-matrix")
-    if arguments.evaluate and arguments.prompt_matrix:
-        raise UserError("--evaluate and --prompt-matrix are two commands; give one")
+    modes = ("list", "dry_run", "check_data", "download", "export", "evaluate", "prompt_matrix")
+    given = [f"--{name.replace('_', '-')}" for name in modes if getattr(arguments, name)]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} are two commands; give one")
+    if arguments.half and not arguments.export:
+        raise UserError("--half is a form of --export; give both")
+    if given and arguments.resume is not None:
+        raise UserError(f"--resume goes on training, and {given[0]} does not train; give one")
+    if arguments.run_dir and given and given[0] not in ("--evaluate", "--prompt-matrix"):
+        raise UserError(f"--run-dir is for a run, and {given[0]} writes none; leave it out")
     if arguments.file is None and not (arguments.list or _about_results(arguments)):
         parser.print_help()
         raise UserError("no experiment given; for example experiments/coco_point_bbox.yaml")
@@ -218,7 +212,7 @@ def launch(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from rich.console import Console
 
     from sam2train.config import load_yaml, parse_overrides, sweep_parameters
-    from sam2train.experiment import load_experiment
+    from sam2train.experiment import SMOKE, load_experiment
     from sam2train.pretrained import resolve_path
     from sam2train.sweep_file import is_sweep
 
@@ -333,11 +327,14 @@ def _train(experiment: Experiment, name: str, arguments: argparse.Namespace, con
     for place, what in (
         ("summary.json", "scores and parameter counts"),
         ("metrics.jsonl", "losses and scores by step"),
-        ("scores.csv", "scores of every object; horizon.csv: how long the memory holds"),
-        ("overlays/", "ground truth, prediction and errors as pictures"),
-        ("checkpoints/", "best.pt (by J&F) and last.pt"),
+        ("scores.csv", "scores of every object"),
+        ("horizon.csv", "how long the memory holds"),
+        ("overlays", "ground truth, prediction and errors as pictures"),
+        ("checkpoints/best.pt", "the weights of the highest validation J&F"),
+        ("checkpoints/last.pt", "to go on from"),
     ):
-        say(f"  {run_dir / place!s:<48} {what}")
+        if (run_dir / place).exists():
+            say(f"  {run_dir / place!s:<48} {what}")
     if trainer.tracker.how_to_sync:
         say(f"look at it: wandb leet {run_dir}/wandb    upload it: {trainer.tracker.how_to_sync}")
     return 0

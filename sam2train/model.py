@@ -27,6 +27,7 @@ from sam2train.objects import (
 from sam2train.pretrained import (
     MODULES,
     build_sam2,
+    check_names,
     load_weights,
     match_parameters,
     resolve_config,
@@ -120,8 +121,8 @@ class SAM2Model(nn.Module):
             )
         self.checkpoint_path = checkpoint_path
         self.config_path = config_path
-        self.trainable_modules = tuple(trainable_modules)
-        self.device = torch.device(device)
+        self.trainable_modules = check_names(trainable_modules)
+        self.device = read_device(device)
         self.image_size = image_size
         self.num_maskmem = num_maskmem
         self.max_obj_ptrs_in_encoder = max_obj_ptrs_in_encoder
@@ -155,11 +156,8 @@ class SAM2Model(nn.Module):
         Raises:
             UserError: a file that is missing or does not fit, an unknown config or module name.
         """
-        self.device = torch.device(device if device is not None else self.device)
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise UserError(
-                "device: cuda is not available here; use `cpu` (or `auto` in an experiment)"
-            )
+        self.device = read_device(device if device is not None else self.device)
+        _check_available(self.device)
         sam2 = build_sam2(
             resolve_config(self.config_path),
             image_size=self.image_size,
@@ -193,10 +191,11 @@ class SAM2Model(nn.Module):
             UserError: a name that matches nothing, with the near ones.
         """
         sam2 = self._loaded()
+        trainable_modules = check_names(trainable_modules)
         trained = match_parameters(sam2, trainable_modules, MODULES)
         for name, parameter in sam2.named_parameters():
             parameter.requires_grad_(name in trained)
-        self.trainable_modules = tuple(trainable_modules)
+        self.trainable_modules = trainable_modules
         self.train(self.training)
         return self.parameter_report()
 
@@ -504,3 +503,25 @@ class SAM2Model(nn.Module):
         return current, [
             (candidates, ious, score) for _, candidates, ious, _, _, _, score in passes
         ]
+
+
+def read_device(name: str | torch.device) -> torch.device:
+    """The device of this name, whether or not it is there; UserError for no name of one."""
+    try:
+        return torch.device(name)
+    except (RuntimeError, TypeError):
+        raise UserError(
+            f"device: {name!r}; expected cpu, cuda, cuda:N, mps, or in an experiment auto"
+        ) from None
+
+
+def _check_available(device: torch.device) -> None:
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not there.get(device.type, False):
+        raise UserError(
+            f"device: {device} is not available here; use `cpu` (or `auto` in an experiment)"
+        )

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from sam2train.clips import BatchedVideoDatapoint, Prompt, is_empty, make_object_index
@@ -80,6 +81,11 @@ def read_tensors(
     num_clips, num_frames = images.shape[:2]
     clip_prompts = _check_prompts(prompts, num_clips, image_size)
     object_valid = _valid_objects(clip_prompts, masks)
+    if masks is not None and masks.transpose(1, 2)[~object_valid.to(masks.device)].any():
+        raise UserError(
+            "SAM2Model.forward: masks show objects that no prompt names; give every object a "
+            "prompt, an empty one where it is not prompted"
+        )
     frame_idx, clip_idx = make_object_index(object_valid, num_frames).long().unbind(-1)
     if masks is not None:
         masks = masks.transpose(1, 2)[object_valid.to(masks.device)].transpose(0, 1)
@@ -178,7 +184,7 @@ def split_by_kind(prompts: Sequence[Prompt], device: torch.device):
         index = torch.tensor(rows, device=device)
         if num_points == 0:
             masks = torch.stack([torch.as_tensor(prompts[row]["mask"]) for row in rows])
-            yield index, None, masks[:, None].to(device)
+            yield index, None, masks[:, None].to(device) > 0  # 0 and 1, or 0 and 255, will do
         else:
             points = torch.stack([torch.as_tensor(prompts[row]["points"]) for row in rows])
             labels = torch.stack([torch.as_tensor(prompts[row]["labels"]) for row in rows])
@@ -271,14 +277,33 @@ def _check_prompts(
             f"SAM2Model.forward: {'one flat list' if flat else len(clip_prompts)} of prompts for "
             f"{num_clips} clips; expected a list of prompts for each clip"
         )
-    for prompt in (prompt for clip in clip_prompts for prompt in clip):
-        mask = prompt["mask"]
-        if mask is not None and tuple(mask.shape) != (image_size, image_size):
-            raise UserError(
-                f"object {prompt['object_id']}: a mask prompt of {tuple(mask.shape)} pixels does "
-                f"not fit a model built for {image_size}; resize it with the frames"
-            )
-    return clip_prompts
+    return [[_check_prompt(prompt, image_size) for prompt in clip] for clip in clip_prompts]
+
+
+def _check_prompt(given: Mapping[str, Any], image_size: int) -> Prompt:
+    """The prompt with all its fields; a box without points gets its two corners as points."""
+    if missing := [name for name in ("object_id", "frame_index") if name not in given]:
+        raise UserError(
+            f"SAM2Model.forward: a prompt without {' and '.join(missing)}; it has "
+            f"{', '.join(given) or 'nothing'}"
+        )
+    nothing = {"type": "point", "points": np.zeros((0, 2), np.float32), "box": None, "mask": None}
+    prompt = {**nothing, "labels": np.zeros(0, np.int32), **given}
+    who, mask, box = f"object {prompt['object_id']}", prompt["mask"], prompt["box"]
+    if mask is not None and tuple(mask.shape) != (image_size, image_size):
+        raise UserError(
+            f"{who}: a mask prompt of {tuple(mask.shape)} pixels does not fit a model built for "
+            f"{image_size}; resize it with the frames"
+        )
+    if box is not None and len(prompt["points"]) == 0:
+        prompt["points"] = np.asarray(box, np.float32).reshape(2, 2)
+        prompt["labels"] = np.array([2, 3], np.int32)
+    if len(prompt["points"]) != len(prompt["labels"]):
+        raise UserError(
+            f"{who}: {len(prompt['points'])} points with {len(prompt['labels'])} labels; expected "
+            "a label for each point"
+        )
+    return prompt
 
 
 def _check_objects(clip_prompts: Sequence[Sequence[Prompt]], counts: Sequence[int]) -> None:

@@ -237,6 +237,18 @@ def selects(entry: str, parameter: str, aliases: Mapping[str, str] = MODULES) ->
     )
 
 
+def check_names(names: Sequence[str]) -> list[str]:
+    """The names that `trainable_modules` lists; UserError for anything but a list of texts."""
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise UserError(
+            f"model.trainable_modules: {names!r}; expected a list of names"
+            + (f", [{names!r}]" if isinstance(names, str) else ", such as ['memory_attention']")
+        )
+    if odd := [name for name in names if not isinstance(name, str)]:
+        raise UserError(f"model.trainable_modules: {odd[0]!r} is no text; expected names")
+    return list(names)
+
+
 def match_parameters(
     model: nn.Module, wanted: Sequence[str], aliases: Mapping[str, str]
 ) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import cv2
@@ -17,7 +18,7 @@ class PromptGenerator:
     """Draws one prompt of a random type from the mask of one object on one frame.
 
     Args:
-        prompt_types: types to draw from, uniformly; all three by default.
+        prompt_types: types to draw from, uniformly; all three by default, and where None is given.
         num_of_pos_points: positive clicks of a point prompt, or a range (low, high), both included.
         include_center: add the centre of the mask as the first positive click.
         num_of_neg_points: negative clicks of a point prompt, anywhere outside the mask.
@@ -30,7 +31,7 @@ class PromptGenerator:
 
     def __init__(
         self,
-        prompt_types: Sequence[str] | None = None,
+        prompt_types: Sequence[str] | None = PROMPT_TYPES,
         num_of_pos_points: int | tuple[int, int] = 1,
         include_center: bool = False,
         num_of_neg_points: int = 0,
@@ -38,22 +39,24 @@ class PromptGenerator:
         box_jitter: float = 0.0,
         weights: Sequence[float] | None = None,
     ):
-        self.prompt_types = tuple(PROMPT_TYPES if prompt_types is None else prompt_types)
+        if isinstance(prompt_types, str):
+            raise UserError(
+                f"prompt_types: {prompt_types!r} is a text; expected a list, [{prompt_types!r}]"
+            )
+        self.prompt_types = list(PROMPT_TYPES if prompt_types is None else prompt_types)
         unknown = [name for name in self.prompt_types if name not in PROMPT_TYPES]
         if unknown or not self.prompt_types:
             raise UserError(
-                f"prompt_types: {list(self.prompt_types)!r} must be one or more of "
+                f"prompt_types: {self.prompt_types!r} must be one or more of "
                 f"{', '.join(PROMPT_TYPES)}"
             )
         if weights is not None and (len(weights) != len(self.prompt_types) or min(weights) <= 0):
             raise UserError(
-                f"prompt_weights: {list(weights)} for prompt_types {list(self.prompt_types)}; "
+                f"prompt_weights: {list(weights)} for prompt_types {self.prompt_types}; "
                 "expected a number above 0 for each of them"
             )
         self.weights = weights
-        if isinstance(num_of_pos_points, int):
-            num_of_pos_points = (num_of_pos_points, num_of_pos_points)
-        self.num_of_pos_points = tuple(num_of_pos_points)
+        self.num_of_pos_points = _as_range(num_of_pos_points)
         self.include_center = include_center
         self.num_of_neg_points = num_of_neg_points
         self.box_jitter = box_jitter
@@ -85,10 +88,12 @@ class PromptGenerator:
         """One prompt for one object.
 
         Args:
-            mask: (H, W) bool; an empty one gives a prompt without points, box and mask.
+            mask: (H, W) bool, or numbers of which those above 0 are the object; an empty one gives
+                a prompt without points, box and mask.
             rng: draws the type and the points.
             among: types to draw from where they are some of the generator's own.
         """
+        mask = np.asarray(mask) > 0  # 0 and 1, or 0 and 255, will do
         kind = self._draw_type(among, rng)
         prompt = Prompt(
             object_id=object_id,
@@ -108,7 +113,7 @@ class PromptGenerator:
             prompt["points"] = prompt["box"].reshape(2, 2)
             prompt["labels"] = np.array([2, 3], np.int32)
         else:
-            prompt["mask"] = mask.copy()
+            prompt["mask"] = mask
         return prompt
 
     def _draw_type(self, among: Sequence[str], rng: np.random.Generator) -> str:
@@ -128,6 +133,17 @@ class PromptGenerator:
         negative = sample_points(~mask, self.num_of_neg_points, rng)
         labels = np.repeat(np.array([1, 0], np.int32), [len(positive), len(negative)])
         return np.concatenate([positive, negative]), labels
+
+
+def _as_range(clicks: int | Sequence[int]) -> tuple[int, int]:
+    """(low, high) from a number or a range; whole numbers of NumPy will do."""
+    try:
+        low, high = clicks if isinstance(clicks, Sequence) else (clicks, clicks)
+        return operator.index(low), operator.index(high)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"num_of_pos_points: {clicks!r}; expected a whole number or a range of two, (1, 3)"
+        ) from None
 
 
 def sample_points(region: np.ndarray, num_points: int, rng: np.random.Generator) -> np.ndarray:

@@ -35,8 +35,11 @@ _NOT_OF_THE_GROUP = {
 # to three times the longest silence the run had before.
 QUIET = 1800
 EVALUATIONS = "evaluations"  # the folder beside runs that `--evaluate` writes to
+_ID_COLUMNS = ("video_id", "object_id")
 _SCORES = ("step", "split", "model", "video_id", "object_id", "J", "F", "J_and_F", "num_frames")
 TRAINED = "trained"  # the run itself, in the column `model`; baselines stand beside it
+_COLUMNS = ("group", "seed", "step", "num_steps", "baseline", "last", "best", "scored", "gain")
+_COLUMNS += ("seconds", "written", "commit", "device")
 _WANDB_STATES = {"killed": "interrupted", "preempted": "interrupted", "preempting": "interrupted"}
 
 
@@ -92,7 +95,9 @@ def load_runs(folder: Path) -> pd.DataFrame:
     """
     import pandas as pd
 
-    return pd.DataFrame([_read_run(path) for path in find_runs(folder)])
+    runs = pd.DataFrame([_read_run(path) for path in find_runs(folder)])
+    # All of them where no run can be read, too.
+    return runs.reindex(columns=list(dict.fromkeys([*runs.columns, *_COLUMNS])))
 
 
 def load_metrics(run: Path) -> pd.DataFrame:
@@ -118,6 +123,12 @@ def load_metrics(run: Path) -> pd.DataFrame:
                     f"{path}, line {number}: {error}; expected one JSON object a line; mend or "
                     "delete the line"
                 ) from error
+            continue
+        if not isinstance(rows[-1], dict) or not isinstance(rows[-1].get("step"), int):
+            raise UserError(
+                f"{path}, line {number}: no object with a whole number as `step`; mend or delete "
+                "the line"
+            )
     return _by_step(rows)
 
 
@@ -423,11 +434,11 @@ def _numbers(
     return {
         "group": hashlib.sha256(text.encode()).hexdigest()[:8],
         "seed": config.get("trainer.seed"),
-        "step": int(max(summary.get("steps", 0), metrics.index.max() if len(metrics) else 0)),
+        "step": int(max(summary.get("steps") or 0, metrics.index.max() if len(metrics) else 0)),
         "num_steps": config.get("trainer.num_steps"),
         **scores,
         "gain": scores["last"] - scores["baseline"],
-        "seconds": float(max(summary.get("seconds", 0), seconds)),
+        "seconds": float(max(summary.get("seconds") or 0, seconds)),
         **{name: value for name, value in summary.items() if name.startswith("params/")},
     }
 
@@ -473,9 +484,12 @@ def _by_step(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, empty where there is no file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise UserError(f"{path}: {error}; expected the JSON that the run wrote") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no object; expected the JSON that the run wrote")
+    return content
 
 
 def read_csv(path: Path, names: Sequence[str]) -> pd.DataFrame:
@@ -487,7 +501,8 @@ def read_csv(path: Path, names: Sequence[str]) -> pd.DataFrame:
     import pandas as pd
 
     try:
-        frame = pd.read_csv(path, dtype={"video_id": str, "object_id": str})
+        # Ids are text, also "NA" and "null"; an empty one is none.
+        frame = pd.read_csv(path, converters=dict.fromkeys(_ID_COLUMNS, lambda text: text or None))
     except (ValueError, pd.errors.ParserError) as error:  # an empty file is a ValueError
         raise UserError(f"{path}: {error}; expected columns {', '.join(names)}") from error
     if missing := [name for name in names if name not in frame]:

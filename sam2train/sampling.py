@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,14 +51,30 @@ def clip_settings(
 ) -> ClipSettings:
     """What the constructors of the data sets have in common; see `ClipSettings`.
 
+    Raises:
+        UserError: a number out of its range.
+
     Args:
         prompt_types, num_of_pos_points, include_center, num_of_neg_points, box_jitter,
             prompt_weights: see `PromptGenerator`.
         augment: None changes nothing.
     """
+    counts = {
+        "video_clip_length": (video_clip_length, 1),
+        "max_objects": (1 if max_objects is None else max_objects, 1),
+        "max_frame_stride": (max_frame_stride, 1),
+        "max_conditioning_frames": (max_conditioning_frames, 1),
+        "seed": (seed, 0),
+    }
+    for name, (number, least) in counts.items():
+        if not isinstance(number, numbers.Integral) or number < least:
+            raise UserError(f"{name}: {number!r}; expected a whole number of at least {least}")
+    sides = tuple(image_size) if isinstance(image_size, Sequence) else ()
+    if len(sides) != 2 or not all(isinstance(s, numbers.Integral) and s > 0 for s in sides):
+        raise UserError(f"image_size: {image_size!r}; expected (height, width) in pixels")
     points = (num_of_pos_points, include_center, num_of_neg_points)
     return ClipSettings(
-        tuple(image_size),
+        sides,
         video_clip_length,
         PromptGenerator(prompt_types, *points, box_jitter=box_jitter, weights=prompt_weights),
         max_objects,
@@ -71,9 +88,10 @@ def clip_settings(
 class AnnotatedVideos:
     """Clips of videos with masks, whatever they are stored as; each way of storing is a child.
 
-    `dataset[i]` is a random clip of video i with epoch 0; `dataset[epoch, i]` draws another clip of
-    the same video. Both depend on the seed, the epoch and i alone, whatever the process that loads
-    them. Clips have labelled frames only; `videos` has all frames, for evaluation.
+    `dataset[i]` is a random clip of video i; another epoch, by `set_epoch` or as
+    `dataset[epoch, i]`, draws another clip of the same video. Both depend on the seed, the epoch
+    and i alone, whatever the process that loads them. Clips have labelled frames only; `videos` has
+    all frames, for evaluation.
 
     Args:
         path: where the videos come from, for messages.
@@ -96,6 +114,7 @@ class AnnotatedVideos:
         mask_cache_mb: int,
     ):
         self.videos, self.warnings, self.settings = videos, warnings, settings
+        self.epoch = 0
         self.image_size, self.prompts = settings.image_size, settings.prompts
         self.cache = MaskCache(mask_cache_mb * 2**20, videos, self.image_size)
         self.trainable = [
@@ -107,8 +126,12 @@ class AnnotatedVideos:
     def __len__(self) -> int:
         return len(self.trainable)
 
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch of `dataset[i]`, 0 before; for loaders without `ClipSampler`."""
+        self.epoch = epoch
+
     def __getitem__(self, index: int | tuple[int, int]) -> Clip:
-        index, rng = locate_clip(index, len(self), self.settings.seed)
+        index, rng = locate_clip(index, len(self), self.settings.seed, self.epoch)
         video, settings = self.trainable[index], self.settings
         size = self.image_size
         indices, num_padding = draw_frames(
@@ -116,8 +139,11 @@ class AnnotatedVideos:
         )
         seen = [o for o in video.object_ids if any(o in video.visible(t) for t in indices)]
         if settings.max_objects is not None and len(seen) > settings.max_objects:
-            chosen = rng.choice(len(seen), settings.max_objects, replace=False)
-            seen = [seen[place] for place in sorted(chosen)]
+            # What shows on the last frame only leaves nothing to track: the others come first.
+            early = [o for o in seen if any(o in video.visible(t) for t in indices[:-1])] or seen
+            num = min(settings.max_objects, len(early))
+            chosen = rng.choice(len(early), num, replace=False)
+            seen = [early[place] for place in sorted(chosen)]
 
         images = np.stack([resize_image(self.read_frame(video, t), size) for t in indices])
         masks = np.stack(
@@ -160,14 +186,17 @@ class AnnotatedVideos:
 
 
 def locate_clip(
-    index: int | tuple[int, int], num_clips: int, seed: int
+    index: int | tuple[int, int], num_clips: int, seed: int, epoch: int = 0
 ) -> tuple[int, np.random.Generator]:
     """The place that `dataset[i]` or `dataset[epoch, i]` means, and the stream of that clip.
+
+    Args:
+        epoch: where the index does not say.
 
     Raises:
         IndexError: beyond the end, which also ends a loop over the data set.
     """
-    epoch, index = index if isinstance(index, tuple) else (0, index)
+    epoch, index = index if isinstance(index, tuple) else (epoch, index)
     if not -num_clips <= index < num_clips:
         raise IndexError(f"clip {index} of {num_clips}")
     index %= num_clips

@@ -171,7 +171,7 @@ def read_sav_videos(path: Path) -> tuple[list[Video], list[str]]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, OSError) as problem:
+    except (ValueError, OSError, RecursionError) as problem:
         raise UserError(f"{path}: is no valid JSON ({problem})") from None
     rows = content.get("masklet") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
@@ -218,6 +218,11 @@ def _read_video(
             f"expected every {LABELLED_EVERY}th to be labelled, or each"
         )
     object_ids = content.get("masklet_id") or list(range(len(rows[0]) if rows else 0))
+    if not all(type(o) in (int, str) for o in object_ids) or len({*object_ids}) < len(object_ids):
+        raise UserError(
+            f"{annotations}: `masklet_id` is {object_ids}; expected a number or text for each "
+            "object, each another one"
+        )
     found: list[str] = []
     frames = []
     for number, path in zip(numbers, paths, strict=True):

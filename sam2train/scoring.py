@@ -28,6 +28,7 @@ from sam2train.horizon import frame_rows, horizon_rows
 from sam2train.intervals import Interval, paired_bootstrap
 from sam2train.pretrained import resolve_path
 from sam2train.tracking import replace_text
+from sam2train.videos import listed, natural_key
 
 # What is scored beside what, in the column `model` of the files.
 TRAINED, BASE, COPY = "trained", "base", "copy_first_mask"
@@ -201,16 +202,51 @@ def read_scores(
 
 
 def shared_split_warning(config: DatasetConfig) -> str | None:
-    """What to say where one file both chooses the best checkpoint and reports the result."""
+    """What to say where one path both chooses the best checkpoint and reports the result."""
     if config.val_path is None or config.test_path is None:
         return None
     paths = [resolve_path(path).resolve() for path in (config.val_path, config.test_path)]
     if paths[0] != paths[1]:
         return None
-    return (
-        f"dataset.val_path and dataset.test_path are the same data ({config.val_path}): the best "
-        "checkpoint was chosen on the videos it is reported on, so that its test score is too high"
-    )
+    return f"dataset.val_path and dataset.test_path are the same ({config.val_path}): {_TOO_HIGH}"
+
+
+_TOO_HIGH = (
+    "the best checkpoint was chosen on the videos it is reported on, so that its test score is too "
+    "high"
+)
+
+
+def shared_video_warnings(splits: Mapping[str, Videos]) -> list[str]:
+    """What to say where two of the data sets, by the names train, val and test, share frames."""
+    folders: dict[Path, Path] = {}  # those of the frames, each resolved once
+    places = {
+        name: {
+            folders.setdefault(frame.path.parent, frame.path.parent.resolve()) / frame.path.name: (
+                video.video_id
+            )
+            for video in data.videos
+            for frame in video.frames
+        }
+        for name, data in splits.items()
+    }
+    trained = "was trained on, so that its score says little about other videos"
+    consequences = {
+        ("val", "test"): _TOO_HIGH,
+        ("train", "val"): f"what chooses the best checkpoint {trained}",
+        ("train", "test"): f"what the result is reported on {trained}",
+    }
+    warnings = []
+    for (one, other), consequence in consequences.items():
+        shared = places.get(one, {}).keys() & places.get(other, {}).keys()
+        videos = sorted({str(places[other][place]) for place in shared}, key=natural_key)
+        if videos:
+            keys = {"train": "data_path", "val": "val_path", "test": "test_path"}
+            warnings.append(
+                f"dataset.{keys[one]} and dataset.{keys[other]} share frames (video "
+                f"{listed(videos)}): {consequence}"
+            )
+    return warnings
 
 
 class RowsFile:

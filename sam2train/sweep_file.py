@@ -23,7 +23,7 @@ from sam2train.config import (
     load_yaml,
     parse_overrides,
 )
-from sam2train.experiment import Experiment, load_experiment
+from sam2train.experiment import SMOKE, Experiment, load_experiment
 from sam2train.pretrained import REPOSITORY, resolve_path
 
 # What `wandb agent` puts in the place of a whole item of `command:`.
@@ -120,7 +120,10 @@ class Sweep:
         """The settings of a trial; UserError for what is wrong with them."""
         words = (*map(_macro, self.config.command), *self.extra)
         fixed = [word for word in words if "=" in word]
-        return load_experiment(self.experiment_path, parse_overrides(fixed) | flatten(values))
+        settings = parse_overrides(fixed) | flatten(values)
+        return load_experiment(
+            self.experiment_path, SMOKE | settings if "--smoke" in words else settings
+        )
 
 
 def is_sweep(raw: Mapping[str, Any]) -> bool:
@@ -223,6 +226,8 @@ def _differences(ours: Any, theirs: Any, path: str = "") -> Iterator[str]:
     elif type(ours) is not type(theirs) or ours != theirs:
         kind = "the text" if isinstance(theirs, str) else type(theirs).__name__
         cure = yaml.safe_dump(ours, default_flow_style=True).split("\n")[0]
+        if isinstance(theirs, bool):
+            cure += f", or {str(theirs).lower()} where a switch is meant"
         yield f"{path}: W&B reads YAML 1.1, and this as {kind} {theirs}; write {cure}"
 
 

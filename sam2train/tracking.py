@@ -145,7 +145,13 @@ class Tracker:
         self._clear_window()
 
     def __enter__(self) -> "Tracker":
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise UserError(
+                f"{self.run_dir}: cannot be the folder of the run ({problem.strerror}); name "
+                "another with --run-dir"
+            ) from None
         self._seconds_before = self._trim_metrics()
         self._start_wandb()
         self._entered = self._mark = time.perf_counter()

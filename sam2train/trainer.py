@@ -17,6 +17,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from sam2train import checkpoint
+from sam2train.audit import audit_gradients, has_tracked_frame, idle_modules
 from sam2train.build import base_hash, build_dataset, build_model, num_cores, uses_bf16
 from sam2train.clips import BatchedVideoDatapoint, collate_fn
 from sam2train.config import to_yaml
@@ -37,7 +38,6 @@ from sam2train.horizon import numbers
 from sam2train.interaction import Interaction
 from sam2train.losses import compute_losses
 from sam2train.optimizer import build_optimizer, set_learning_rates
-from sam2train.pretrained import MODULES, match_parameters
 from sam2train.scoring import (
     BASE,
     COPY,
@@ -50,7 +50,7 @@ from sam2train.scoring import (
     read_scores,
     score,
     scores_table,
-    shared_split_warning,
+    shared_video_warnings,
 )
 from sam2train.tracking import Tracker
 from sam2train.video_overlays import OverlayDrawer
@@ -91,7 +91,8 @@ class Trainer:
         self.best = -math.inf
         self.baseline: dict[str, float] = {}
         self.latest: dict[str, float] = {}
-        self.audit: dict[str, float] = {}
+        self.audit: dict[str, float] = {}  # until it is logged
+        self.audited = False
         self.stop_signal: int | None = None
         console = console or Console()
 
@@ -151,18 +152,19 @@ class Trainer:
                 length, enough = self.experiment.dataset.video_clip_length, rows[-1] + 3
                 tracker.say(
                     f"clips of {length} frames never reach rows {rows[0]} to {rows[-1]} of "
-                    "maskmem_tpos_enc (memories farther back): they stay as loaded. "
+                    "maskmem_tpos_enc (memories farther back): they are not trained. "
                     f"dataset.video_clip_length={enough} reaches all"
                 )
-            warning = shared_split_warning(self.experiment.dataset)
-            if warning:
+            splits = {"train": self.train_data, "val": self.val_data, "test": self.test_data}
+            warnings = shared_video_warnings({name: data for name, data in splits.items() if data})
+            for warning in warnings:
                 tracker.say(f"warning: {warning}")
             tracker.summary(
                 {
                     "status": "running",
                     "steps": self.step,
                     "frame_policy": self.experiment.evaluation.frame_policy,
-                    "warnings": [warning] if warning else [],
+                    "warnings": warnings,
                 }
             )
             try:
@@ -184,8 +186,9 @@ class Trainer:
                     self.step += 1
                     clips = self.experiment.dataset.batch_size * config.grad_accumulation
                     tracker.log(self.step, scalars, clips=clips)
-                    if self.step == 1:
+                    if self.audit:
                         tracker.record(self.step, self.audit)
+                        self.audit = {}
                 if self.baseline and self.step:
                     self._show_scores("validation", self.step, (TRAINED, 0), (COPY, 0))
                 self._report_on_test()
@@ -210,6 +213,7 @@ class Trainer:
                 # More processes than cores only wait for each other; the clips are the same.
                 num_workers=min(config.num_workers, num_cores()),
                 collate_fn=collate_fn,
+                worker_init_fn=_leave_signals_to_the_trainer,
                 pin_memory=self.device.type == "cuda",
                 # Its own generator: the loader must not draw from the one that dropout uses.
                 generator=torch.Generator().manual_seed(self.config.seed),
@@ -223,8 +227,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         scalars: dict[str, torch.Tensor] = {}
         names: list[str] = []
+        tracked = False
         for batch in itertools.islice(batches, config.grad_accumulation):
             names += batch.names
+            tracked |= has_tracked_frame(batch)
             batch = batch.to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 outputs = self.model(batch, interaction=self.interaction)
@@ -233,13 +239,16 @@ class Trainer:
             losses = compute_losses(
                 outputs["frames"], batch.masks, self.experiment.loss, batch.object_frame_valid
             )
-            (losses["loss"] / config.grad_accumulation).backward()
+            learns = losses["loss"].requires_grad  # else nothing that is trained was read
+            if learns:
+                (losses["loss"] / config.grad_accumulation).backward()
+            losses["audit/batches_with_gradient"] = torch.tensor(float(learns))
             for name, value in losses.items():
                 scalars[name] = scalars.get(name, 0) + value.detach() / config.grad_accumulation
         if self.interaction is not None:
             scalars |= self.interaction.take_scalars()
-        if self.step == 0:
-            self._audit_gradients()
+        if not self.audited:
+            self._audit_gradients(tracked)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
 
         # The one host sync of a healthy step, placed before a bad batch can reach the weights.
@@ -253,39 +262,23 @@ class Trainer:
         lr = max(group["lr"] for group in self.optimizer.param_groups)
         return {**scalars, "grad_norm": grad_norm, "lr": lr}
 
-    def _audit_gradients(self) -> None:
+    def _audit_gradients(self, tracked: bool) -> None:
         """Keep what each trained module got at the first step; a listed one without any stops.
 
-        A single tensor may rest for a step (the embedding of absence does while nothing is absent);
-        what the experiment lists may not.
+        Args:
+            tracked: whether the step had a frame after a prompt.
         """
-        tensors: dict[str, list[torch.Tensor | None]] = {}
-        for name, parameter in self.parameters.items():
-            tensors.setdefault(name.split(".")[0], []).append(parameter.grad)
-        record = {}
-        for module, gradients in tensors.items():
-            norms = [gradient.norm() for gradient in gradients if gradient is not None]
-            record[f"audit/{module}/tensors"] = len(gradients)
-            record[f"audit/{module}/with_gradient"] = len(norms)
-            record[f"audit/{module}/norm"] = float(torch.stack(norms).norm()) if norms else 0.0
-        self.audit = record
-        idle = [
-            entry
-            for entry in self.model.trainable_modules
-            if all(
-                self.parameters[name].grad is None
-                for name in match_parameters(self.model.sam2, [entry], MODULES)
-            )
-        ]
-        if not idle:
+        dataset = self.experiment.dataset
+        seen = (self.step + 1) * self.config.grad_accumulation * dataset.batch_size
+        # Clips whose objects show on the last frame alone say nothing: later ones decide.
+        waits = dataset.video_clip_length > 1 and seen < len(self.train_data)
+        if waits and not tracked:
             return
-        text = (
-            f"model.trainable_modules: {', '.join(idle)} got no gradient at the first step. The "
-            "memory is learnt through later frames: it needs dataset.video_clip_length of 2 or "
-            "more, model.num_maskmem of 1 or more and model.memory_gradient other than `detached`"
-        )
+        self.audited, self.audit = True, audit_gradients(self.model)
+        if not (text := idle_modules(self.model, self.experiment)):
+            return
         if self.config.audit == "stop":
-            raise UserError(f"{text}; trainer.audit=warn goes on without")
+            raise UserError(f"{text}. trainer.audit=warn goes on without")
         self.tracker.say(f"warning: {text}")
 
     # -- scores and pictures --------------------------------------------------------------------
@@ -449,6 +442,7 @@ class Trainer:
         checkpoint.apply_weights(self.model.sam2, content, self.base_hash, path)
         self.optimizer.load_state_dict(content["optimizer"])
         self.step, self.best = content["step"], content["best"]
+        self.audited = self.step > 0
         self.baseline, self.latest = content["baseline"], content["scores"]
         torch.set_rng_state(content["rng"]["torch"])
         if content["rng"]["cuda"] and torch.cuda.is_available():
@@ -471,6 +465,12 @@ class Trainer:
         self.tracker.summary(
             {**values, "steps": self.step, "seconds": self.tracker.seconds, "status": status}
         )
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """A signal to the whole process group must not kill the loader before the run has saved."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _StopRequests:

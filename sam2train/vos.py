@@ -138,7 +138,10 @@ def read_vos_videos(path: Path) -> tuple[list[Video], list[str]]:
 
 def read_list(path: Path) -> list[str]:
     """Names of videos, one a line; also from DAVIS-2016's lists, which name every frame."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is no text; expected a list of videos, one a line") from None
     words = (line.split()[0] for line in lines if line.strip())
     names = (Path(word).parent.name if Path(word).suffix else word for word in words)
     return list(dict.fromkeys(names))
@@ -161,15 +164,25 @@ def _video_root(folder: Path, warnings: list[str]) -> Path:
     return chosen
 
 
-def _mask_files(folder: Path) -> Iterator[tuple[Path, int | str | None]]:
+def _mask_files(folder: Path, problems: list[str]) -> Iterator[tuple[Path, int | str | None]]:
     """PNGs of a video with the object they belong to; None where they hold the ids of all."""
-    if objects := subfolders(folder):
-        numbers = all(entry.name.isdecimal() for entry in objects)
-        for entry in objects:
-            object_id = int(entry.name) if numbers else entry.name
-            yield from ((picture, object_id) for picture in list_pictures(entry))
-    else:
-        yield from ((picture, None) for picture in list_pictures(folder))
+    own, objects = list_pictures(folder), subfolders(folder)
+    if own and objects:
+        problems.append(
+            f"{folder}: masks ({own[0].name}) beside folders of masks ({objects[0].name}); "
+            "expected PNGs of all objects, or a folder for each object"
+        )
+    numbers = all(entry.name.isdecimal() for entry in objects)
+    files = [(path, None) for path in own] + [
+        (path, int(entry.name) if numbers else entry.name)
+        for entry in objects
+        for path in list_pictures(entry)
+    ]
+    for path, owner in files:
+        if path.suffix.lower() == ".png":
+            yield path, owner
+        else:  # JPEG changes ids, and a second file would be a second mask of its frame
+            problems.append(f"{path}: a mask that is no PNG; write it as one, or remove it")
 
 
 def _read_video(
@@ -185,7 +198,7 @@ def _read_video(
         problems.append(f"{folder}: no pictures")
         return None
     video = make_video(folder, pictures, list(pool.map(try_header, pictures)), problems)
-    files = list(_mask_files(masks))
+    files = list(_mask_files(masks, problems))
     counted = list(pool.map(_try_areas, (path for path, _ in files)))
     if video is None:
         problems += [areas for areas in counted if isinstance(areas, str)]

@@ -333,13 +333,12 @@ def test_an_image_root_that_is_no_folder_is_an_error(coco, tmp_path):
     assert fails(coco, image_root=tmp_path / "nowhere").endswith("nowhere is no folder")
 
 
-def test_a_missing_relative_path_gets_no_advice_about_image_root(coco):
+def test_a_missing_relative_path_is_said_with_where_it_begins(coco):
     def change(content):
         content["images"][4]["path"] = "video_001/frame_999.png"
 
     message = fails(edit(coco, change))
-    assert "frame_999.png: no such file" in message
-    assert "image_root" not in message
+    assert f"frame_999.png: no such file; relative paths begin at {coco.parent}" in message
 
 
 def test_backslashes_are_folders_and_told(coco):

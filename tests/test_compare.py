@@ -110,7 +110,7 @@ class TestCompare:
         assert "J&F     +0.125 ± 0.000 (6 videos)" in text
         assert "+0.250 ± 0.000 (6 videos)" in text  # a, since its step 0
         assert "0.500 at step 10" in text
-        assert text.count("needs two seeds or more of both") == 1
+        assert text.count("needs more than 1 paired seed") == 1
 
     def test_the_interval_is_over_videos(self, tmp_path):
         gains = np.array([-0.25, 0.25, -0.125, 0.125, 0.0, 0.0])

@@ -432,7 +432,7 @@ def test_conversions(key, value, result):
         ("train.dropout", 1, ["a number of at least 0 and below 1 or null"]),
         ("train.betas", [0.9], ["got [0.9]", "a list of 2 items, each a number"]),
         ("train.betas", [1, 2, 3], ["got [1, 2, 3]", "a list of 2 items, each a number"]),
-        ("train.betas", 0.9, ["got 0.9", "a list of 2 items", "write [0.9]"]),
+        ("train.betas", 0.9, ["got 0.9", "a list of 2 items", "write [0.9, 0.9]"]),
         ("train.rates", 3, ["got 3", "a mapping of names, each to a number"]),
         (
             "train.mode",

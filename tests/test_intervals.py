@@ -128,7 +128,8 @@ def test_bootstrap_is_repeatable_and_turns_its_sign():
 def test_few_videos_have_no_interval():
     found = paired_bootstrap(scores(np.zeros(4)), scores(np.ones(4)))
     assert (found.value, found.known) == (1.0, False)
-    assert found.text(sign=True) == "+1.000 (4 videos: no interval)"
+    assert found.text() == "1.000 (4 videos: no interval)"
+    assert found.text(sign=True) == "needs more than 4 videos"  # no difference without its interval
 
 
 def test_other_videos_are_refused_by_name():

@@ -1,7 +1,9 @@
 """The command line as a user meets it: what it prints, writes, and answers to a mistake."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -119,8 +121,93 @@ def test_export_gives_weights_that_sam2_loads(experiment, tmp_path, capsys):
     again = [str(experiment), "--dry-run", f"model.checkpoint_path={out}"]
     assert launch.main(again) == 0
     capsys.readouterr()
-    assert launch.main([str(experiment), "--half", "--export", source, str(out)]) == 0
-    assert out.stat().st_size < 6e6
+    half = out.with_name("half.pt")
+    assert launch.main([str(experiment), "--half", "--export", source, str(half)]) == 0
+    assert half.stat().st_size < 6e6
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_saves_first(experiment, tmp_path, number):
+    """What `timeout` and some job schedulers send; processes that load data get it, too."""
+    run_dir = tmp_path / "run"
+    words = ["trainer.num_steps=5000", "trainer.log_every=1", "dataset.num_workers=1"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "run.py", experiment, *words, "--run-dir", run_dir],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    try:
+        metrics = run_dir / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (metrics.is_file() and '"step": 3' in metrics.read_text()):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        os.killpg(process.pid, number)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number, errors
+    assert "Traceback" not in errors
+    assert (run_dir / "checkpoints" / "last.pt").is_file()
+
+
+def test_export_replaces_nothing(experiment, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    assert launch.main([str(experiment), "--run-dir", str(run_dir)]) == 0
+    source = run_dir / "checkpoints" / "last.pt"
+    before = source.read_bytes()
+    for target in (source, tmp_path):
+        assert launch.main([str(experiment), "--export", str(source), str(target)]) == 2
+        assert f"--export {target}: there is something already" in capsys.readouterr().err
+    assert source.read_bytes() == before
+    target = experiment / "x" / "out.pt"  # below a file
+    assert launch.main([str(experiment), "--export", str(source), str(target)]) == 2
+    assert "name another place" in capsys.readouterr().err
+
+
+def test_export_takes_the_model_as_the_run_had_it(experiment, tmp_path, capsys):
+    run_dir, out = tmp_path / "run", tmp_path / "sam2.pt"
+    changed = ("model.num_maskmem=3", "model.max_obj_ptrs_in_encoder=0")
+    assert launch.main([str(experiment), *changed, "--run-dir", str(run_dir)]) == 0
+    source = str(run_dir / "checkpoints" / "last.pt")
+    assert launch.main([str(experiment), "--export", source, str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "++model.num_maskmem=3" in printed
+    assert "++model.use_obj_ptrs_in_encoder=false" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--half"], "--half is a form of --export"),
+        (["--dry-run", "--check-data"], "--dry-run and --check-data are two commands"),
+        (["--evaluate", "base", "--export", "a", "b"], "--export and --evaluate are two commands"),
+        (["--evaluate", "base", "--resume"], "--evaluate does not train"),
+        (["--dry-run", "--run-dir", "x"], "--run-dir is for a run"),
+    ],
+)
+def test_options_that_do_not_go_together(experiment, words, message, capsys):
+    assert launch.main([str(experiment), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_folder_that_cannot_be(experiment, capsys):
+    assert launch.main([str(experiment), "--run-dir", str(experiment)]) == 2
+    assert "cannot be the folder of the run" in capsys.readouterr().err
+
+
+def test_the_end_names_files_that_are_there(experiment, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    assert launch.main([str(experiment), "dataset.val_path=null", "--run-dir", str(run_dir)]) == 0
+    printed = capsys.readouterr().out
+    assert str(run_dir / "checkpoints" / "last.pt") in printed
+    for absent in ("best.pt", "scores.csv", "overlays"):
+        assert str(run_dir / absent) not in printed
+        assert f"/{absent}" not in printed
 
 
 def test_a_sweep_agents_typed_values_win(experiment, tmp_path, monkeypatch, capsys):

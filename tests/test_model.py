@@ -171,7 +171,7 @@ def test_not_loaded():
 
 def test_guide_defaults():
     model = SAM2Model(None, "configs/sam2.1_hiera_t.yaml")
-    assert model.trainable_modules == MEMORY
+    assert model.trainable_modules == list(MEMORY)
     assert (model.image_size, model.num_maskmem) == (512, 7)
     config = ModelConfig()
     assert config.trainable_modules == MEMORY

@@ -35,7 +35,7 @@ LEVELS = [
     {"sav", "compare"},
     {"evaluate", "download"},
     {"experiment", "environment", "horizon", "video_overlays", "mask_files", "prompt_cells"},
-    {"build", "scoring", "score_figures", "sweep_file", "sweep_trials"},
+    {"audit", "build", "scoring", "score_figures", "sweep_file", "sweep_trials"},
     {"trainer", "describe", "export", "check", "benchmark", "sweep_search", "sweep_report"},
     {"sweep"},
     {"launch"},

@@ -183,7 +183,7 @@ class TestTrials:
         sets = (["point"], ["bbox"], ["mask"], ["point", "bbox"], ["point", "bbox", "mask"])
         expected = [
             {"dataset.prompt_types": types, "trainer.seed": seed}
-            for types, seed in itertools.product(sets, range(3))
+            for types, seed in itertools.product(sets, range(5))
         ]
         assert grid(prompts) == expected
         cells = {
@@ -279,6 +279,16 @@ class TestMistakes:
         path.write_text(path.read_text().replace("word", "'1e-4'"))
         with pytest.raises(UserError, match=r"'1e-4' is text; .*: write 0\.0001"):
             run(path)
+
+    def test_a_switch_has_its_own_cure(self, small):
+        path = small({"dataset.shuffle": {"values": ["word"]}})
+        path.write_text(path.read_text().replace("word", "yes"))
+        with pytest.raises(UserError, match="write 'yes', or true where a switch is meant"):
+            load_sweep(path)
+
+    def test_smoke_is_known_to_the_sweep(self, small):
+        sweep = load_sweep(small({"trainer.seed": {"values": [0]}}), ["--smoke"])
+        assert sweep.experiment({"trainer.seed": 0}).trainer.num_steps == 2
 
     @pytest.mark.parametrize("written", ["on", "010", "2020-01-01", "1_000", "12:30"])
     def test_what_wandb_reads_differently(self, small, written):

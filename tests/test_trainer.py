@@ -251,6 +251,80 @@ def test_the_audit_is_logged_at_step_one(experiment, tmp_path):
     assert audit["audit/memory_attention/norm"] > 0
 
 
+def late_object(folder, num_videos, late):
+    """Videos of three frames, in some of which the one object shows on the last frame only."""
+    absent = [(video_id, t, 1) for video_id in late for t in (0, 1)]
+    sizes = {"num_videos": num_videos, "num_frames": 3, "num_objects": 1, "size": (64, 64)}
+    return str(make_coco(folder, absent=absent, **sizes))
+
+
+def test_a_clip_without_anything_to_track_is_passed_over(experiment, tmp_path):
+    """Its loss has no graph; the audit waits for a clip that says something."""
+    data = late_object(tmp_path / "late", 2, late=[1])
+    settings = experiment(
+        dataset={"data_path": data, "val_path": None, "shuffle": False}, trainer={"num_steps": 3}
+    )
+    trainer = make_trainer(settings, tmp_path / "run")
+    trainer.run()
+    lines = rows(tmp_path / "run")
+    learnt = [r["audit/batches_with_gradient"] for r in lines if "audit/batches_with_gradient" in r]
+    assert learnt == [0, 1, 0]
+    (audit,) = [row for row in lines if "audit/memory_encoder/norm" in row]
+    assert audit["step"] == 2
+
+
+def test_data_without_anything_to_track_stop_the_run(experiment, tmp_path):
+    data = late_object(tmp_path / "late", 2, late=[1, 2])
+    settings = experiment(dataset={"data_path": data, "val_path": None})
+    with pytest.raises(UserError, match="no frame after a prompt was there to learn from"):
+        make_trainer(settings, tmp_path / "run").run()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dataset": {"video_clip_length": 1}}, "dataset.video_clip_length is 1"),
+        ({"model": {"num_maskmem": 0}}, "model.num_maskmem is 0"),
+        (
+            {"model": {"trainable_modules": ["obj_ptr_proj"], "max_obj_ptrs_in_encoder": 0}},
+            "model.max_obj_ptrs_in_encoder is 0",
+        ),
+        ({"model": {"trainable_modules": ["no_mem_pos_enc"]}}, "SAM 2 never reads it"),
+        (
+            {
+                "model": {"trainable_modules": ["memory_attention", "mask_downsample"]},
+                "dataset": {"prompt_types": ["point"]},
+            },
+            "mask_downsample got no gradient: it is read for prompts that are masks only",
+        ),
+        (
+            {
+                "model": {"trainable_modules": ["no_mem_embed"]},
+                "dataset": {"prompt_types": ["mask"]},
+            },
+            "points or boxes only",
+        ),
+    ],
+)
+def test_the_audit_says_why(experiment, tmp_path, changes, reason):
+    with pytest.raises(UserError, match=reason) as caught:
+        make_trainer(experiment(**changes), tmp_path / "run").run()
+    assert "trainer.audit=warn" in str(caught.value)
+
+
+def test_frames_in_two_splits_are_warned_of(experiment, tmp_path):
+    settings = experiment()
+    copied = tmp_path / "data" / "copy.json"
+    copied.write_text((tmp_path / "data" / "annotations.json").read_text())
+    other = str(make_coco(tmp_path / "other", num_frames=5, size=(64, 64)))
+    dataset = {"data_path": other, "test_path": str(copied)}
+    settings = experiment(dataset=dataset, trainer={"num_steps": 1, "val_every": 1})
+    make_trainer(settings, tmp_path / "run").run()
+    (warning,) = json.loads((tmp_path / "run" / "summary.json").read_text())["warnings"]
+    assert "val_path and dataset.test_path share frames (video 1, 2, 3)" in warning
+    assert "too high" in warning
+
+
 def test_no_validation_videos_is_no_scores(experiment, tmp_path):
     run_dir = tmp_path / "run"
     settings = experiment(dataset={"val_path": None}, trainer={"num_steps": 2})
@@ -292,7 +366,7 @@ def test_a_short_training_lowers_the_loss(experiment, tmp_path):
 def test_devices():
     assert choose_device("cpu").type == "cpu"
     assert choose_device("auto").type in ("cpu", "cuda")
-    with pytest.raises(UserError, match=r"trainer\.device.*gpu"):
+    with pytest.raises(UserError, match=r"device: 'gpu'; expected .* auto"):
         choose_device("gpu")
 
 

@@ -70,7 +70,7 @@ def test_the_defaults_are_those_of_the_guide(folder):
     dataset = VideoDataset(folder)
     assert dataset.image_size == (512, 512)
     assert dataset.settings.video_clip_length == 5
-    assert dataset.prompts.prompt_types == ("point", "bbox", "mask")
+    assert dataset.prompts.prompt_types == ["point", "bbox", "mask"]
     assert dataset.prompts.num_of_pos_points == (1, 3)
     assert dataset.prompts.num_of_neg_points == 0
     assert dataset.prompts.include_center is False

@@ -1,0 +1,82 @@
+"""The gradient audit: what each trained module got, and why a listed one got nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+
+from sam2train.clips import BatchedVideoDatapoint, is_empty
+from sam2train.experiment import Experiment
+from sam2train.model import SAM2Model
+from sam2train.pretrained import MODULES, match_parameters
+
+# Parameters that SAM 2 reads at times only; see its `SAM2Base`.
+_RESTING = {
+    "no_mem_pos_enc": "SAM 2 never reads it",
+    "no_mem_embed": "it is read on frames that are prompted by points or boxes only",
+    "mask_downsample": "it is read for prompts that are masks only",
+    "no_obj_ptr": "it is read where the object score says that the object is absent only",
+    "no_obj_embed_spatial": "it is read where the object score says that the object is absent only",
+}
+_POINTERS = ("obj_ptr_proj", "obj_ptr_tpos_proj")
+
+
+def audit_gradients(model: SAM2Model) -> dict[str, float]:
+    """`audit/<module>/tensors`, `.../with_gradient` and `.../norm` of each trained module."""
+    tensors: dict[str, list[torch.Tensor | None]] = {}
+    for name, parameter in model.trainable_parameters().items():
+        tensors.setdefault(name.split(".")[0], []).append(parameter.grad)
+    record = {}
+    for module, gradients in tensors.items():
+        norms = [gradient.norm() for gradient in gradients if gradient is not None]
+        record[f"audit/{module}/tensors"] = len(gradients)
+        record[f"audit/{module}/with_gradient"] = len(norms)
+        record[f"audit/{module}/norm"] = float(torch.stack(norms).norm()) if norms else 0.0
+    return record
+
+
+def idle_modules(model: SAM2Model, experiment: Experiment) -> str | None:
+    """What to say of the entries of `model.trainable_modules` that got no gradient at all; None
+    where each got one.
+
+    A single tensor may rest for a step (the embedding of absence does while nothing is absent);
+    what the experiment lists may not.
+    """
+    parameters = model.trainable_parameters()
+    lines = []
+    for entry in model.trainable_modules:
+        names = match_parameters(model.sam2, [entry], MODULES)
+        if all(parameters[name].grad is None for name in names):
+            tops = {name.split(".")[0] for name in names}
+            lines.append(f"{entry} got no gradient: {'; '.join(_reasons(tops, experiment))}")
+    return f"model.trainable_modules: {'. '.join(lines)}" if lines else None
+
+
+def _reasons(tops: Collection[str], experiment: Experiment) -> Sequence[str]:
+    """What keeps gradients from these modules or parameters of SAM 2, by the settings at fault."""
+    config = experiment.model
+    if tops <= _RESTING.keys():
+        return list(dict.fromkeys(_RESTING[top] for top in sorted(tops)))
+    found = []
+    if experiment.dataset.video_clip_length < 2:
+        found.append(
+            "dataset.video_clip_length is 1, and the memory is learnt through later frames"
+        )
+    if config.num_maskmem == 0:
+        found.append("model.num_maskmem is 0, which leaves no memory")
+    if tops <= {*_POINTERS} and config.max_obj_ptrs_in_encoder == 0:
+        found.append("model.max_obj_ptrs_in_encoder is 0, which leaves no object pointers")
+    if config.memory_gradient == "detached" and "memory_attention" not in tops:
+        found.append("model.memory_gradient is `detached`, so that what writes it learns nothing")
+    return found or ["no frame after a prompt was there to learn from"]
+
+
+def has_tracked_frame(batch: BatchedVideoDatapoint) -> bool:
+    """Whether an object of the batch has a real frame after its first prompt."""
+    lengths = batch.frame_valid.sum(0).tolist()
+    return any(
+        prompt["frame_index"] + 1 < length and not is_empty(prompt)
+        for prompts, length in zip(batch.prompts, lengths, strict=True)
+        for prompt in prompts
+    )
