@@ -116,7 +116,7 @@ def settings_in_order(values: Iterable[Any]) -> list[Any]:
     return sorted(set(values), key=place)
 
 
-def differences(results: pd.DataFrame, question: Question, split: str = "val") -> pd.DataFrame:
+def differences(results: pd.DataFrame, question: Question) -> pd.DataFrame:
     """J&F at the last step of each run, by the values of the setting that the question is about.
 
     Args:
@@ -136,7 +136,7 @@ def differences(results: pd.DataFrame, question: Question, split: str = "val") -
     import pandas as pd
 
     rows = []
-    for outer, part in _within(last_step(results, split=split), question):
+    for outer, part in _within(last_step(results), question):
         for value in settings_in_order(part[question.by]):
             first, second = (part[part[question.by] == v] for v in (question.reference, value))
             row = {**outer, question.by: value}

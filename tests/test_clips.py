@@ -76,6 +76,17 @@ def test_a_clip_reads_as_attributes_and_as_a_dict():
         sample["keys"]
 
 
+def test_a_clip_can_be_asked_as_a_dict_can():
+    one = clip(1, 3, [1, 2])
+    assert "images" in one
+    assert "labels" not in one
+    assert list(one) == list(one.keys()) == list(dict(one)) == [name for name, _ in one.items()]
+    assert len(one) == len(dict(one))
+    batch, other = collate_fn([one]), collate_fn([dict(one)])
+    assert torch.equal(batch.masks, other.masks)
+    assert batch.names == other.names
+
+
 def test_a_prompt_is_empty_without_point_box_and_mask():
     assert is_empty(prompt(1))
     assert is_empty(prompt(1, mask=np.zeros(SIZE, bool)))

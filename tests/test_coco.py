@@ -487,6 +487,35 @@ def test_frames_of_two_sizes_in_one_video_are_an_error(coco):
 # Segmentations
 
 
+def test_polygons_of_a_picture_of_another_size_are_ambiguous(coco):
+    def change(content):
+        for image in content["images"][:2]:
+            image |= {"width": 128, "height": 96}
+        content["annotations"][0]["segmentation"] = [[2, 2, 60, 2, 60, 60]]
+
+    message = fails(edit(coco, change))
+    assert "polygons count in pixels of a picture of 128x96 as the file says or of 64x48" in message
+    assert "1 problem" in message  # the RLE of the other image has a size of its own
+
+
+def test_the_other_name_of_an_image_is_tried(coco):
+    def change(content):
+        for image in content["images"]:
+            image["file_name"], image["path"] = image["path"], "elsewhere/" + image["path"]
+
+    assert names(load(edit(coco, change)))[0] == "frame_000.png"
+
+
+def test_a_path_too_long_for_a_file_and_a_file_too_deep(coco, tmp_path):
+    def change(content):
+        content["images"][1]["path"] = "x" * 5000
+
+    assert "File name too long" in fails(edit(coco, change))
+    deep = tmp_path / "deep.json"
+    deep.write_text("[" * 100_000)
+    assert "is not valid JSON" in fails(deep)
+
+
 def test_polygons_and_both_kinds_of_rle_are_read(coco):
     truth = moving_masks(6, 2, SIZE)[:, 0]
     y, x = np.nonzero(truth[1])

@@ -358,6 +358,15 @@ def test_apply_overrides_leaves_its_input_alone():
     assert raw == {"train": {"lr": 1, "rates": {"a": 1}}, "data": None}
 
 
+def test_an_override_takes_the_place_of_the_other_spelling():
+    raw = {"data": {"include_center_point": True}}
+    changed = apply_overrides(raw, {"data.include_center": False}, Config)
+    assert changed["data"] == {"include_center": False}
+    assert build(Config, changed, "x.yaml").data.include_center is False
+    assert len(apply_overrides(raw, {"data.include_center": False})["data"]) == 2
+    assert apply_overrides(raw, {"data.unknown.x": 5}, Config)["data"]["include_center_point"]
+
+
 def test_override_into_a_value_is_an_error():
     with pytest.raises(UserError, match=r"cannot set train\.lr\.x: train\.lr is 0\.5"):
         apply_overrides({"train": {"lr": 0.5}}, {"train.lr.x": 1})

@@ -21,6 +21,7 @@ from sam2train import datasets
 from sam2train.clips import collate_fn, is_empty
 from sam2train.config import ConfigError, build
 from sam2train.datasets import ClipSampler, COCODataset, DatasetConfig
+from sam2train.errors import UserError
 from sam2train.transforms import AugmentConfig
 
 # A sample
@@ -293,6 +294,42 @@ def test_a_tiny_object_survives_the_resize(coco):
 
 
 # The sampler
+
+
+def test_an_epoch_can_be_set_for_other_loaders(coco):
+    dataset = load(coco, prompt_types=["point"])
+    first = dataset[0]
+    dataset.set_epoch(1)
+    assert same(dataset[0], dataset[1, 0])
+    assert not same(dataset[0], first)
+
+
+def test_what_shows_on_the_last_frame_alone_is_not_chosen(tmp_path):
+    """Of two objects one is drawn: not the one that leaves nothing to track."""
+    absent = [(1, t, 2) for t in range(3)]
+    dataset = load(make_coco(tmp_path, num_frames=4, absent=absent), max_objects=1)
+    assert {tuple(dataset[epoch, 0].object_ids) for epoch in range(20)} == {(1,)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"video_clip_length": 0}, "video_clip_length: 0; expected a whole number of at least 1"),
+        ({"image_size": 512}, r"image_size: 512; expected \(height, width\)"),
+        ({"max_objects": 0}, "max_objects: 0"),
+        ({"seed": -1}, "seed: -1; expected a whole number of at least 0"),
+        ({"num_of_pos_points": "1"}, "num_of_pos_points: '1'; expected a whole number or a range"),
+        ({"prompt_types": "point"}, "prompt_types: 'point' is a text; expected a list"),
+    ],
+)
+def test_arguments_that_cannot_be_meant(coco, settings, message):
+    with pytest.raises(UserError, match=message):
+        load(coco, **settings)
+
+
+def test_numbers_of_numpy_will_do(coco):
+    dataset = load(coco, prompt_types=["point"], num_of_pos_points=np.int64(2))
+    assert {len(prompt["points"]) for prompt in dataset[0].prompts} == {2}
 
 
 def test_each_epoch_visits_every_clip_once():

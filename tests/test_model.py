@@ -693,6 +693,77 @@ def test_two_prompts_for_one_object_on_one_frame(shared):
         shared(collate_fn([clip]))
 
 
+def test_a_box_alone_is_a_prompt():
+    """Fields that say nothing may be left out; a box gives its corners."""
+    model = make_model().eval()
+    images = torch.randn(1, 2, 3, SIZE, SIZE)
+    box = np.array([8, 8, 40, 40], np.float32)
+    corners = {"points": box.reshape(2, 2), "labels": np.array([2, 3], np.int32)}
+    short = {"object_id": 1, "frame_index": 0, "type": "bbox", "box": box}
+    with torch.no_grad():
+        alone, whole = (
+            model(images, None, [prompt])["pred_masks"] for prompt in (short, {**short, **corners})
+        )
+    assert torch.equal(alone, whole)
+    assert (alone > -1000).any()
+
+
+def test_a_mask_prompt_of_numbers_is_one_of_bools():
+    model = make_model().eval()
+    images = torch.randn(1, 2, 3, SIZE, SIZE)
+    mask = np.zeros((SIZE, SIZE), bool)
+    mask[8:40, 8:40] = True
+    with torch.no_grad():
+        one, two = (
+            model(images, None, [{"object_id": 1, "frame_index": 0, "mask": m}])["pred_masks"]
+            for m in (mask, mask.astype(np.uint8) * 255)
+        )
+    assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ({"object_id": 1}, "a prompt without frame_index; it has object_id"),
+        (
+            {"object_id": 1, "frame_index": 0, "points": np.ones((2, 2)), "labels": np.ones(1)},
+            "object 1: 2 points with 1 labels",
+        ),
+    ],
+)
+def test_prompts_that_say_too_little(prompt, message):
+    with pytest.raises(UserError, match=message):
+        make_model()(torch.randn(1, 2, 3, SIZE, SIZE), None, [prompt])
+
+
+def test_masks_of_an_object_without_a_prompt():
+    masks = torch.zeros(1, 2, 2, SIZE, SIZE, dtype=torch.bool)
+    masks[0, 0, 1, :9] = True
+    prompt = {"object_id": 2, "frame_index": 0, "box": np.array([8, 8, 40, 40], np.float32)}
+    with pytest.raises(UserError, match="masks show objects that no prompt names"):
+        make_model()(torch.randn(1, 2, 3, SIZE, SIZE), masks, [prompt])
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("memory_attention", r"expected a list of names, \['memory"),
+        (None, "expected a list"),
+        ([1], "1 is no text"),
+    ],
+)
+def test_trainable_modules_are_a_list_of_names(names, message):
+    with pytest.raises(UserError, match=message):
+        SAM2Model(None, DEMO, names)
+
+
+def test_no_such_device():
+    with pytest.raises(UserError, match="device: 'cudua'; expected cpu, cuda"):
+        SAM2Model(None, DEMO, device="cudua")
+    with pytest.raises(UserError, match="device: meta is not available here"):
+        SAM2Model(None, DEMO, device="meta", image_size=SIZE).load()
+
+
 def test_a_datapoint_with_an_object_that_has_no_prompt(shared):
     """Which one is it? The place of every later object depends on it."""
     batch = collate_fn([make_clip(("point", 0), ("point", 0))])

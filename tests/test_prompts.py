@@ -176,6 +176,19 @@ def test_a_prompt_has_all_its_fields(kind):
     assert not is_empty(prompt)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.int64])
+@pytest.mark.parametrize("kind", PROMPT_TYPES)
+def test_masks_of_numbers_are_those_above_0(kind, dtype):
+    mask = np.zeros((20, 30), bool)
+    mask[5:9, 6:20] = True
+    generator = PromptGenerator([kind], 5, num_of_neg_points=5)
+    plain, numbers = (
+        generator.generate(m, np.random.default_rng(0)) for m in (mask, mask.astype(dtype) * 200)
+    )
+    for name, value in plain.items():
+        assert np.array_equal(numbers[name], value), name
+
+
 @pytest.mark.parametrize("kind", PROMPT_TYPES)
 def test_an_empty_mask_gives_an_empty_prompt(kind):
     prompt = generate(np.zeros((8, 9), bool), kind, include_center=True, num_of_neg_points=3)

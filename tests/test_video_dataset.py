@@ -66,6 +66,15 @@ def test_the_guides_arguments_by_position(folder):
     assert counts == {3, 4, 5}  # the centre and two to four
 
 
+def test_an_epoch_can_be_set_for_other_loaders(folder):
+    dataset = VideoDataset(folder, SIZE)
+    first = dataset[0]
+    assert same(dataset[0], first)
+    dataset.set_epoch(3)
+    assert same(dataset[0], dataset[3, 0])
+    assert not same(dataset[0], first)
+
+
 def test_the_defaults_are_those_of_the_guide(folder):
     dataset = VideoDataset(folder)
     assert dataset.image_size == (512, 512)

@@ -238,6 +238,22 @@ def test_all_problems_come_together(tmp_path):
         assert part in message
 
 
+def test_masks_that_are_no_png_or_lie_in_two_places(tmp_path):
+    make_vos(tmp_path, names=["a", "b"])
+    masks = tmp_path / "Annotations"
+    Image.fromarray(np.zeros(SIZE, np.uint8)).save(masks / "a" / "00001.jpg")
+    save_ids(masks / "b" / "thing" / "00001.png", np.ones(SIZE))
+    message = fails(tmp_path)
+    assert "00001.jpg: a mask that is no PNG; write it as one, or remove it" in message
+    assert "masks (00000.png) beside folders of masks (thing)" in message
+
+
+def test_a_list_that_is_no_text(tmp_path):
+    make_vos(tmp_path)
+    path = tmp_path / "JPEGImages" / "bear" / "00000.png"
+    assert f"{path}: is no text; expected a list of videos" in fails(path)
+
+
 def test_folders_that_are_something_else(tmp_path):
     assert "no such file or folder" in fails(tmp_path / "nowhere")
     assert "no frames with masks" in fails(tmp_path)
