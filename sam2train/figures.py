@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
 MARKERS = "osD^vPX"
 GREY = "#777777"
+FROZEN = "#c8c8c8"
+TRAINABLE = "model.trainable_modules"
 JANDF = "J&F"
 _HORIZON = {  # metric -> labels of its axes
     "horizon/J": ("frames since the prompt, up to", "J"),
@@ -258,7 +260,7 @@ def presence(masks: pd.DataFrame, *, title: str = "") -> Figure:
 
 
 def parameters(run: Mapping[str, Any], *, title: str = "") -> Figure:
-    """How many parameters each module has; the title's second half says how many are trained.
+    """How many parameters each module has, trained ones in colour; the title says how many.
 
     Args:
         run: a row of `results.load_runs`.
@@ -272,9 +274,16 @@ def parameters(run: Mapping[str, Any], *, title: str = "") -> Figure:
     if not sizes:
         raise UserError(f"{run['path']}: no parameter counts in its summary.json; nothing to draw")
     names = sorted(sizes, key=sizes.get)
+    # Parts of a module may be listed, too: its bar says that something of it is trained.
+    listed = {entry.split(".")[0] for entry in str(run.get(TRAINABLE)).split("+")}
+    colours = {name: COLOURS[0] if listed & {name, "*"} else FROZEN for name in names}
     with new_figure(6.5, 0.32 * len(names) + 1) as (figure, (axes,)):
-        bars = axes.barh(names, [sizes[name] for name in names], color=COLOURS[0])
+        sides = [sizes[name] for name in names]
+        bars = axes.barh(names, sides, color=[colours[name] for name in names])
         axes.bar_label(bars, [f"{sizes[name]:,.0f}" for name in names], padding=3, fontsize=9)
+        for label, colour in (("trained", COLOURS[0]), ("frozen", FROZEN)):
+            axes.barh([], [], color=colour, label=label)
+        axes.legend(loc="lower right", fontsize=9)
         said = f"{title or run['run']}: {trained / 1e6:.2f} M of {total / 1e6:.2f} M are trained"
         axes.set(title=said, xlabel="parameters", xlim=(0, 1.25 * max(sizes.values())))
         axes.grid(False, axis="y")

@@ -216,11 +216,13 @@ def labels(runs: pd.DataFrame) -> pd.Series:
 
 def overview(runs: pd.DataFrame) -> pd.DataFrame:
     """`load_runs` as a table to look at: its main columns and what was varied, best first."""
+    import pandas as pd
+
     names = ("experiment", "run", "seed", "status", "step", "baseline", "last", "gain", "best")
     table = runs.sort_values(["last", "path"], ascending=[False, True], na_position="last")
     table = table.assign(
         minutes=(table["seconds"] / 60).round(1),
-        written=table["written"].dt.strftime("%Y-%m-%d %H:%M"),
+        written=pd.to_datetime(table["written"], utc=True).dt.strftime("%Y-%m-%d %H:%M"),
     )
     table = table.reindex(columns=[*names, "params/trainable", "minutes", "written", *varied(runs)])
     # Whole numbers that may be missing, where a run cannot be read.

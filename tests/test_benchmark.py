@@ -140,6 +140,14 @@ def test_a_run_reports_its_best_on_test(trained, tmp_path):
         assert summary[name] == again[name]
 
 
+def test_a_run_folder_stands_for_its_best_checkpoint(trained, tmp_path):
+    out = tmp_path / "out"
+    words = ("--no-base", "evaluation.max_videos=1", "--run-dir", out)
+    assert call(trained, "--evaluate", trained / "run", *words) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["checkpoint"]["path"] == str(trained / "run" / "checkpoints" / "best.pt")
+
+
 def test_the_prompt_matrix(trained, tmp_path, capsys):
     out = tmp_path / "out"
     words = ("--prompt-matrix", "base", "--run-dir", out)

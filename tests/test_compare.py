@@ -178,6 +178,19 @@ class TestCompare:
         )
         assert "Careful" in printed(compare_runs, [a, b])
 
+    def test_other_prompts_are_warned_of(self, tmp_path):
+        """Runs are scored with the prompts they were trained with, unless they say otherwise."""
+        for own in (None, ["mask"]):
+            a, b = (
+                make_run(
+                    tmp_path / f"{own}_{kind}",
+                    settings={"dataset.prompt_types": [kind], "evaluation.prompt_types": own},
+                )
+                for kind in ("mask", "point")
+            )
+            text = printed(compare_runs, [a, b])
+            assert ("under different dataset.prompt_types" in text) == (own is None)
+
 
 class TestCollect:
     def test_a_sweep_becomes_a_table_and_a_picture(self, tmp_path):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -242,8 +243,12 @@ def test_presence_has_a_bar_for_each_frame_that_shows_an_object():
 def test_parameters_name_the_modules_by_size():
     counts = {"total": 3e6, "trainable": 1e6, "memory_encoder": 1e6, "image_encoder": 2e6}
     run = {"run": "one", **{f"params/{name}": count for name, count in counts.items()}}
+    run["model.trainable_modules"] = "memory_attention+memory_encoder.fuser"
     (axes,) = figures.parameters({**run, "params/other": np.nan}).axes
     assert [t.get_text() for t in axes.get_yticklabels()] == ["memory_encoder", "image_encoder"]
+    trained, frozen = (bar.get_facecolor() for bar in axes.containers[0])
+    assert trained != frozen
+    assert trained == matplotlib.colors.to_rgba(figures.COLOURS[0])
     assert axes.get_title(loc="left") == "one: 1.00 M of 3.00 M are trained"
     with pytest.raises(UserError, match="no parameter counts"):
         figures.parameters({"path": "runs/x"})

@@ -155,6 +155,28 @@ class TestStatus:
         assert good["status"] == "finished"
         assert set(load_curves(load_runs(tmp_path))["run"]) == {"good"}
 
+    @pytest.mark.parametrize(
+        ("name", "text", "said"),
+        [
+            ("summary.json", "[]", "holds no object"),
+            ("metrics.jsonl", '{"loss": 1}\n', "line 1: no object with a whole number as `step`"),
+            ("metrics.jsonl", "3\n", "line 1: no object"),
+        ],
+    )
+    def test_files_of_another_kind(self, tmp_path, name, text, said):
+        run = make_run(tmp_path / "bad")
+        (run / name).write_text(text)
+        runs = load_runs(tmp_path)
+        assert said in runs["problem"].iloc[0]
+        # Nothing but this run, and still all columns.
+        assert runs["last"].isna().all()
+        assert len(results.overview(runs)) == 1
+
+    def test_a_summary_without_its_numbers(self, tmp_path):
+        run = make_run(tmp_path / "run")
+        (run / "summary.json").write_text('{"steps": null, "seconds": null, "status": "finished"}')
+        assert load_runs(tmp_path)["step"].tolist() == [20]
+
 
 class TestGroups:
     def test_seeds_form_a_group(self, tmp_path):
@@ -338,6 +360,14 @@ class TestScores:
         assert scores["video_id"].iloc[0] == "000"
         assert scores["object_id"].iloc[0] == "1"
         assert len(scores) == 18
+
+    def test_ids_that_look_like_missing_values(self, tmp_path):
+        run = make_run(tmp_path / "run")
+        path = run / "scores.csv"
+        path.write_text(path.read_text().replace(",000,1,", ",NA,null,").replace(",001,", ",nan,"))
+        scores = load_scores(run)
+        assert scores["video_id"].unique().tolist()[:2] == ["NA", "nan"]
+        assert scores["object_id"].iloc[0] == "null"
 
     def test_baselines_are_left_out(self, tmp_path):
         run = make_run(tmp_path / "run")
