@@ -503,8 +503,14 @@ def read_csv(path: Path, names: Sequence[str]) -> pd.DataFrame:
     import pandas as pd
 
     try:
-        # Ids are text, also "NA" and "null"; an empty one is none.
-        frame = pd.read_csv(path, converters=dict.fromkeys(_ID_COLUMNS, lambda text: text or None))
+        # Ids are text, "NA" and "null", too; an empty cell is none.
+        missing = {name: ["", "nan"] for name in pd.read_csv(path, nrows=0).columns}
+        frame = pd.read_csv(
+            path,
+            dtype=dict.fromkeys(_ID_COLUMNS, str),
+            keep_default_na=False,
+            na_values=missing | dict.fromkeys(_ID_COLUMNS, [""]),
+        )
     except (ValueError, pd.errors.ParserError) as error:  # an empty file is a ValueError
         raise UserError(f"{path}: {error}; expected columns {', '.join(names)}") from error
     if missing := [name for name in names if name not in frame]:
