@@ -509,7 +509,7 @@ def read_csv(path: Path, names: Sequence[str]) -> pd.DataFrame:
             path,
             dtype=dict.fromkeys(_ID_COLUMNS, str),
             keep_default_na=False,
-            na_values=missing | dict.fromkeys(_ID_COLUMNS, [""]),
+            na_values=missing | {name: [""] for name in _ID_COLUMNS},
         )
     except (ValueError, pd.errors.ParserError) as error:  # an empty file is a ValueError
         raise UserError(f"{path}: {error}; expected columns {', '.join(names)}") from error
