@@ -265,6 +265,8 @@ def parameters(run: Mapping[str, Any], *, title: str = "") -> Figure:
     Args:
         run: a row of `results.load_runs`.
     """
+    from matplotlib.patches import Patch
+
     sizes = {
         name.removeprefix("params/"): size
         for name, size in run.items()
@@ -281,9 +283,9 @@ def parameters(run: Mapping[str, Any], *, title: str = "") -> Figure:
         sides = [sizes[name] for name in names]
         bars = axes.barh(names, sides, color=[colours[name] for name in names])
         axes.bar_label(bars, [f"{sizes[name]:,.0f}" for name in names], padding=3, fontsize=9)
-        for label, colour in (("trained", COLOURS[0]), ("frozen", FROZEN)):
-            axes.barh([], [], color=colour, label=label)
-        axes.legend(loc="lower right", fontsize=9)
+        handles = [Patch(color=COLOURS[0], label="trained"), Patch(color=FROZEN, label="frozen")]
+        axes.legend(handles=handles, loc="lower right", fontsize=9)
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g} M")
         said = f"{title or run['run']}: {trained / 1e6:.2f} M of {total / 1e6:.2f} M are trained"
         axes.set(title=said, xlabel="parameters", xlim=(0, 1.25 * max(sizes.values())))
         axes.grid(False, axis="y")

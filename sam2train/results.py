@@ -251,8 +251,9 @@ def status_text(runs: pd.DataFrame) -> str:
     top = best(runs)
     if top["last"] == top["last"]:  # not NaN
         where = f"{top['experiment']}/{top['run']}"
-        text += f" The highest last J&F is {top['last']:.3f}, of {where}"
-        text += f" ({top['gain']:+.3f} since step 0)." if top["gain"] == top["gain"] else "."
+        text += f" The highest last J&F is {top['last']:.3f}, of {where}."
+        if runs.get("dataset.val_path", runs["run"].iloc[:0]).nunique() > 1:
+            text += " They were scored on different videos."
     return text
 
 

@@ -1,6 +1,8 @@
 """The three YAML blocks of the guide, word for word but for their paths, train a step."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,3 +82,19 @@ def test_the_blocks_train_a_step(block, weights, tmp_path):
     before = torch.load(weights, weights_only=True)["model"]
     changed = {n.split(".")[0] for n, value in trained.items() if not value.equal(before[n])}
     assert changed == {"memory_attention", "memory_encoder"}
+
+
+def test_the_python_lines_of_the_readme(tmp_path, monkeypatch):
+    """They train the model on a COCO JSON: run as they stand, in a folder that has one."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    make_coco(tmp_path, num_videos=2).rename(tmp_path / "train.json")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(block, names)
+    assert names["outputs"]["pred_masks"].shape == (2, 5, 2, 128, 128)
+    model = names["model"]
+    assert all(p.grad is not None for p in model.memory_encoder.parameters())
+    batch = names["batch"]
+    again = model(batch.images, batch.object_masks, batch.prompts)  # the line in the comment
+    assert again["pred_masks"].shape == names["outputs"]["pred_masks"].shape

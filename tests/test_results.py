@@ -273,7 +273,7 @@ class TestTables:
         make_run(tmp_path / "x" / "b", status="failed")
         text = results.status_text(load_runs(tmp_path))
         assert "2 runs: 1 finished, 1 failed." in text
-        assert "is 0.500, of x/a (+0.250 since step 0)." in text
+        assert "is 0.500, of x/a." in text
         (tmp_path / "x" / "a" / "metrics.jsonl").write_text("")
         assert results.status_text(load_runs(tmp_path / "x" / "a")) == "1 run: 1 finished."
 
