@@ -1,8 +1,7 @@
-"""An experiment's settings -> data set, model and device."""
+"""An experiment's settings -> data set and model."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,10 @@ import yaml
 
 from sam2train import checkpoint, demo
 from sam2train.datasets import COCODataset, VideoDataset
+from sam2train.devices import choose_device
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment
-from sam2train.model import SAM2Model, read_device
+from sam2train.model import SAM2Model
 from sam2train.pretrained import REPOSITORY, load_weights, resolve_path
 from sam2train.sampling import AnnotatedVideos
 from sam2train.sav import SAVDataset
@@ -157,17 +157,3 @@ def uses_bf16(experiment: Experiment, device: torch.device) -> bool:
     if experiment.trainer.bf16 is not None:
         return experiment.trainer.bf16
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
-
-
-def choose_device(name: str) -> torch.device:
-    """The device an experiment names; `auto` is CUDA where there is one, else the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return read_device(name)
-
-
-def num_cores() -> int:
-    """CPU cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

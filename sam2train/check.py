@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from sam2train.build import build_dataset, num_cores
+from sam2train.build import build_dataset
+from sam2train.devices import num_cores
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment
 from sam2train.images import read_image

@@ -309,7 +309,8 @@ def _train(experiment: Experiment, name: str, arguments: argparse.Namespace, con
             "another folder"
         )
 
-    from sam2train.trainer import Interrupted, Trainer
+    from sam2train.interrupt import Interrupted
+    from sam2train.trainer import Trainer
 
     trainer = Trainer(
         experiment, run_dir, run_id=run_id, name=name, resume=checkpoint, console=console

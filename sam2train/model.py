@@ -12,6 +12,7 @@ from torch import nn
 
 from sam2train.clips import BatchedVideoDatapoint, FramePrediction, Prompt
 from sam2train.config import Section
+from sam2train.devices import check_available, read_device
 from sam2train.errors import UserError
 from sam2train.interaction import Correction, Interaction
 from sam2train.memory_bank import ImageFeatures, MemoryBank
@@ -157,7 +158,7 @@ class SAM2Model(nn.Module):
             UserError: a file that is missing or does not fit, an unknown config or module name.
         """
         self.device = read_device(device if device is not None else self.device)
-        _check_available(self.device)
+        check_available(self.device)
         sam2 = build_sam2(
             resolve_config(self.config_path),
             image_size=self.image_size,
@@ -503,25 +504,3 @@ class SAM2Model(nn.Module):
         return current, [
             (candidates, ious, score) for _, candidates, ious, _, _, _, score in passes
         ]
-
-
-def read_device(name: str | torch.device) -> torch.device:
-    """The device of this name, whether or not it is there; UserError for no name of one."""
-    try:
-        return torch.device(name)
-    except (RuntimeError, TypeError):
-        raise UserError(
-            f"device: {name!r}; expected cpu, cuda, cuda:N, mps, or in an experiment auto"
-        ) from None
-
-
-def _check_available(device: torch.device) -> None:
-    there = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not there.get(device.type, False):
-        raise UserError(
-            f"device: {device} is not available here; use `cpu` (or `auto` in an experiment)"
-        )

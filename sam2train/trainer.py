@@ -5,12 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import FrameType
 
 import torch
 from rich.console import Console
@@ -18,10 +16,11 @@ from torch.utils.data import DataLoader
 
 from sam2train import checkpoint
 from sam2train.audit import audit_gradients, has_tracked_frame, idle_modules
-from sam2train.build import base_hash, build_dataset, build_model, num_cores, uses_bf16
+from sam2train.build import base_hash, build_dataset, build_model, uses_bf16
 from sam2train.clips import BatchedVideoDatapoint, collate_fn
 from sam2train.config import to_yaml
 from sam2train.datasets import ClipSampler
+from sam2train.devices import num_cores
 from sam2train.environment import describe_environment
 from sam2train.errors import UserError
 from sam2train.evaluate import (
@@ -36,6 +35,7 @@ from sam2train.evaluate import (
 from sam2train.experiment import Experiment, untrained_rows
 from sam2train.horizon import numbers
 from sam2train.interaction import Interaction
+from sam2train.interrupt import Interrupted, StopRequests, ignore_signals
 from sam2train.losses import compute_losses
 from sam2train.optimizer import build_optimizer, set_learning_rates
 from sam2train.scoring import (
@@ -54,10 +54,6 @@ from sam2train.scoring import (
 )
 from sam2train.tracking import Tracker
 from sam2train.video_overlays import OverlayDrawer
-
-
-class Interrupted(SystemExit):
-    """The run was asked to stop and has saved; the code is the shell's for the signal."""
 
 
 class Trainer:
@@ -93,7 +89,7 @@ class Trainer:
         self.latest: dict[str, float] = {}
         self.audit: dict[str, float] = {}  # until it is logged
         self.audited = False
-        self.stop_signal: int | None = None
+        self.stop = StopRequests()
         console = console or Console()
 
         def say(text: str) -> None:
@@ -145,7 +141,7 @@ class Trainer:
         """
         config, tracker = self.config, self.tracker
         resumed_at = self.step or None
-        with _StopRequests(self), tracker:
+        with self.stop, tracker:
             self._write_run_files()
             tracker.parameters(self.model.parameter_report())
             if rows := untrained_rows(self.experiment):
@@ -177,9 +173,9 @@ class Trainer:
                             self._evaluate()
                         if last or (self.step and self.step % config.save_every == 0):
                             self._save("last.pt")
-                    if self.stop_signal is not None:
+                    if self.stop.received is not None:
                         self._save("last.pt")
-                        raise Interrupted(128 + self.stop_signal)
+                        raise self.stop.interrupted()
                     if last:
                         break
                     scalars = self._train_step(batches)
@@ -213,7 +209,7 @@ class Trainer:
                 # More processes than cores only wait for each other; the clips are the same.
                 num_workers=min(config.num_workers, num_cores()),
                 collate_fn=collate_fn,
-                worker_init_fn=_leave_signals_to_the_trainer,
+                worker_init_fn=ignore_signals,
                 pin_memory=self.device.type == "cuda",
                 # Its own generator: the loader must not draw from the one that dropout uses.
                 generator=torch.Generator().manual_seed(self.config.seed),
@@ -389,8 +385,8 @@ class Trainer:
 
     def _heed_signal(self, index: int, seen: SeenFrame) -> None:
         """Stop between two frames where that was asked for; all is saved by now."""
-        if self.stop_signal is not None:
-            raise Interrupted(128 + self.stop_signal)
+        if self.stop.received is not None:
+            raise self.stop.interrupted()
 
     @contextmanager
     def _weights(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
@@ -465,32 +461,3 @@ class Trainer:
         self.tracker.summary(
             {**values, "steps": self.step, "seconds": self.tracker.seconds, "status": status}
         )
-
-
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """A signal to the whole process group must not kill the loader before the run has saved."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
-class _StopRequests:
-    """While open, SIGTERM and Ctrl-C ask the trainer to save and stop; a second Ctrl-C aborts."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
-        self.before: dict[int, object] = {}
-
-    def __enter__(self) -> None:
-        def request(number: int, frame: FrameType | None) -> None:
-            if self.trainer.stop_signal is not None and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.trainer.stop_signal = number
-
-        try:
-            self.before = {n: signal.signal(n, request) for n in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:
-            self.before = {}  # not in the main thread: signals are somebody else's business
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)

@@ -15,8 +15,18 @@ PACKAGE = ROOT / "sam2train"
 
 # A module imports from lower levels only.
 LEVELS = [
-    {"errors"},
-    {"intervals", "clips", "config", "metrics", "checkpoint", "images", "pretrained", "shapes"},
+    {"errors", "interrupt"},
+    {
+        "intervals",
+        "clips",
+        "config",
+        "metrics",
+        "checkpoint",
+        "devices",
+        "images",
+        "pretrained",
+        "shapes",
+    },
     {
         "demo_videos",
         "memory_bank",
@@ -29,7 +39,7 @@ LEVELS = [
         "videos",
         "synthetic",
     },
-    {"demo", "overlays", "interaction", "coco", "mask_cache", "results"},
+    {"demo", "overlays", "interaction", "coco", "mask_cache", "presence", "results"},
     {"sampling", "ablation", "model"},
     {"datasets", "vos", "figures"},
     {"sav", "compare"},

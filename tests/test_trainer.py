@@ -11,14 +11,16 @@ from conftest import make_coco
 from rich.console import Console
 
 from sam2train import checkpoint
-from sam2train.build import build_model, choose_device
+from sam2train.build import build_model
 from sam2train.clips import collate_fn
 from sam2train.config import load_yaml
 from sam2train.datasets import COCODataset, VideoDataset
+from sam2train.devices import choose_device
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment
+from sam2train.interrupt import Interrupted
 from sam2train.pretrained import resolve_config
-from sam2train.trainer import Interrupted, Trainer
+from sam2train.trainer import Trainer
 
 CONFIG = "sam2train/configs/sam2.1_hiera_demo.yaml"
 
