@@ -147,8 +147,9 @@ def score_tracks(
                 pair = seen.prediction[object_id][None], seen.ground_truth[object_id][None]
                 of_object.append(measure(*pair))
             for object_id, value in frame.object_scores.items():
-                missing = np.full(len(video.frames), np.nan, np.float32)
-                object_scores.setdefault(object_id, missing)[t] = value
+                if object_id not in object_scores:
+                    object_scores[object_id] = np.full(len(video.frames), np.nan, np.float32)
+                object_scores[object_id][t] = value
             if on_frame is not None:
                 on_frame(index, seen)
         joined = {o: join(parts) for o, parts in measures.items()}
