@@ -27,7 +27,7 @@ from sam2train.environment import describe_environment
 from sam2train.errors import UserError
 from sam2train.evaluate import SeenFrame, TrackedVideo, Videos, copy_first_mask, track_video
 from sam2train.experiment import Experiment
-from sam2train.horizon import numbers
+from sam2train.horizon import bin_name, numbers
 from sam2train.mask_files import MaskFolder
 from sam2train.model import SAM2Model
 from sam2train.prompt_cells import NOISE, Cell, CellPrompts, all_cells
@@ -342,7 +342,7 @@ class Benchmark:
             "prompt_matrix.png": "the same as a heat map",
         }
         self._say(f"\nwrote {self.run_dir}/")
-        for name in (*names, "summary.json"):
+        for name in (n for n in (*names, "summary.json") if (self.run_dir / n).exists()):
             text = about.get(name, "scores, settings and warnings")
             self._say(f"  {self.run_dir / name!s:<48} {text}")
         if self.tracker.how_to_sync:
@@ -387,8 +387,8 @@ def horizon_table(rows: Sequence[Scores]) -> Table:
     for scores in rows:
         table.add_column(scores.label, justify="right")
     texts = {
-        "horizon/J": "J ≤ {} frames on",
-        "horizon/recall_after_absence": "found, absent ≤ {}",
+        "horizon/J": "J, {} frames on",
+        "horizon/recall_after_absence": "found, absent {}",
         "horizon/false_positives": "false positives",
         "horizon/object_score_auc": "object score AUC",
     }
@@ -401,7 +401,7 @@ def horizon_table(rows: Sequence[Scores]) -> Table:
             values = [
                 f"{part[key][0]:.3f} (n={part[key][1]})" if key in part else "" for part in cells
             ]
-            table.add_row(text.format(key[1]), *values)
+            table.add_row(text.format(key[1] and bin_name(key[1])), *values)
     return table
 
 

@@ -112,7 +112,8 @@ def check_data(experiment: Experiment, console: Console | None = None) -> DataRe
         report = SplitReport(path)
         videos[name] = _index(experiment, path, name == "training", report)
         pictures[name] = _decode_frames(videos[name], name, report, console)
-        _look_for_oddities(videos[name], config.video_clip_length, report)
+        clip_length = config.video_clip_length if name == "training" else None
+        _look_for_oddities(videos[name], clip_length, report)
         report.statistics = _statistics(videos[name], config.video_clip_length)
         splits[name] = report
 
@@ -194,7 +195,8 @@ def _decode_file(path: Path, size: tuple[int, int], num_frames: int) -> bytes | 
         return str(problem)
 
 
-def _look_for_oddities(videos: list[Video], clip_length: int, report: SplitReport) -> None:
+def _look_for_oddities(videos: list[Video], clip_length: int | None, report: SplitReport) -> None:
+    """`clip_length` is None where whole videos are scored and no clip is drawn."""
     once, never = [], []
     for video in videos:
         shown = [o for t in video.labelled for o in video.visible(t)]
@@ -203,11 +205,14 @@ def _look_for_oddities(videos: list[Video], clip_length: int, report: SplitRepor
             name = f"object {object_id!r} of video {video.video_id!r}"
             if object_id in annotated and shown.count(object_id) < 2:
                 (once if object_id in shown else never).append(name)
-    short = [f"video {v.video_id!r}" for v in videos if len(v.labelled) < clip_length]
+    least = clip_length or 2  # a prompted frame and one to score
+    short = [f"video {v.video_id!r}" for v in videos if len(v.labelled) < least]
     told = {
-        "on a single frame: no clip shows it twice": once,
+        "on a single frame: nothing to track": once,
         "annotated, but never with a pixel": never,
-        f"fewer labelled frames than dataset.video_clip_length ({clip_length}), padded": short,
+        f"fewer labelled frames than dataset.video_clip_length ({clip_length}), padded"
+        if clip_length
+        else "a single labelled frame: nothing to score": short,
     }
     report.warnings += [
         f"{len(names)} x {what}: {listed(names)}" for what, names in told.items() if names

@@ -62,6 +62,12 @@ class Clip:
     def items(self) -> list[tuple[str, Any]]:
         return [(name, getattr(self, name)) for name in self.keys()]
 
+    def values(self) -> list[Any]:
+        return [value for _, value in self.items()]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return getattr(self, name) if name in self else default
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys())
 
@@ -191,7 +197,8 @@ def collate_fn(clips: Sequence[Clip | Mapping[str, Any]]) -> BatchedVideoDatapoi
         clips: B clips of one image size; lengths and numbers of objects may differ. Dicts with the
             fields of a clip will do.
     """
-    clips = [clip if isinstance(clip, Clip) else Clip(**clip) for clip in clips]
+    names = Clip.__dataclass_fields__
+    clips = [c if isinstance(c, Clip) else Clip(**{name: c[name] for name in names}) for c in clips]
     num_frames = max(len(clip.images) for clip in clips)
     num_objects = [len(clip.object_ids) for clip in clips]
     images = [_pad_frames(clip.images, num_frames, repeat=True) for clip in clips]

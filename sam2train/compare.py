@@ -186,7 +186,7 @@ def _groups_table(runs: pd.DataFrame) -> Table | None:
         names = varied(runs)
     if len(runs) < 2:
         return None
-    runs = runs.assign(settings=labels(runs) if names else "all of them")
+    runs = runs.assign(settings=labels(runs) if names else "the same")
     table = Table(title="by settings", title_justify="left", padding=(0, 1), box=None)
     table.add_column("settings", overflow="fold")
     table.add_column("last J&F", no_wrap=True)

@@ -259,6 +259,7 @@ def apply_overrides(
     Where `section` is given, an override also takes the place of its key's other spelling.
     """
     result = _copy(raw)
+    given: dict[tuple[str, ...], str] = {}
     for dotted, value in overrides.items():
         *parents, leaf = dotted.split(".")
         inner = result
@@ -271,7 +272,10 @@ def apply_overrides(
                     f"cannot set {dotted}: {'.'.join(parents[:depth])} is {_show(inner)}, "
                     "which holds no keys"
                 )
-        for spelling in _spellings(section, dotted):
+        spellings = _spellings(section, dotted)
+        if (first := given.setdefault((*parents, *spellings), leaf)) != leaf and spellings:
+            raise UserError(f"{dotted}: given twice, as {first} and {leaf}; keep one")
+        for spelling in spellings:
             inner.pop(spelling, None)
         inner[leaf] = _copy(value)
     return result

@@ -235,7 +235,7 @@ def track_video(
         logits = current["low_res_logits"][:, None]
         resized = F.interpolate(logits, video.size, mode="bilinear", align_corners=False)
         surest, winner = resized[:, 0].max(dim=0)  # (H, W)
-        winner = winner.where(surest > 0, -1).cpu().numpy()
+        winner = winner.where(surest > 0, -1).to(torch.int16).cpu().numpy()
         scores = current["object_score_logits"][:, 0].tolist()
         yield TrackedFrame(
             {object_id: winner == place for place, object_id in enumerate(object_ids)},

@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from sam2train.ablation import (
     settings_in_order,
 )
 from sam2train.errors import UserError
+from sam2train.pretrained import MODULES
 from sam2train.results import over_seeds
 
 if TYPE_CHECKING:
@@ -159,11 +161,11 @@ def memory_scores(results: pd.DataFrame, *, title: str = "") -> Figure:
     return figure
 
 
-def horizon(results: pd.DataFrame, by: str = MASKMEM, *, title: str = "") -> Figure:
+def horizon(results: pd.DataFrame, *, title: str = "") -> Figure:
     """How long the memory holds: J against the frames since the prompt, and below it how many
     objects are found again after an absence, against its length.
 
-    A line each value of `by`, a column each number of object pointers. Lines are means over seeds,
+    A line each `num_maskmem`, a column each number of object pointers. Lines are means over seeds,
     the shade their interval; a single seed has none. What was not measured has no row.
 
     Args:
@@ -177,14 +179,14 @@ def horizon(results: pd.DataFrame, by: str = MASKMEM, *, title: str = "") -> Fig
     }
     _not_empty(results if parts else results[:0])
     columns = settings_in_order(results[POINTERS]) if POINTERS in results else [None]
-    settings = settings_in_order(results[by])
+    settings = settings_in_order(results[MASKMEM])
     size = (4.5 * len(columns) + 2, 0.6 + 3.2 * len(parts))
     with new_figure(*size, len(columns), len(parts)) as (figure, all_axes):
         cells = itertools.product(parts.items(), columns)
         for axes, ((name, part), column) in zip(all_axes, cells, strict=True):
             chosen = part if column is None else part[part[POINTERS] == column]
             for setting, style in zip(settings, _ordered(len(settings)), strict=True):
-                means = over_seeds(chosen[chosen[by] == setting], ["at"], "value")
+                means = over_seeds(chosen[chosen[MASKMEM] == setting], ["at"], "value")
                 axes.plot(means["at"], means["mean"], label=f"{setting}", markersize=5, **style)
                 axes.fill_between(
                     means["at"], means["low"], means["high"], color=style["color"], alpha=0.13, lw=0
@@ -196,7 +198,7 @@ def horizon(results: pd.DataFrame, by: str = MASKMEM, *, title: str = "") -> Fig
             if column == columns[0]:
                 axes.set_ylabel(ylabel)
         all_axes[len(columns) - 1].legend(
-            title=by.split(".")[-1], loc="center left", bbox_to_anchor=(1, 0.5)
+            title="num_maskmem", loc="center left", bbox_to_anchor=(1, 0.5)
         )
         if title:
             figure.suptitle(title, fontsize=11, x=0.01, ha="left")
@@ -272,13 +274,19 @@ def parameters(run: Mapping[str, Any], *, title: str = "") -> Figure:
         for name, size in run.items()
         if name.startswith("params/") and size == size  # not NaN: another run's module
     }
-    total, trained = sizes.pop("total", math.nan), sizes.pop("trainable", math.nan)
+    total, learning = sizes.pop("total", math.nan), sizes.pop("trainable", math.nan)
     if not sizes:
         raise UserError(f"{run['path']}: no parameter counts in its summary.json; nothing to draw")
     names = sorted(sizes, key=sizes.get)
-    # Parts of a module may be listed, too: its bar says that something of it is trained.
-    listed = {entry.split(".")[0] for entry in str(run.get(TRAINABLE)).split("+")}
-    colours = {name: COLOURS[0] if listed & {name, "*"} else FROZEN for name in names}
+    # Parts of a module and patterns may be listed: the bar says that something of it is trained.
+    heads = [entry.split(".")[0] for entry in str(run.get(TRAINABLE)).split("+")]
+    heads = [MODULES.get(head, head) for head in heads]
+    trained = {
+        name
+        for name in names
+        if any(head[:1] == "*" or fnmatchcase(MODULES.get(name, name), head) for head in heads)
+    }
+    colours = {name: COLOURS[0] if name in trained else FROZEN for name in names}
     with new_figure(6.5, 0.32 * len(names) + 1) as (figure, (axes,)):
         sides = [sizes[name] for name in names]
         bars = axes.barh(names, sides, color=[colours[name] for name in names])
@@ -286,7 +294,7 @@ def parameters(run: Mapping[str, Any], *, title: str = "") -> Figure:
         handles = [Patch(color=COLOURS[0], label="trained"), Patch(color=FROZEN, label="frozen")]
         axes.legend(handles=handles, loc="lower right", fontsize=9)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g} M")
-        said = f"{title or run['run']}: {trained / 1e6:.2f} M of {total / 1e6:.2f} M are trained"
+        said = f"{title or run['run']}: {learning / 1e6:.2f} M of {total / 1e6:.2f} M are trained"
         axes.set(title=said, xlabel="parameters", xlim=(0, 1.25 * max(sizes.values())))
         axes.grid(False, axis="y")
     return figure

@@ -127,6 +127,11 @@ def bin_end(frames: int) -> int:
     return 1 << math.ceil(math.log2(max(frames, 1)))
 
 
+def bin_name(end: int) -> str:
+    """The frames of the bin that ends there: "1", "2", "3 to 4", "5 to 8", ..."""
+    return f"{end}" if end < 3 else f"{end // 2 + 1} to {end}"
+
+
 def area_under_roc(positive: Sequence[float], negative: Sequence[float]) -> float:
     """Chance that a positive's value is above a negative's; a tie counts half."""
     low = np.sort(np.asarray(negative, np.float64))

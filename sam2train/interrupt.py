@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
 
@@ -38,8 +39,8 @@ class StopRequests:
         return Interrupted(128 + self.received)
 
 
-def ignore_signals(worker: int) -> None:
-    """For processes that load data: a signal to the whole group must not end them before the run
-    has saved."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def leave_group(worker: int) -> None:
+    """For processes that load data: a signal to the whole group (Ctrl-C, `timeout`, a scheduler)
+    must not end them before the run has saved. One to them alone does, as at exit."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
+import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -232,6 +233,12 @@ def launch(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         overrides = SMOKE | overrides
     experiment = load_experiment(path, overrides)
     console = Console()
+    demo = demo_beside_own(experiment, overrides)
+    if "dataset.test_path" in demo:
+        experiment = load_experiment(path, overrides | {"dataset.test_path": None})
+    for key in () if arguments.json else demo:
+        done = "left out" if key == "dataset.test_path" else "used all the same"
+        print(f"{key} is the demo's, beside data of your own: {done}; name yours")
     if arguments.download:
         from sam2train.download import fetch_checkpoint
 
@@ -273,7 +280,25 @@ def launch(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
             console=console,
         )
         return 0
-    return _train(experiment, name, arguments, console)
+    return _train(experiment, name, arguments, rest, console)
+
+
+def demo_beside_own(experiment: Experiment, overrides: Mapping[str, Any]) -> list[str]:
+    """The splits that an experiment still has from the demo where the user gave data of their own:
+    a result must not be reported on shapes that have nothing to do with it."""
+    from sam2train.demo import is_demo_path
+
+    dataset = experiment.dataset
+    keys = ("data_path", "val_path", "test_path")
+    paths = {f"dataset.{key}": getattr(dataset, key) for key in keys}
+    own = [k for k, path in paths.items() if k in overrides and path and not is_demo_path(path)]
+    if "dataset.data_path" not in own and "dataset.val_path" not in own:
+        return []
+    return [
+        key
+        for key, path in paths.items()
+        if key != "dataset.data_path" and key not in overrides and path and is_demo_path(path)
+    ]
 
 
 def _run_sweep(path: Path, arguments: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -294,7 +319,13 @@ def _run_sweep(path: Path, arguments: argparse.Namespace, rest: Sequence[str]) -
     return run_sweep(path, folder, extra=extra, count=count, jobs=jobs or 1)
 
 
-def _train(experiment: Experiment, name: str, arguments: argparse.Namespace, console: Any) -> int:
+def _train(
+    experiment: Experiment,
+    name: str,
+    arguments: argparse.Namespace,
+    rest: Sequence[str],
+    console: Any,
+) -> int:
     runs = Path("runs") / name
     checkpoint = None
     run_id = _run_id()
@@ -316,7 +347,7 @@ def _train(experiment: Experiment, name: str, arguments: argparse.Namespace, con
         experiment, run_dir, run_id=run_id, name=name, resume=checkpoint, console=console
     )
     say = trainer.tracker.say
-    again = f"python run.py {arguments.file} --resume {run_dir}"
+    again = shlex.join(["python", "run.py", arguments.file, *rest, "--resume", str(run_dir)])
     try:
         trainer.run()
     except Interrupted as stopped:
@@ -378,12 +409,13 @@ def find_checkpoint(given: str, run_dir: Path | None, runs: Path) -> Path:
 def check_same_experiment(experiment: Experiment, run_dir: Path) -> None:
     """Raise UserError if a resumed run would mix two experiments.
 
-    The number of steps, the periods, the workers, W&B and the evaluation may change.
+    The number of steps, the periods, the workers, W&B and the pictures may change.
     """
     from sam2train.config import flatten
     from sam2train.experiment import load_experiment
 
     free = ("trainer.num_steps", "trainer.device", "dataset.num_workers", "dataset.mask_cache_mb")
+    free += ("evaluation.num_overlays",)
     config_file = run_dir / "config.yaml"
     # Through the same door: a key that is younger than the run has its default there.
     before = flatten(load_experiment(config_file, {}).model_dump(mode="json"))
@@ -394,7 +426,7 @@ def check_same_experiment(experiment: Experiment, run_dir: Path) -> None:
         if before.get(key) != now.get(key)
         and key not in free
         and not key.endswith("_every")
-        and not key.startswith(("tracking.", "evaluation."))
+        and not key.startswith("tracking.")
     ]
     if changed:
         raise UserError(

@@ -12,7 +12,7 @@ from PIL import Image
 from sam2train.errors import UserError
 from sam2train.evaluate import SeenFrame
 from sam2train.overlays import palette
-from sam2train.videos import Video
+from sam2train.videos import PICTURE_SUFFIXES, Video
 
 
 class MaskFolder:
@@ -77,5 +77,7 @@ class MaskFolder:
 
 
 def _frame_names(video: Video) -> list[str]:
+    """The names of the pictures; positions for the frames of a film, which share one file."""
     stems = [frame.path.stem for frame in video.frames]
-    return stems if len(set(stems)) == len(stems) else [f"{t:05d}" for t in range(len(stems))]
+    pictures = all(frame.path.suffix.lower() in PICTURE_SUFFIXES for frame in video.frames)
+    return stems if pictures else [f"{t:05d}" for t in range(len(stems))]

@@ -281,28 +281,36 @@ def _check_prompts(
 
 
 def _check_prompt(given: Mapping[str, Any], image_size: int) -> Prompt:
-    """The prompt with all its fields; a box without points gets its two corners as points."""
+    """The prompt with all its fields; the corners of a box stand before its clicks."""
     if missing := [name for name in ("object_id", "frame_index") if name not in given]:
         raise UserError(
             f"SAM2Model.forward: a prompt without {' and '.join(missing)}; it has "
             f"{', '.join(given) or 'nothing'}"
         )
     nothing = {"type": "point", "points": np.zeros((0, 2), np.float32), "box": None, "mask": None}
-    prompt = {**nothing, "labels": np.zeros(0, np.int32), **given}
+    told = {name: value for name, value in given.items() if value is not None}
+    prompt = {**nothing, "labels": np.zeros(0, np.int32), **told}
     who, mask, box = f"object {prompt['object_id']}", prompt["mask"], prompt["box"]
+    if isinstance(mask, list):
+        prompt["mask"] = mask = np.asarray(mask)
     if mask is not None and tuple(mask.shape) != (image_size, image_size):
         raise UserError(
             f"{who}: a mask prompt of {tuple(mask.shape)} pixels does not fit a model built for "
             f"{image_size}; resize it with the frames"
         )
-    if box is not None and len(prompt["points"]) == 0:
-        prompt["points"] = np.asarray(box, np.float32).reshape(2, 2)
-        prompt["labels"] = np.array([2, 3], np.int32)
     if len(prompt["points"]) != len(prompt["labels"]):
         raise UserError(
             f"{who}: {len(prompt['points'])} points with {len(prompt['labels'])} labels; expected "
             "a label for each point"
         )
+    if box is not None and np.size(box) != 4:
+        raise UserError(f"{who}: a box of {np.size(box)} numbers; expected x0, y0, x1, y1")
+    labels = np.asarray(prompt["labels"])
+    if box is not None and not np.isin(labels, (2, 3)).any():
+        corners = np.asarray(box, np.float32).reshape(2, 2)
+        clicks = np.asarray(prompt["points"], np.float32).reshape(-1, 2)
+        prompt["points"] = np.concatenate([corners, clicks])
+        prompt["labels"] = np.concatenate([[2, 3], labels]).astype(np.int32)
     return prompt
 
 

@@ -197,6 +197,7 @@ def comparison(
     scores: Sequence[str] | None = None,
     max_frames: int = 8,
     cell_height: int = 240,
+    names: Mapping[int, str] | None = None,
 ) -> np.ndarray:
     """A sheet, at most 2000 px wide: ground truth with prompts, prediction, errors; frame by frame.
 
@@ -209,6 +210,7 @@ def comparison(
         frame_labels: T names of the frames ("frame 0", ... where None).
         scores: T short texts, such as "J 0.83".
         cell_height: px, at most; cells shrink to fit the sheet, and wide ones wrap into bands.
+        names: of the objects in the legend; their ids where None.
     """
     num_frames, height, width = frames.shape[:3]
     for masks in (prediction, ground_truth):
@@ -221,7 +223,8 @@ def comparison(
     columns, scale = _layout(len(chosen), height, width, cell_height)
     cell = max(1, round(height * scale)), max(1, round(width * scale))
 
-    legend = [("objects", None)] + [(str(object_id), colour(object_id)) for object_id in object_ids]
+    names = names or {object_id: str(object_id) for object_id in object_ids}
+    legend = [("objects", None)] + [(names[i], colour(i)) for i in object_ids]
     legend += [("   errors", None), *list(ERRORS.items())[: 4 if len(object_ids) > 1 else 3]]
     sheet_width = max(GUTTER + columns * (cell[1] + GAP), 520)
     header = _header(title, legend, sheet_width)

@@ -61,6 +61,7 @@ class PromptGenerator:
         self.num_of_neg_points = num_of_neg_points
         self.box_jitter = box_jitter
         low, high = self.num_of_pos_points
+        num_of_neg_points = _whole("num_of_neg_points", num_of_neg_points)
         if not 0 <= low <= high or num_of_neg_points < 0:
             raise UserError(
                 f"points: {low} to {high} positive and {num_of_neg_points} negative ones asked "
@@ -94,6 +95,8 @@ class PromptGenerator:
             among: types to draw from where they are some of the generator's own.
         """
         mask = np.asarray(mask) > 0  # 0 and 1, or 0 and 255, will do
+        if mask.ndim != 2:
+            raise UserError(f"a mask of shape {mask.shape}; expected that of one object, (H, W)")
         kind = self._draw_type(among, rng)
         prompt = Prompt(
             object_id=object_id,
@@ -137,13 +140,20 @@ class PromptGenerator:
 
 def _as_range(clicks: int | Sequence[int]) -> tuple[int, int]:
     """(low, high) from a number or a range; whole numbers of NumPy will do."""
-    try:
-        low, high = clicks if isinstance(clicks, Sequence) else (clicks, clicks)
-        return operator.index(low), operator.index(high)
-    except (TypeError, ValueError):
+    ends = list(clicks) if isinstance(clicks, Sequence | np.ndarray) else [clicks, clicks]
+    if isinstance(clicks, str) or len(ends) != 2:
         raise UserError(
             f"num_of_pos_points: {clicks!r}; expected a whole number or a range of two, (1, 3)"
-        ) from None
+        )
+    low, high = (_whole("num_of_pos_points", end) for end in ends)
+    return low, high
+
+
+def _whole(name: str, number: int) -> int:
+    try:
+        return operator.index(number)
+    except TypeError:
+        raise UserError(f"{name}: {number!r}; expected a whole number") from None
 
 
 def sample_points(region: np.ndarray, num_points: int, rng: np.random.Generator) -> np.ndarray:

@@ -217,7 +217,7 @@ def overview(runs: pd.DataFrame) -> pd.DataFrame:
     """`load_runs` as a table to look at: its main columns and what was varied, best first."""
     import pandas as pd
 
-    names = ("experiment", "run", "seed", "status", "step", "baseline", "last", "gain", "best")
+    names = ("experiment", "run", "seed", "status", "step", "baseline", "last", "best")
     table = runs.sort_values(["last", "path"], ascending=[False, True], na_position="last")
     table = table.assign(
         minutes=(table["seconds"] / 60).round(1),

@@ -69,7 +69,7 @@ def clip_settings(
     for name, (number, least) in counts.items():
         if not isinstance(number, numbers.Integral) or number < least:
             raise UserError(f"{name}: {number!r}; expected a whole number of at least {least}")
-    sides = tuple(image_size) if isinstance(image_size, Sequence) else ()
+    sides = tuple(image_size) if isinstance(image_size, Sequence | np.ndarray) else ()
     if len(sides) != 2 or not all(isinstance(s, numbers.Integral) and s > 0 for s in sides):
         raise UserError(f"image_size: {image_size!r}; expected (height, width) in pixels")
     points = (num_of_pos_points, include_center, num_of_neg_points)
@@ -140,10 +140,10 @@ class AnnotatedVideos:
         seen = [o for o in video.object_ids if any(o in video.visible(t) for t in indices)]
         if settings.max_objects is not None and len(seen) > settings.max_objects:
             # What shows on the last frame only leaves nothing to track: the others come first.
-            early = [o for o in seen if any(o in video.visible(t) for t in indices[:-1])] or seen
-            num = min(settings.max_objects, len(early))
-            chosen = rng.choice(len(early), num, replace=False)
-            seen = [early[place] for place in sorted(chosen)]
+            early = {o for o in seen if any(o in video.visible(t) for t in indices[:-1])}
+            drawn = rng.choice(len(seen), len(seen), replace=False)
+            order = sorted(drawn, key=lambda place: seen[place] not in early)
+            seen = [seen[place] for place in sorted(order[: settings.max_objects])]
 
         images = np.stack([resize_image(self.read_frame(video, t), size) for t in indices])
         masks = np.stack(

@@ -35,7 +35,7 @@ from sam2train.evaluate import (
 from sam2train.experiment import Experiment, untrained_rows
 from sam2train.horizon import numbers
 from sam2train.interaction import Interaction
-from sam2train.interrupt import Interrupted, StopRequests, ignore_signals
+from sam2train.interrupt import Interrupted, StopRequests, leave_group
 from sam2train.losses import compute_losses
 from sam2train.optimizer import build_optimizer, set_learning_rates
 from sam2train.scoring import (
@@ -148,7 +148,7 @@ class Trainer:
                 length, enough = self.experiment.dataset.video_clip_length, rows[-1] + 3
                 tracker.say(
                     f"clips of {length} frames never reach rows {rows[0]} to {rows[-1]} of "
-                    "maskmem_tpos_enc (memories farther back): they are not trained. "
+                    "maskmem_tpos_enc: nothing is trained on memories so far back. "
                     f"dataset.video_clip_length={enough} reaches all"
                 )
             splits = {"train": self.train_data, "val": self.val_data, "test": self.test_data}
@@ -209,7 +209,7 @@ class Trainer:
                 # More processes than cores only wait for each other; the clips are the same.
                 num_workers=min(config.num_workers, num_cores()),
                 collate_fn=collate_fn,
-                worker_init_fn=ignore_signals,
+                worker_init_fn=leave_group,
                 pin_memory=self.device.type == "cuda",
                 # Its own generator: the loader must not draw from the one that dropout uses.
                 generator=torch.Generator().manual_seed(self.config.seed),
@@ -421,6 +421,7 @@ class Trainer:
                 "scores": self.latest,
                 "baseline": self.baseline,
                 "run_id": self.run_id,
+                "audited": self.audited,
                 # best.pt is for use, last.pt for going on.
                 "optimizer": self.optimizer.state_dict() if name == "last.pt" else None,
                 "rng": {
@@ -438,7 +439,7 @@ class Trainer:
         checkpoint.apply_weights(self.model.sam2, content, self.base_hash, path)
         self.optimizer.load_state_dict(content["optimizer"])
         self.step, self.best = content["step"], content["best"]
-        self.audited = self.step > 0
+        self.audited = content.get("audited", True)  # checkpoints from before this key were
         self.baseline, self.latest = content["baseline"], content["scores"]
         torch.set_rng_state(content["rng"]["torch"])
         if content["rng"]["cuda"] and torch.cuda.is_available():

@@ -17,6 +17,7 @@ from sam2train.transforms import resize_image
 from sam2train.videos import Video
 
 MAX_FRAMES = 8  # of a picture
+MAX_TOGGLED = 255  # objects in a mask of W&B's
 
 
 class OverlayDrawer:
@@ -33,7 +34,10 @@ class OverlayDrawer:
     def __init__(self, dataset: Videos, folder: Path, name: str, most: int):
         self.dataset, self.folder, self.name, self.most = dataset, folder, name, most
         self.overlays: list[Overlay] = []
-        self._kept: list[tuple[np.ndarray, SeenFrame]] = []  # (H, W, 3) uint8 with its masks
+        # Of the video that is being tracked: (H, W, 3) uint8 with its masks, and which frames.
+        self._kept: list[tuple[np.ndarray, SeenFrame]] = []
+        self._shown: list[int] = []
+        self._middle = 0
 
     def see_frame(self, index: int, seen: SeenFrame) -> None:
         """Keep the frame if it will be drawn; `index` counts the videos."""
@@ -41,8 +45,8 @@ class OverlayDrawer:
             return
         if seen.frame_idx == 0:
             self._kept.clear()
-        shown, middle = _picked(seen.video, seen.prompts)
-        if seen.frame_idx in (*shown, middle):
+            self._shown, self._middle = _picked(seen.video, seen.prompts)
+        if seen.frame_idx in (*self._shown, self._middle):
             self._kept.append((self.dataset.read_frame(seen.video, seen.frame_idx), seen))
 
     def see_video(self, index: int, tracked: TrackedVideo) -> None:
@@ -50,7 +54,7 @@ class OverlayDrawer:
         if index >= self.most:
             return
         video = tracked.video
-        shown, middle = _picked(video, tracked.prompts)
+        shown = self._shown
         kept = {seen.frame_idx: (frame, seen) for frame, seen in self._kept}
         numbers = {object_id: place for place, object_id in enumerate(video.object_ids, start=1)}
         means = {scores.object_id: scores for scores in tracked.scores.objects}
@@ -72,19 +76,21 @@ class OverlayDrawer:
                 frame_labels=[f"frame {t}" for t in shown],
                 scores=[_mean_J(means.values(), t) for t in shown],
                 max_frames=len(shown),
+                names={number: str(o) for o, number in numbers.items()},
             ),
             path,
         )
         # One frame with toggled masks: the middle, where tracking shows.
-        frame, seen = kept[middle]
+        frame, seen = kept[self._middle]
+        order = video.object_ids[:MAX_TOGGLED]
         self.overlays.append(
             Overlay(
                 name=title,
                 path=path,
                 frame=frame,
-                prediction=id_mask(seen.prediction, video.object_ids, video.size),
-                ground_truth=id_mask(seen.ground_truth, video.object_ids, video.size),
-                class_labels={number: f"object {o}" for o, number in numbers.items()},
+                prediction=id_mask(seen.prediction, order, video.size),
+                ground_truth=id_mask(seen.ground_truth, order, video.size),
+                class_labels={numbers[o]: f"object {o}" for o in order},
             )
         )
 
@@ -109,10 +115,12 @@ class OverlayDrawer:
 
 
 def _picked(video: Video, prompts: list[Prompt]) -> tuple[list[int], int]:
-    """The frames of the picture, and the one whose masks can be toggled."""
-    num_frames = len(video.frames)
-    shown = pick_frames(num_frames, {prompt["frame_index"] for prompt in prompts}, MAX_FRAMES)
-    return shown, num_frames // 2
+    """The frames of the picture, and the one whose masks can be toggled; labelled ones, since
+    nobody knows what is right on the others."""
+    frames = video.labelled or list(range(len(video.frames)))
+    prompted = {frames.index(prompt["frame_index"]) for prompt in prompts}
+    shown = [frames[place] for place in pick_frames(len(frames), prompted, MAX_FRAMES)]
+    return shown, frames[len(frames) // 2]
 
 
 def _mean_J(objects: Iterable[ObjectScores], frame_idx: int) -> str:

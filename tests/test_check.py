@@ -143,7 +143,7 @@ def test_objects_that_hardly_show_and_short_videos(tmp_path):
     report = check(edit(path, change))
     assert (report.verdict, report.exit_code) == ("warning", 0)
     warnings = "\n".join(training(report).warnings)
-    assert "1 x on a single frame: no clip shows it twice: object 2 of video 1" in warnings
+    assert "1 x on a single frame: nothing to track: object 2 of video 1" in warnings
     assert "1 x annotated, but never with a pixel: object 3 of video 1" in warnings
     assert "1 x fewer labelled frames than dataset.video_clip_length (4)" in warnings
     assert "1 annotations have no pixel" in warnings

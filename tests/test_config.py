@@ -365,6 +365,9 @@ def test_an_override_takes_the_place_of_the_other_spelling():
     assert build(Config, changed, "x.yaml").data.include_center is False
     assert len(apply_overrides(raw, {"data.include_center": False})["data"]) == 2
     assert apply_overrides(raw, {"data.unknown.x": 5}, Config)["data"]["include_center_point"]
+    both = {"data.include_center": False, "data.include_center_point": True}
+    with pytest.raises(UserError, match="given twice, as include_center and include_center_point"):
+        apply_overrides({}, both, Config)
 
 
 def test_override_into_a_value_is_an_error():

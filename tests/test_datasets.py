@@ -304,7 +304,14 @@ def test_an_epoch_can_be_set_for_other_loaders(coco):
     assert not same(dataset[0], first)
 
 
-def test_what_shows_on_the_last_frame_alone_is_not_chosen(tmp_path):
+def test_what_shows_on_the_last_frame_alone_fills_up_only(tmp_path):
+    absent = [(1, t, k) for t in range(3) for k in (2, 3)]
+    path = make_coco(tmp_path, num_frames=4, num_objects=3, absent=absent)
+    drawn = {tuple(load(path, max_objects=2)[epoch, 0].object_ids) for epoch in range(20)}
+    assert drawn == {(1, 2), (1, 3)}
+
+
+def test_what_shows_on_the_last_frame_alone_is_chosen_last(tmp_path):
     """Of two objects one is drawn: not the one that leaves nothing to track."""
     absent = [(1, t, 2) for t in range(3)]
     dataset = load(make_coco(tmp_path, num_frames=4, absent=absent), max_objects=1)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_coco, stacks
+from test_vos import make_vos
 
 from sam2train.clips import collate_fn
 from sam2train.datasets import COCODataset
@@ -25,6 +26,7 @@ from sam2train.evaluate import (
 from sam2train.metrics import measure
 from sam2train.model import SAM2Model
 from sam2train.videos import Frame, Video
+from sam2train.vos import VOSDataset
 
 CONFIG = "sam2train/configs/sam2.1_hiera_demo.yaml"
 SIZE = (64, 64)
@@ -159,6 +161,27 @@ def test_nothing_to_score_is_an_error(model, tmp_path):
     data = dataset(tmp_path, num_frames=1)
     with pytest.raises(UserError, match="no frame to score"):
         evaluate(model, data, EvaluationConfig(), seed=0)
+
+
+def test_what_is_said_on_unlabelled_frames_does_not_count(tmp_path):
+    data = VOSDataset(make_vos(tmp_path, names=["bear"], every=2), (48, 64), 2)
+    video = data.videos[0]
+
+    def tracker(dataset, video, prompts):
+        """Right on labelled frames, everywhere on the others."""
+        for t in range(len(video.frames)):
+            masks = {o: dataset.read_mask(video, t, o) for o in video.object_ids}
+            yield TrackedFrame(
+                masks if t in video.labelled else {o: ~mask for o, mask in masks.items()}, {}
+            )
+
+    seen = []
+    scores = score_tracks(
+        tracker, data, EvaluationConfig(), seed=0, on_video=lambda index, video: seen.append(video)
+    )
+    assert video.labelled == [0, 2, 4]
+    assert scores["J_and_F"] == 1
+    assert seen[0].scores.objects[0].frames.tolist() == [2, 4]
 
 
 def test_unlabelled_frames_are_tracked_and_not_scored():

@@ -250,6 +250,10 @@ def test_parameters_name_the_modules_by_size():
     assert trained != frozen
     assert trained == matplotlib.colors.to_rgba(figures.COLOURS[0])
     assert axes.get_title(loc="left") == "one: 1.00 M of 3.00 M are trained"
+    for listed, all_trained in (("sam_mask_decoder+mem*", False), ("*.bias", True)):
+        (axes,) = figures.parameters({**run, "model.trainable_modules": listed}).axes
+        small, large = (bar.get_facecolor() == trained for bar in axes.containers[0])
+        assert (small, large) == (True, all_trained)
     with pytest.raises(UserError, match="no parameter counts"):
         figures.parameters({"path": "runs/x"})
 

@@ -155,6 +155,21 @@ def test_a_signal_to_the_whole_group_saves_first(experiment, tmp_path, number):
     assert (run_dir / "checkpoints" / "last.pt").is_file()
 
 
+def test_a_run_that_fails_ends(experiment, tmp_path):
+    """Processes that load data are ended with it, whatever they do about signals."""
+    words = ["dataset.val_path=null", "dataset.num_workers=1", "optimizer.learning_rate=1e30"]
+    words += ["trainer.num_steps=50", f"--run-dir={tmp_path / 'run'}"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "run.py", experiment, *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 1
+    assert "is not finite" in done.stderr
+
+
 def test_export_replaces_nothing(experiment, tmp_path, capsys):
     run_dir = tmp_path / "run"
     assert launch.main([str(experiment), "--run-dir", str(run_dir)]) == 0
@@ -193,6 +208,29 @@ def test_export_takes_the_model_as_the_run_had_it(experiment, tmp_path, capsys):
 def test_options_that_do_not_go_together(experiment, words, message, capsys):
     assert launch.main([str(experiment), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_demo_reports_on_no_data_of_ones_own(experiment, tmp_path, capsys):
+    """Its test videos are left out where the training or validation data are the user's."""
+    main = str(ROOT / "experiments" / "coco_point_bbox.yaml")
+    own = str(tmp_path / "data" / "annotations.json")
+    words = [main, "--dry-run", f"dataset.data_path={own}", f"dataset.val_path={own}"]
+    assert launch.main(words) == 0
+    printed = capsys.readouterr().out
+    assert "dataset.test_path is the demo's, beside data of your own: left out" in printed
+    assert "test_path: null" in printed
+    assert "dataset.val_path is the demo's" not in printed
+    assert launch.main([*words, f"dataset.test_path={own}"]) == 0
+    assert "the demo's" not in capsys.readouterr().out
+
+
+def test_a_resumed_run_is_scored_as_before(experiment, tmp_path, capsys):
+    run_dir = str(tmp_path / "run")
+    assert launch.main([str(experiment), "--run-dir", run_dir]) == 0
+    message = fails(capsys, experiment, "--resume", run_dir, "evaluation.max_frames=3")
+    assert "evaluation.max_frames: None in the run, 3 now" in message
+    words = ["trainer.num_steps=3", "evaluation.num_overlays=0"]
+    assert launch.main([str(experiment), "--resume", run_dir, *words]) == 0
 
 
 def test_a_run_folder_that_cannot_be(experiment, capsys):

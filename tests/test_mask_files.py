@@ -69,6 +69,12 @@ def test_frames_of_a_film_are_named_by_their_position(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*.png"))[-1] == "00002.png"
 
 
+def test_a_film_of_one_frame_is_a_film(tmp_path):
+    masks = {1: np.ones((1, 8, 9), bool)}
+    write(MaskFolder(tmp_path), 1, masks, names=["film.mp4"])
+    assert [path.name for path in tmp_path.rglob("*.png")] == ["00000.png"]
+
+
 def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(UserError, match=r"--save-masks .* something already"):

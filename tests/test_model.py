@@ -721,9 +721,29 @@ def test_a_mask_prompt_of_numbers_is_one_of_bools():
     assert torch.equal(one, two)
 
 
+def test_a_box_and_a_click_are_both_read():
+    model = make_model().eval()
+    images = torch.randn(1, 2, 3, SIZE, SIZE)
+    box, click = np.array([8, 8, 40, 40], np.float32), np.array([[20, 20]], np.float32)
+    common = {"object_id": 1, "frame_index": 0}
+    points = np.concatenate([box.reshape(2, 2), click])
+    with torch.no_grad():
+        both, spelled, alone = (
+            model(images, None, [common | prompt])["pred_masks"]
+            for prompt in (
+                {"box": box, "points": click, "labels": np.ones(1)},
+                {"points": points, "labels": np.array([2, 3, 1])},
+                {"points": click, "labels": np.ones(1)},
+            )
+        )
+    assert torch.equal(both, spelled)
+    assert not torch.equal(both, alone)
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
+        ({"object_id": 1, "frame_index": 0, "box": [1, 2, 3]}, "a box of 3 numbers"),
         ({"object_id": 1}, "a prompt without frame_index; it has object_id"),
         (
             {"object_id": 1, "frame_index": 0, "points": np.ones((2, 2)), "labels": np.ones(1)},

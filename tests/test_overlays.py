@@ -312,6 +312,20 @@ def cells(sheet, side):
     return [sheet[top : top + side, 30 : 30 + side] for top in tops]
 
 
+def test_names_stand_in_the_legend(monkeypatch):
+    legends = []
+    header = overlays._header
+    monkeypatch.setattr(
+        overlays,
+        "_header",
+        lambda title, legend, width: legends.append(legend) or header(title, legend, width),
+    )
+    frames, mask = np.zeros((1, 20, 30, 3), np.uint8), np.zeros((1, 20, 30), bool)
+    comparison(frames, {1: mask}, {1: mask}, [], title="")
+    comparison(frames, {1: mask}, {1: mask}, [], title="", names={1: "cat 11"})
+    assert [legend[1][0] for legend in legends] == ["1", "cat 11"]
+
+
 def test_the_three_rows_of_a_cell():
     mask = square(60, 60, 10, 10, 20)
     found = {1: np.roll(mask, 15, axis=1)[None]}

@@ -176,6 +176,11 @@ def test_a_prompt_has_all_its_fields(kind):
     assert not is_empty(prompt)
 
 
+def test_a_mask_is_that_of_one_object():
+    with pytest.raises(UserError, match=r"a mask of shape \(1, 5, 6\)"):
+        PromptGenerator().generate(np.ones((1, 5, 6), bool), np.random.default_rng(0))
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.int64])
 @pytest.mark.parametrize("kind", PROMPT_TYPES)
 def test_masks_of_numbers_are_those_above_0(kind, dtype):

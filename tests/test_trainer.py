@@ -275,6 +275,19 @@ def test_a_clip_without_anything_to_track_is_passed_over(experiment, tmp_path):
     assert audit["step"] == 2
 
 
+def test_a_resumed_run_goes_on_waiting_for_the_audit(experiment, tmp_path):
+    data = late_object(tmp_path / "late", 3, late=[1, 2])
+    settings = {
+        "dataset": {"data_path": data, "val_path": None, "shuffle": False},
+        "model": {"memory_gradient": "detached"},
+    }
+    first = experiment(**settings, trainer={"num_steps": 2})
+    make_trainer(first, tmp_path / "run").run()
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    with pytest.raises(UserError, match="memory_encoder got no gradient"):
+        make_trainer(experiment(**settings), tmp_path / "run", resume=last).run()
+
+
 def test_data_without_anything_to_track_stop_the_run(experiment, tmp_path):
     data = late_object(tmp_path / "late", 2, late=[1, 2])
     settings = experiment(dataset={"data_path": data, "val_path": None})

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 from conftest import edit, make_coco
 from PIL import Image
+from test_vos import make_vos
 
 from sam2train.datasets import COCODataset
 from sam2train.evaluate import EvaluationConfig, copy_first_mask, score_tracks
 from sam2train.video_overlays import MAX_FRAMES, OverlayDrawer, file_name
+from sam2train.vos import VOSDataset
 
 SIZE = (48, 64)
 
@@ -67,6 +69,33 @@ def test_a_video_without_objects_is_drawn_all_the_same(tmp_path, empty):
     drawer = draw(path, tmp_path / "overlays")
     assert len(drawer.overlays) == 2
     assert not drawer.overlays[empty - 1].ground_truth.any()
+
+
+def test_frames_that_nobody_labelled_are_not_drawn(tmp_path):
+    """What is right there is not known: a prediction would be painted as an error."""
+    data = VOSDataset(make_vos(tmp_path, names=["bear"], every=3), SIZE)  # of 6 frames, 0 and 3
+    drawer = OverlayDrawer(data, tmp_path / "overlays", "val", 1)
+    score_tracks(
+        copy_first_mask,
+        data,
+        EvaluationConfig(),
+        seed=0,
+        on_frame=drawer.see_frame,
+        on_video=drawer.see_video,
+    )
+    assert [seen.frame_idx for _, seen in drawer._kept] == [0, 3]
+    assert drawer.overlays[0].ground_truth.any()
+
+
+def test_more_objects_than_a_mask_of_wandb_holds(tmp_path):
+    def multiply(content):
+        first = content["annotations"][0]
+        content["annotations"] += [
+            {**first, "id": 1000 + number, "track_id": 100 + number} for number in range(300)
+        ]
+
+    (overlay,) = draw(edit(make_coco(tmp_path), multiply), tmp_path / "overlays").overlays
+    assert len(overlay.class_labels) == 255
 
 
 def test_names_of_files_are_harmless():
