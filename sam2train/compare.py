@@ -148,6 +148,8 @@ def collect_results(folder: Path | None, console: Console) -> None:
         for row in runs[~is_result(runs)].itertuples():
             _say(console, f"left out: {row.path}, {row.status} at step {row.step}")
         _say(console, f"wrote {paths[0]}: {results['run'].nunique()} runs, {len(results)} rows")
+        if not QUESTIONS.get(paths[0].stem) and (table := _groups_table(runs[is_result(runs)])):
+            console.print(table)
     for path in paths:
         for picture in draw_results(path):
             _say(console, f"wrote {picture}")
