@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -36,21 +37,39 @@ def audit_gradients(model: SAM2Model) -> dict[str, float]:
     return record
 
 
-def idle_modules(model: SAM2Model, experiment: Experiment) -> str | None:
-    """What to say of the entries of `model.trainable_modules` that got no gradient at all; None
-    where each got one.
+class Idle(NamedTuple):
+    """An entry of `model.trainable_modules` that got no gradient at all."""
+
+    text: str  # what to say of it
+    may_come: bool  # another step of this experiment may give it one
+
+
+def idle_modules(model: SAM2Model, experiment: Experiment) -> list[Idle]:
+    """The entries of `model.trainable_modules` without any gradient, and why.
 
     A single tensor may rest for a step (the embedding of absence does while nothing is absent);
-    what the experiment lists may not.
+    what the experiment lists may not, unless it hangs on what is drawn.
     """
     parameters = model.trainable_parameters()
-    lines = []
+    idle = []
     for entry in model.trainable_modules:
         names = match_parameters(model.sam2, [entry], MODULES)
         if all(parameters[name].grad is None for name in names):
             tops = {name.split(".")[0] for name in names}
-            lines.append(f"{entry} got no gradient: {'; '.join(_reasons(tops, experiment))}")
-    return f"model.trainable_modules: {'. '.join(lines)}" if lines else None
+            text = f"{entry} got no gradient: {'; '.join(_reasons(tops, experiment))}"
+            idle.append(Idle(text, not tops.isdisjoint(_drawn(experiment))))
+    return idle
+
+
+def _drawn(experiment: Experiment) -> set[str]:
+    """The parameters that are read in some steps of an experiment, by what is drawn."""
+    drawn = {"no_obj_ptr", "no_obj_embed_spatial"}
+    types = set(experiment.dataset.prompt_types)
+    if "mask" in types:
+        drawn.add("mask_downsample")
+    if types - {"mask"}:
+        drawn.add("no_mem_embed")
+    return drawn
 
 
 def _reasons(tops: Collection[str], experiment: Experiment) -> Sequence[str]:

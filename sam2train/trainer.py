@@ -271,11 +271,12 @@ class Trainer:
         if waits and not tracked:
             return
         self.audited, self.audit = True, audit_gradients(self.model)
-        if not (text := idle_modules(self.model, self.experiment)):
-            return
-        if self.config.audit == "stop":
-            raise UserError(f"{text}. trainer.audit=warn goes on without")
-        self.tracker.say(f"warning: {text}")
+        idle = idle_modules(self.model, self.experiment)
+        if self.config.audit == "stop" and not all(entry.may_come for entry in idle):
+            text = ". ".join(entry.text for entry in idle if not entry.may_come)
+            raise UserError(f"model.trainable_modules: {text}. trainer.audit=warn goes on without")
+        for entry in idle:
+            self.tracker.say(f"warning: model.trainable_modules: {entry.text}")
 
     # -- scores and pictures --------------------------------------------------------------------
 

@@ -327,6 +327,20 @@ def test_the_audit_says_why(experiment, tmp_path, changes, reason):
     assert "trainer.audit=warn" in str(caught.value)
 
 
+def test_what_hangs_on_the_draw_is_a_warning(experiment, tmp_path, monkeypatch):
+    """No mask prompt has come at the first step; later ones may bring one."""
+    settings = experiment(
+        model={"trainable_modules": ["memory_attention", "mask_downsample"]},
+        dataset={"prompt_types": ["point", "mask"], "prompt_weights": [1e9, 1]},
+        trainer={"num_steps": 1},
+    )
+    trainer = make_trainer(settings, tmp_path / "run")
+    said = []
+    monkeypatch.setattr(trainer.tracker, "say", said.append)
+    trainer.run()
+    assert "warning: model.trainable_modules: mask_downsample got no gradient" in "".join(said)
+
+
 def test_frames_in_two_splits_are_warned_of(experiment, tmp_path):
     settings = experiment()
     copied = tmp_path / "data" / "copy.json"
