@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,8 @@ _RESTING = {
     "no_obj_ptr": "it is read where the object score says that the object is absent only",
     "no_obj_embed_spatial": "it is read where the object score says that the object is absent only",
 }
-_POINTERS = ("obj_ptr_proj", "obj_ptr_tpos_proj")
+_AT_THE_PROMPT = {"no_mem_pos_enc", "no_mem_embed", "mask_downsample"}  # no part of the memory
+_POINTERS = {"obj_ptr_proj", "obj_ptr_tpos_proj", "no_obj_ptr"}
 
 
 def audit_gradients(model: SAM2Model) -> dict[str, float]:
@@ -63,31 +64,38 @@ def idle_modules(model: SAM2Model, experiment: Experiment) -> list[Idle]:
 
 def _drawn(experiment: Experiment) -> set[str]:
     """The parameters that are read in some steps of an experiment, by what is drawn."""
-    drawn = {"no_obj_ptr", "no_obj_embed_spatial"}
-    types = set(experiment.dataset.prompt_types)
+    model, types = experiment.model, set(experiment.dataset.prompt_types)
+    drawn = set()
     if "mask" in types:
         drawn.add("mask_downsample")
     if types - {"mask"}:
         drawn.add("no_mem_embed")
+    # What absent objects leave in the memory is read on later frames, like all of it.
+    if experiment.dataset.video_clip_length > 1 and model.num_maskmem > 0:
+        if model.max_obj_ptrs_in_encoder > 0 and model.memory_gradient != "detached":
+            drawn.add("no_obj_ptr")
+        if model.memory_gradient != "detached":
+            drawn.add("no_obj_embed_spatial")
     return drawn
 
 
-def _reasons(tops: Collection[str], experiment: Experiment) -> Sequence[str]:
+def _reasons(tops: set[str], experiment: Experiment) -> Sequence[str]:
     """What keeps gradients from these modules or parameters of SAM 2, by the settings at fault."""
     config = experiment.model
-    if tops <= _RESTING.keys():
-        return list(dict.fromkeys(_RESTING[top] for top in sorted(tops)))
     found = []
+    if tops <= _AT_THE_PROMPT:
+        return list(dict.fromkeys(_RESTING[top] for top in sorted(tops)))
     if experiment.dataset.video_clip_length < 2:
         found.append(
             "dataset.video_clip_length is 1, and the memory is learnt through later frames"
         )
     if config.num_maskmem == 0:
         found.append("model.num_maskmem is 0, which leaves no memory")
-    if tops <= {*_POINTERS} and config.max_obj_ptrs_in_encoder == 0:
+    if tops <= _POINTERS and config.max_obj_ptrs_in_encoder == 0:
         found.append("model.max_obj_ptrs_in_encoder is 0, which leaves no object pointers")
     if config.memory_gradient == "detached" and "memory_attention" not in tops:
         found.append("model.memory_gradient is `detached`, so that what writes it learns nothing")
+    found += dict.fromkeys(_RESTING[top] for top in sorted(tops & _RESTING.keys()))
     return found or ["no frame after a prompt was there to learn from"]
 
 

@@ -12,7 +12,6 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,6 @@ from sam2train.ablation import (
     settings_in_order,
 )
 from sam2train.errors import UserError
-from sam2train.pretrained import MODULES
 from sam2train.results import over_seeds
 
 if TYPE_CHECKING:
@@ -41,7 +39,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4
 MARKERS = "osD^vPX"
 GREY = "#777777"
 FROZEN = "#c8c8c8"
-TRAINABLE = "model.trainable_modules"
 JANDF = "J&F"
 _HORIZON = {  # metric -> labels of its axes
     "horizon/J": ("frames since the prompt, up to", "J"),
@@ -278,19 +275,15 @@ def parameters(run: Mapping[str, Any], *, title: str = "") -> Figure:
     if not sizes:
         raise UserError(f"{run['path']}: no parameter counts in its summary.json; nothing to draw")
     names = sorted(sizes, key=sizes.get)
-    # Parts of a module and patterns may be listed: the bar says that something of it is trained.
-    heads = [entry.split(".")[0] for entry in str(run.get(TRAINABLE)).split("+")]
-    heads = [MODULES.get(head, head) for head in heads]
-    trained = {
-        name
-        for name in names
-        if any(head[:1] == "*" or fnmatchcase(MODULES.get(name, name), head) for head in heads)
-    }
-    colours = {name: COLOURS[0] if name in trained else FROZEN for name in names}
+    sides = [sizes[name] for name in names]
+    # Runs of before these counts were kept tell by the modules that they list.
+    listed = str(run.get("model.trainable_modules")).split("+")
+    guess = {name: sizes[name] * (name in listed) for name in names}
+    part = [run.get(f"trainable/{name}", guess[name]) for name in names]
     with new_figure(6.5, 0.32 * len(names) + 1) as (figure, (axes,)):
-        sides = [sizes[name] for name in names]
-        bars = axes.barh(names, sides, color=[colours[name] for name in names])
-        axes.bar_label(bars, [f"{sizes[name]:,.0f}" for name in names], padding=3, fontsize=9)
+        bars = axes.barh(names, sides, color=FROZEN)
+        axes.bar_label(bars, [f"{side:,.0f}" for side in sides], padding=3, fontsize=9)
+        axes.barh(names, part, color=COLOURS[0])
         handles = [Patch(color=COLOURS[0], label="trained"), Patch(color=FROZEN, label="frozen")]
         axes.legend(handles=handles, loc="lower right", fontsize=9)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g} M")

@@ -347,7 +347,8 @@ def _train(
         experiment, run_dir, run_id=run_id, name=name, resume=checkpoint, console=console
     )
     say = trainer.tracker.say
-    again = shlex.join(["python", "run.py", arguments.file, *rest, "--resume", str(run_dir)])
+    words = [arguments.file, *rest, *["--smoke"] * arguments.smoke, "--resume", str(run_dir)]
+    again = shlex.join(["python", "run.py", *words])
     try:
         trainer.run()
     except Interrupted as stopped:
@@ -409,13 +410,14 @@ def find_checkpoint(given: str, run_dir: Path | None, runs: Path) -> Path:
 def check_same_experiment(experiment: Experiment, run_dir: Path) -> None:
     """Raise UserError if a resumed run would mix two experiments.
 
-    The number of steps, the periods, the workers, W&B and the pictures may change.
+    The number of steps, the periods, the workers, W&B, the pictures and what the audit does may
+    change.
     """
     from sam2train.config import flatten
     from sam2train.experiment import load_experiment
 
     free = ("trainer.num_steps", "trainer.device", "dataset.num_workers", "dataset.mask_cache_mb")
-    free += ("evaluation.num_overlays",)
+    free += ("evaluation.num_overlays", "trainer.audit")
     config_file = run_dir / "config.yaml"
     # Through the same door: a key that is younger than the run has its default there.
     before = flatten(load_experiment(config_file, {}).model_dump(mode="json"))

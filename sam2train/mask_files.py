@@ -77,7 +77,11 @@ class MaskFolder:
 
 
 def _frame_names(video: Video) -> list[str]:
-    """The names of the pictures; positions for the frames of a film, which share one file."""
+    """The names of the pictures; positions where these repeat, or for the frames of a film."""
     stems = [frame.path.stem for frame in video.frames]
     pictures = all(frame.path.suffix.lower() in PICTURE_SUFFIXES for frame in video.frames)
-    return stems if pictures else [f"{t:05d}" for t in range(len(stems))]
+    return (
+        stems
+        if pictures and len(set(stems)) == len(stems)
+        else [f"{t:05d}" for t in range(len(stems))]
+    )

@@ -282,7 +282,7 @@ def _check_prompts(
 
 def _check_prompt(given: Mapping[str, Any], image_size: int) -> Prompt:
     """The prompt with all its fields; the corners of a box stand before its clicks."""
-    if missing := [name for name in ("object_id", "frame_index") if name not in given]:
+    if missing := [name for name in ("object_id", "frame_index") if given.get(name) is None]:
         raise UserError(
             f"SAM2Model.forward: a prompt without {' and '.join(missing)}; it has "
             f"{', '.join(given) or 'nothing'}"
@@ -291,7 +291,7 @@ def _check_prompt(given: Mapping[str, Any], image_size: int) -> Prompt:
     told = {name: value for name, value in given.items() if value is not None}
     prompt = {**nothing, "labels": np.zeros(0, np.int32), **told}
     who, mask, box = f"object {prompt['object_id']}", prompt["mask"], prompt["box"]
-    if isinstance(mask, list):
+    if isinstance(mask, list | tuple):
         prompt["mask"] = mask = np.asarray(mask)
     if mask is not None and tuple(mask.shape) != (image_size, image_size):
         raise UserError(
@@ -303,13 +303,14 @@ def _check_prompt(given: Mapping[str, Any], image_size: int) -> Prompt:
             f"{who}: {len(prompt['points'])} points with {len(prompt['labels'])} labels; expected "
             "a label for each point"
         )
-    if box is not None and np.size(box) != 4:
-        raise UserError(f"{who}: a box of {np.size(box)} numbers; expected x0, y0, x1, y1")
-    labels = np.asarray(prompt["labels"])
+    if box is not None:
+        box = np.asarray(torch.as_tensor(box).cpu(), np.float32)
+        if box.size != 4:
+            raise UserError(f"{who}: a box of {box.size} numbers; expected x0, y0, x1, y1")
+    labels = np.asarray(torch.as_tensor(prompt["labels"]).cpu())
     if box is not None and not np.isin(labels, (2, 3)).any():
-        corners = np.asarray(box, np.float32).reshape(2, 2)
-        clicks = np.asarray(prompt["points"], np.float32).reshape(-1, 2)
-        prompt["points"] = np.concatenate([corners, clicks])
+        clicks = np.asarray(torch.as_tensor(prompt["points"]).cpu(), np.float32)
+        prompt["points"] = np.concatenate([box.reshape(2, 2), clicks.reshape(-1, 2)])
         prompt["labels"] = np.concatenate([[2, 3], labels]).astype(np.int32)
     return prompt
 

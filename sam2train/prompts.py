@@ -140,7 +140,7 @@ class PromptGenerator:
 
 def _as_range(clicks: int | Sequence[int]) -> tuple[int, int]:
     """(low, high) from a number or a range; whole numbers of NumPy will do."""
-    ends = list(clicks) if isinstance(clicks, Sequence | np.ndarray) else [clicks, clicks]
+    ends = list(clicks) if np.ndim(clicks) == 1 else [clicks, clicks]
     if isinstance(clicks, str) or len(ends) != 2:
         raise UserError(
             f"num_of_pos_points: {clicks!r}; expected a whole number or a range of two, (1, 3)"

@@ -37,6 +37,7 @@ EVALUATIONS = "evaluations"  # the folder beside runs that `--evaluate` writes t
 _ID_COLUMNS = ("video_id", "object_id")
 _SCORES = ("step", "split", "model", "video_id", "object_id", "J", "F", "J_and_F", "num_frames")
 TRAINED = "trained"  # the run itself, in the column `model`; baselines stand beside it
+_COUNTS = ("params/", "trainable/")
 _COLUMNS = ("group", "seed", "step", "num_steps", "baseline", "last", "best", "scored", "gain")
 _COLUMNS += ("seconds", "written", "commit", "device")
 _WANDB_STATES = {"killed": "interrupted", "preempted": "interrupted", "preempting": "interrupted"}
@@ -86,7 +87,7 @@ def load_runs(folder: Path) -> pd.DataFrame:
         step, num_steps, seconds, written (UTC), commit, device: of the last line that was written.
         baseline, last, best: J&F of the validation at step 0, the last, and the highest; gain is
             last - baseline, scored the step of the last. NaN where there was no validation.
-        params/...: total, trainable, and each module's.
+        params/...: total, trainable, and each module's; trainable/...: what is trained of it.
         dotted names: every setting; a list of words is joined by "+".
 
     Raises:
@@ -397,7 +398,7 @@ def _numbers(
         **scores,
         "gain": scores["last"] - scores["baseline"],
         "seconds": float(max(summary.get("seconds") or 0, seconds)),
-        **{name: value for name, value in summary.items() if name.startswith("params/")},
+        **{name: value for name, value in summary.items() if name.startswith(_COUNTS)},
     }
 
 

@@ -220,12 +220,14 @@ class Tracker:
     def parameters(self, report: Mapping[str, tuple[int, int]]) -> None:
         """Show and summarise module -> (trainable, total) parameters.
 
-        `params/<module>` is the module's total; `params/total` and `params/trainable` are sums.
+        `params/<module>` is the module's total, `trainable/<module>` what is trained of it;
+        `params/total` and `params/trainable` are sums.
         """
         self.console.print(parameter_table(report))
         sizes = {f"params/{module}": size for module, (_, size) in report.items()}
         trainable, total = (sum(row[part] for row in report.values()) for part in (0, 1))
-        self.summary({"params/total": total, "params/trainable": trainable, **sizes})
+        learning = {f"trainable/{module}": count for module, (count, _) in report.items()}
+        self.summary({"params/total": total, "params/trainable": trainable, **sizes, **learning})
 
     def overlays(self, step: int, pictures: Sequence[Overlay]) -> None:
         """Send each picture to W&B twice: as composed, and as a frame whose masks can be toggled.

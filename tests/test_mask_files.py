@@ -69,6 +69,12 @@ def test_frames_of_a_film_are_named_by_their_position(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*.png"))[-1] == "00002.png"
 
 
+def test_names_that_repeat_give_way_to_positions(tmp_path):
+    names = ["a/1.jpg", "b/1.jpg", "b/2.jpg"]
+    write(MaskFolder(tmp_path), 1, two_objects(1, 2), names=names)
+    assert len(list(tmp_path.rglob("*.png"))) == 3
+
+
 def test_a_film_of_one_frame_is_a_film(tmp_path):
     masks = {1: np.ones((1, 8, 9), bool)}
     write(MaskFolder(tmp_path), 1, masks, names=["film.mp4"])

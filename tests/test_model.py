@@ -731,7 +731,7 @@ def test_a_box_and_a_click_are_both_read():
         both, spelled, alone = (
             model(images, None, [common | prompt])["pred_masks"]
             for prompt in (
-                {"box": box, "points": click, "labels": np.ones(1)},
+                {"box": torch.from_numpy(box), "points": click, "labels": np.ones(1)},
                 {"points": points, "labels": np.array([2, 3, 1])},
                 {"points": click, "labels": np.ones(1)},
             )
@@ -744,6 +744,7 @@ def test_a_box_and_a_click_are_both_read():
     ("prompt", "message"),
     [
         ({"object_id": 1, "frame_index": 0, "box": [1, 2, 3]}, "a box of 3 numbers"),
+        ({"object_id": None, "frame_index": 0}, "a prompt without object_id"),
         ({"object_id": 1}, "a prompt without frame_index; it has object_id"),
         (
             {"object_id": 1, "frame_index": 0, "points": np.ones((2, 2)), "labels": np.ones(1)},

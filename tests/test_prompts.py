@@ -176,6 +176,11 @@ def test_a_prompt_has_all_its_fields(kind):
     assert not is_empty(prompt)
 
 
+@pytest.mark.parametrize("clicks", [np.array(3), np.int64(3), np.array([3, 3]), [3, 3]])
+def test_numbers_of_numpy_are_numbers(clicks):
+    assert PromptGenerator(num_of_pos_points=clicks).num_of_pos_points == (3, 3)
+
+
 def test_a_mask_is_that_of_one_object():
     with pytest.raises(UserError, match=r"a mask of shape \(1, 5, 6\)"):
         PromptGenerator().generate(np.ones((1, 5, 6), bool), np.random.default_rng(0))

@@ -306,6 +306,14 @@ def test_data_without_anything_to_track_stop_the_run(experiment, tmp_path):
         ),
         ({"model": {"trainable_modules": ["no_mem_pos_enc"]}}, "SAM 2 never reads it"),
         (
+            {"model": {"trainable_modules": ["no_obj_ptr"], "max_obj_ptrs_in_encoder": 0}},
+            "model.max_obj_ptrs_in_encoder is 0",
+        ),
+        (
+            {"model": {"trainable_modules": ["no_obj_embed_spatial"], "num_maskmem": 0}},
+            "model.num_maskmem is 0",
+        ),
+        (
             {
                 "model": {"trainable_modules": ["memory_attention", "mask_downsample"]},
                 "dataset": {"prompt_types": ["point"]},
