@@ -80,8 +80,6 @@ def _frame_names(video: Video) -> list[str]:
     """The names of the pictures; positions where these repeat, or for the frames of a film."""
     stems = [frame.path.stem for frame in video.frames]
     pictures = all(frame.path.suffix.lower() in PICTURE_SUFFIXES for frame in video.frames)
-    return (
-        stems
-        if pictures and len(set(stems)) == len(stems)
-        else [f"{t:05d}" for t in range(len(stems))]
-    )
+    if pictures and len(set(stems)) == len(stems):
+        return stems
+    return [f"{t:05d}" for t in range(len(stems))]

@@ -298,6 +298,8 @@ def test_tables(start, tmp_path, screen):
         "params/trainable": 1_500,
         "params/image_encoder": 2_000_000,
         "params/memory_attention": 2_000,
+        "trainable/image_encoder": 0,
+        "trainable/memory_attention": 1_500,
     }
 
 
