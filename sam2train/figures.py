@@ -278,8 +278,10 @@ def parameters(run: Mapping[str, Any], *, title: str = "") -> Figure:
     sides = [sizes[name] for name in names]
     # Runs of before these counts were kept tell by the modules that they list.
     listed = str(run.get("model.trainable_modules")).split("+")
-    guess = {name: sizes[name] * (name in listed) for name in names}
-    part = [run.get(f"trainable/{name}", guess[name]) for name in names]
+    told = {name: run.get(f"trainable/{name}", math.nan) for name in names}
+    part = [
+        sizes[name] * (name in listed) if math.isnan(told[name]) else told[name] for name in names
+    ]
     with new_figure(6.5, 0.32 * len(names) + 1) as (figure, (axes,)):
         bars = axes.barh(names, sides, color=FROZEN)
         axes.bar_label(bars, [f"{side:,.0f}" for side in sides], padding=3, fontsize=9)
