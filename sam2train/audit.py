@@ -100,7 +100,7 @@ def _reasons(tops: set[str], experiment: Experiment) -> Sequence[str]:
 
 
 def has_tracked_frame(batch: BatchedVideoDatapoint) -> bool:
-    """Whether an object of the batch has a real frame after its first prompt."""
+    """Whether an object of the batch has a real frame after one of its prompts."""
     lengths = batch.frame_valid.sum(0).tolist()
     return any(
         prompt["frame_index"] + 1 < length and not is_empty(prompt)

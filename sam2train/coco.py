@@ -131,7 +131,7 @@ def _read_images(
             found.append(f"{where}: `order_in_video` is {stated_order!r}; expected a whole number")
         if isinstance(header, str):
             found.append(f"{where}: {header}")
-        elif image_root is not None and _is_absolute(name := _image_name(entry)):
+        elif image_root is not None and _is_absolute(name := _image_names(entry)[0]):
             other = under_root.setdefault(path, name)
             if other != name:
                 found.append(
@@ -144,7 +144,7 @@ def _read_images(
             continue
         if isinstance(stated_order, str):
             told.setdefault("`order_in_video` is text; read as a number", []).append(where)
-        if "\\" in _image_name(entry) and "\\" not in path.as_posix():
+        if "\\" in _image_names(entry)[0] and "\\" not in path.as_posix():
             told.setdefault("backslashes in the path; read as folders", []).append(where)
         if ".." in path.parts:
             told.setdefault(
@@ -189,13 +189,10 @@ def _as_id(value: Any) -> int | str | None:
     return value if isinstance(value, str) else _whole_number(value)
 
 
-_NAME_KEYS = ("path", "file_name")
-
-
-def _image_name(entry: dict[str, Any]) -> str | None:
-    """The first of the two that says something."""
-    names = (entry.get(key) for key in _NAME_KEYS)
-    return next((name for name in names if isinstance(name, str) and name), None)
+def _image_names(entry: dict[str, Any]) -> list[str]:
+    """Where an image may lie, by the keys that say something."""
+    names = (entry.get(key) for key in ("path", "file_name"))
+    return [name for name in names if isinstance(name, str) and name]
 
 
 def _is_absolute(name: str) -> bool:
@@ -212,7 +209,7 @@ def _locate(
     of the annotations. Of an absolute path of another machine, the tail may exist under
     `image_root`.
     """
-    names = [name for key in _NAME_KEYS if isinstance(name := entry.get(key), str) and name]
+    names = _image_names(entry)
     if not names:
         return None, "`path` (or `file_name`) is missing or no text"
     root = folder if image_root is None else Path(image_root)

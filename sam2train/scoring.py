@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -219,12 +220,10 @@ _TOO_HIGH = (
 
 def shared_video_warnings(splits: Mapping[str, Videos]) -> list[str]:
     """What to say where two of the data sets, by the names train, val and test, share frames."""
-    folders: dict[Path, Path] = {}  # those of the frames, each resolved once
+    resolve = cache(Path.resolve)  # of folders: the disk is asked once for each
     places = {
         name: {
-            folders.setdefault(frame.path.parent, frame.path.parent.resolve()) / frame.path.name: (
-                video.video_id
-            )
+            resolve(frame.path.parent) / frame.path.name: video.video_id
             for video in data.videos
             for frame in video.frames
         }

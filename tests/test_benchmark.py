@@ -148,6 +148,18 @@ def test_a_run_folder_stands_for_its_best_checkpoint(trained, tmp_path):
     assert summary["checkpoint"]["path"] == str(trained / "run" / "checkpoints" / "best.pt")
 
 
+def test_changes_by_noise_have_their_intervals(trained, tmp_path, capsys):
+    five = make_coco(tmp_path / "five", num_videos=5, num_frames=2, size=(64, 64))
+    words = ("--prompt-matrix", "base", "--run-dir", tmp_path / "out", f"dataset.val_path={five}")
+    assert call(trained, *words) == 0
+    for row in table(tmp_path / "out" / "prompt_matrix.csv"):
+        assert (row["change"] == "") == (row["noise"] == "0.0")
+        if row["change"]:
+            low, change, high = (float(row[f"change{end}"]) for end in ("_low", "", "_high"))
+            assert low <= change <= high
+    assert "[+" in capsys.readouterr().out
+
+
 def test_the_prompt_matrix(trained, tmp_path, capsys):
     out = tmp_path / "out"
     words = ("--prompt-matrix", "base", "--run-dir", out)
