@@ -4,7 +4,8 @@ COCO video JSON plus JPEG frames of 128 x 128 px, drawn on first use and the sam
 one OpenCV build. `easy` and `motion` have short simple scenes to train base weights on; in
 `motion` objects vanish, too. `train`, `val` and `test` have occlusions that end, objects that leave
 and return, and look-alikes that pass each other; in each video of `absence` one object is out of
-the frame for some frames.
+the frame for some frames. `fresh` has 96 more videos of the kind of `val` and `test`, for differences
+that 12 videos are too few to show.
 """
 
 import contextlib
@@ -36,6 +37,7 @@ SPLITS = {
     "val": Split(103, 12, 24, 2, 3, 6.5, 0.12, 1.6, 0, events=True),
     "test": Split(104, 12, 24, 2, 3, 6.5, 0.12, 1.6, 0, events=True),
     "absence": Split(106, 20, 32, 2, 3, 6.5, 0.12, 1.6, 0, events=True, only="leaves"),
+    "fresh": Split(107, 96, 24, 2, 3, 6.5, 0.12, 1.6, 0, events=True),
 }
 
 # sha256 of each split as OpenCV 5.0.0 on x86-64 Linux draws it.
@@ -46,6 +48,7 @@ DIGESTS = {
     "val": "a264ac1ce94a5af4a8f8f02d6258ef99640365db9eef3b5f393ff5b909307ba2",
     "test": "3cce9c7eb541ddfc43b68a879e5540ebe5150cbcbbeac0716ce6e5952dbdc31d",
     "absence": "0d6a6de047096351fa9a28cf74f291105c8c4e7ef264a3e4c7589fa1323dbac2",
+    "fresh": "e54421ec8a6975aac0437aba0fe94ed591e99f056f8071fa24ebbd08b89e35de",
 }
 
 

@@ -331,10 +331,12 @@ def test_the_splits_as_published():
         "val": (12, 24),
         "test": (12, 24),
         "absence": (20, 32),
+        "fresh": (96, 24),
     }
     assert len({split.seed for split in demo.SPLITS.values()}) == len(demo.SPLITS)
     knobs = [dataclasses.astuple(demo.SPLITS[name])[2:] for name in ("train", "val", "test")]
     assert knobs[0] == knobs[1] == knobs[2]  # the same difficulty
+    assert dataclasses.astuple(demo.SPLITS["fresh"])[2:] == knobs[0]
     assert set(demo.DIGESTS) == set(demo.SPLITS)
     assert demo.DEFAULT_ROOT.parts[-2:] == ("data", "demo")
 
