@@ -4,8 +4,8 @@ COCO video JSON plus JPEG frames of 128 x 128 px, drawn on first use and the sam
 one OpenCV build. `easy` and `motion` have short simple scenes to train base weights on; in
 `motion` objects vanish, too. `train`, `val` and `test` have occlusions that end, objects that leave
 and return, and look-alikes that pass each other; in each video of `absence` one object is out of
-the frame for some frames. `fresh` has 96 more videos of the kind of `val` and `test`, for differences
-that 12 videos are too few to show.
+the frame for some frames. `fresh` has 96 more videos of the kind of `val` and `test`, for
+differences that 12 videos are too few to show.
 """
 
 import contextlib
