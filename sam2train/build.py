@@ -10,15 +10,15 @@ import torch
 import yaml
 
 from sam2train import checkpoint, demo
+from sam2train.data_clips import AnnotatedVideos
+from sam2train.data_sav import SAVDataset
+from sam2train.data_vos import VOSDataset, find_masks
 from sam2train.datasets import COCODataset, VideoDataset
 from sam2train.devices import choose_device
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment
 from sam2train.model import SAM2Model
 from sam2train.pretrained import REPOSITORY, load_weights, resolve_path
-from sam2train.sampling import AnnotatedVideos
-from sam2train.sav import SAVDataset
-from sam2train.vos import VOSDataset, find_masks
 
 _SHOWN_WARNINGS = 5
 

@@ -13,21 +13,21 @@ from pydantic import Field, model_validator
 
 from sam2train.clips import Clip
 from sam2train.clips import collate_fn as collate_fn  # beside the data sets it batches
-from sam2train.coco import read_coco_videos
 from sam2train.config import Section
-from sam2train.errors import UserError
-from sam2train.images import decode_segmentation, read_image
-from sam2train.mask_cache import MaskCache
-from sam2train.sampling import (
+from sam2train.data_clips import (
     AnnotatedVideos,
+    MaskCache,
     clip_settings,
     draw_frames,
     finish_clip,
     locate_clip,
 )
-from sam2train.synthetic import Scene, SyntheticConfig, draw_num_objects, draw_scene
+from sam2train.data_coco import read_coco_videos
+from sam2train.data_pictures import decode_segmentation, read_image
+from sam2train.data_synthetic import Scene, SyntheticConfig, draw_num_objects, draw_scene
+from sam2train.data_videos import Video, read_video_folders
+from sam2train.errors import UserError
 from sam2train.transforms import resize_image, resize_mask
-from sam2train.videos import Video, read_video_folders
 
 # Keeps the random numbers of whole synthetic videos apart from those of everything else.
 _WHOLE_VIDEO_STREAM = (2,)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from sam2train.shapes import coverage, outline, sway, view
+from sam2train.data_synthetic import coverage, outline, sway, view
 
 SIZE = 128  # px, height and width of every frame
 MIN_AREA = 12  # px; a smaller visible rest of an object gets no annotation

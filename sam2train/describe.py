@@ -8,9 +8,9 @@ from rich.table import Table
 from sam2train.build import build_dataset, build_model
 from sam2train.clips import BatchedVideoDatapoint, collate_fn
 from sam2train.config import to_yaml
+from sam2train.data_clips import AnnotatedVideos
 from sam2train.datasets import VideoDataset
 from sam2train.experiment import Experiment
-from sam2train.sampling import AnnotatedVideos
 from sam2train.tracking import parameter_table
 
 

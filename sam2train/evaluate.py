@@ -15,6 +15,8 @@ from pydantic import Field
 
 from sam2train.clips import Prompt
 from sam2train.config import Section
+from sam2train.data_clips import AnnotatedVideos
+from sam2train.data_videos import Video
 from sam2train.datasets import VideoDataset
 from sam2train.metrics import (
     FramePolicy,
@@ -27,9 +29,7 @@ from sam2train.metrics import (
 )
 from sam2train.model import MemoryBank, SAM2Model
 from sam2train.prompts import PromptGenerator
-from sam2train.sampling import AnnotatedVideos
 from sam2train.transforms import normalise, resize_image
-from sam2train.videos import Video
 
 # Keeps the random numbers of evaluation prompts apart from those of training clips.
 _PROMPT_STREAM = (1,)

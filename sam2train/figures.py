@@ -235,7 +235,7 @@ def presence(masks: pd.DataFrame, *, title: str = "") -> Figure:
     """Where each object shows: a bar for every stretch of frames, the objects of a video together.
 
     Args:
-        masks: as `presence.mask_table` gives it.
+        masks: as `data_report.mask_table` gives it.
     """
     if masks.empty:
         raise UserError("no object in these videos; nothing to draw")

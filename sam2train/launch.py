@@ -250,7 +250,7 @@ def launch(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         export_checkpoint(experiment, *arguments.export, half=arguments.half, console=console)
         return 0
     if arguments.check_data:
-        from sam2train.check import check_data
+        from sam2train.data_report import check_data
 
         report = check_data(experiment, None if arguments.json else console)
         if arguments.json:

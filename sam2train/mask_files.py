@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sam2train.data_videos import PICTURE_SUFFIXES, Video
 from sam2train.errors import UserError
 from sam2train.evaluate import SeenFrame
 from sam2train.overlays import palette
-from sam2train.videos import PICTURE_SUFFIXES, Video
 
 
 class MaskFolder:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from sam2train.data_videos import listed, natural_key
 from sam2train.datasets import DatasetConfig
 from sam2train.errors import UserError
 from sam2train.evaluate import (
@@ -29,7 +30,6 @@ from sam2train.horizon import frame_rows, horizon_rows
 from sam2train.intervals import Interval, paired_bootstrap
 from sam2train.pretrained import resolve_path
 from sam2train.tracking import replace_text
-from sam2train.videos import listed, natural_key
 
 # What is scored beside what, in the column `model` of the files.
 TRAINED, BASE, COPY = "trained", "base", "copy_first_mask"

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_coco, stacks
-from test_vos import make_vos
+from test_data_vos import make_vos
 
 from sam2train.clips import collate_fn
+from sam2train.data_videos import Frame, Video
+from sam2train.data_vos import VOSDataset
 from sam2train.datasets import COCODataset
 from sam2train.errors import UserError
 from sam2train.evaluate import (
@@ -25,8 +27,6 @@ from sam2train.evaluate import (
 )
 from sam2train.metrics import measure
 from sam2train.model import SAM2Model
-from sam2train.videos import Frame, Video
-from sam2train.vos import VOSDataset
 
 CONFIG = "sam2train/configs/sam2.1_hiera_demo.yaml"
 SIZE = (64, 64)

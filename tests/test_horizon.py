@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from sam2train.data_videos import Frame, Video
 from sam2train.evaluate import TrackedVideo
 from sam2train.horizon import (
     after_absence,
@@ -14,7 +15,6 @@ from sam2train.horizon import (
     roc,
 )
 from sam2train.metrics import VideoScores, measure
-from sam2train.videos import Frame, Video
 
 
 def tracked(truth, prediction, scores=None, *, prompt_frame=0, labelled=None) -> TrackedVideo:

@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader
 
 from sam2train.clips import collate_fn, is_empty
 from sam2train.config import ConfigError, apply_overrides, build, load_yaml, to_yaml
+from sam2train.data_pictures import read_image
+from sam2train.data_synthetic import SyntheticConfig
 from sam2train.datasets import ClipSampler, DatasetConfig, VideoDataset
 from sam2train.errors import UserError
-from sam2train.images import read_image
-from sam2train.synthetic import SyntheticConfig
 from sam2train.transforms import AugmentConfig
 
 

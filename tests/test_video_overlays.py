@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from conftest import edit, make_coco
 from PIL import Image
-from test_vos import make_vos
+from test_data_vos import make_vos
 
+from sam2train.data_vos import VOSDataset
 from sam2train.datasets import COCODataset
 from sam2train.evaluate import EvaluationConfig, copy_first_mask, score_tracks
 from sam2train.video_overlays import MAX_FRAMES, OverlayDrawer, file_name
-from sam2train.vos import VOSDataset
 
 SIZE = (48, 64)
 

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from sam2train.errors import UserError
-from sam2train.images import decode_segmentation, segmentation_area
-from sam2train.sampling import AnnotatedVideos, clip_settings
-from sam2train.videos import (
+from sam2train.data_clips import AnnotatedVideos, clip_settings
+from sam2train.data_pictures import decode_segmentation, segmentation_area
+from sam2train.data_videos import (
     Annotation,
     DataError,
     Frame,
@@ -26,7 +25,8 @@ from sam2train.videos import (
     tracking_warnings,
     try_header,
 )
-from sam2train.vos import read_list
+from sam2train.data_vos import read_list
+from sam2train.errors import UserError
 
 # Films have 24 frames a second, masklets 6.
 LABELLED_EVERY = 4

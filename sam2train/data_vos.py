@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sam2train.errors import UserError
-from sam2train.images import read_id_mask
-from sam2train.sampling import AnnotatedVideos, clip_settings
-from sam2train.videos import (
+from sam2train.data_clips import AnnotatedVideos, clip_settings
+from sam2train.data_pictures import read_id_mask
+from sam2train.data_videos import (
     Annotation,
     DataError,
     Frame,
@@ -25,6 +24,7 @@ from sam2train.videos import (
     tracking_warnings,
     try_header,
 )
+from sam2train.errors import UserError
 
 # Frames and masks; the second pair is that of SA-V's validation and test sets.
 LAYOUTS = (("JPEGImages", "Annotations"), ("JPEGImages_24fps", "Annotations_6fps"))

@@ -20,10 +20,10 @@ from conftest import (
 )
 from PIL import Image
 
-from sam2train import coco as coco_module
+from sam2train import data_coco as coco_module
 from sam2train import datasets
 from sam2train.clips import is_empty
-from sam2train.coco import read_coco_videos
+from sam2train.data_coco import read_coco_videos
 from sam2train.errors import UserError
 
 # Identity

@@ -9,14 +9,14 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 from pycocotools import mask as rle
 
-from sam2train.errors import UserError
-from sam2train.images import (
+from sam2train.data_pictures import (
     decode_segmentation,
     read_header,
     read_image,
     run_lengths,
     segmentation_area,
 )
+from sam2train.errors import UserError
 
 ORIENTATION = 0x0112
 SHAPES = st.tuples(st.integers(1, 24), st.integers(1, 24))

@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader
 
 from sam2train.build import build_dataset
 from sam2train.config import build
+from sam2train.data_sav import Film, SAVDataset
+from sam2train.data_vos import VOSDataset
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment
-from sam2train.sav import Film, SAVDataset
-from sam2train.vos import VOSDataset
 
 NUM_FRAMES = 10  # of which 0, 4 and 8 are labelled
 MASKS = moving_masks(NUM_FRAMES, 2, SIZE)

@@ -6,13 +6,13 @@ import torch
 from conftest import OBJECT_COLOURS, SHARED, SIZE, load, moving_masks, same, to_pixels
 from PIL import Image
 
-from sam2train import vos
+from sam2train import data_vos
 from sam2train.build import build_dataset
 from sam2train.config import build
+from sam2train.data_pictures import decode_segmentation, read_id_mask
+from sam2train.data_vos import VOSDataset, read_vos_videos
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment
-from sam2train.images import decode_segmentation, read_id_mask
-from sam2train.vos import VOSDataset, read_vos_videos
 
 MASKS = moving_masks(6, 2, SIZE)  # (T, N, H, W)
 PALETTE = [0, 0, 0, 236, 95, 103, 249, 145, 87] + [7] * (3 * 253)
@@ -98,7 +98,9 @@ def test_a_sample_is_that_of_the_coco_data_set(tmp_path, coco):
 def test_a_mask_file_is_decoded_once_for_all_its_objects(tmp_path, monkeypatch):
     dataset = dataset_of(make_vos(tmp_path), image_size=(24, 32))
     read = []
-    monkeypatch.setattr(vos, "read_id_mask", lambda path: read.append(path) or read_id_mask(path))
+    monkeypatch.setattr(
+        data_vos, "read_id_mask", lambda path: read.append(path) or read_id_mask(path)
+    )
     first = dataset[0]
     assert len(read) == 4
     assert same(dataset[0], first)

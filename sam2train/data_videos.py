@@ -11,8 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from sam2train.data_pictures import Header, read_header
 from sam2train.errors import UserError
-from sam2train.images import Header, read_header
 
 # What Pillow reads and people keep frames in.
 PICTURE_SUFFIXES = {

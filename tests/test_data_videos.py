@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from sam2train.data_videos import natural_key, read_video_folders
 from sam2train.errors import UserError
-from sam2train.videos import natural_key, read_video_folders
 
 FRAME_DIRS = SHARED / "bad" / "frame_dirs"
 

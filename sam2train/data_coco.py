@@ -10,9 +10,9 @@ from itertools import pairwise
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
+from sam2train.data_pictures import Header, read_header, segmentation_area
+from sam2train.data_videos import Annotation, DataError, Frame, Video, listed, tracking_warnings
 from sam2train.errors import UserError
-from sam2train.images import Header, read_header, segmentation_area
-from sam2train.videos import Annotation, DataError, Frame, Video, listed, tracking_warnings
 
 _IDENTITY_KEYS = ("track_id", "instance_id", "object_id", "category_id")
 
