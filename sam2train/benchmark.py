@@ -17,12 +17,12 @@ from rich.table import Table
 from sam2train.build import (
     Loaded,
     base_hash,
-    build_dataset,
     build_model,
     load_checkpoint,
     uses_bf16,
 )
 from sam2train.config import to_yaml
+from sam2train.datasets import build_dataset
 from sam2train.environment import describe_environment
 from sam2train.errors import UserError
 from sam2train.evaluate import SeenFrame, TrackedVideo, Videos, copy_first_mask, track_video
@@ -107,7 +107,8 @@ class Benchmark:
                 f"dataset.{split}_path is null; name the videos to score, or take --split "
                 f"{'test' if split == 'val' else 'val'}"
             )
-        self.data: Videos = build_dataset(experiment, path, training=False, say=self._say)
+        sections = experiment.dataset, experiment.augment, experiment.trainer.seed
+        self.data: Videos = build_dataset(*sections, path, training=False, say=self._say)
         model = build_model(experiment)
         self.bf16 = uses_bf16(experiment, model.device)
         self.loaded: Loaded | None = None

@@ -1,4 +1,4 @@
-"""From a video to one of its clips: the random stream, the frames, and the finished sample."""
+"""From a video to one of its clips: which frames, which objects, with which prompts."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import multiprocessing
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from sam2train.clips import Clip, Prompt
-from sam2train.data_pictures import read_image
-from sam2train.data_videos import Video
+from sam2train.data_source import ClipPixels, Video, VideoSource
 from sam2train.errors import UserError
 from sam2train.prompts import PROMPT_TYPES, PromptGenerator
 from sam2train.transforms import AugmentConfig, augment, normalise, resize_image, resize_mask
@@ -89,43 +87,35 @@ def clip_settings(
     )
 
 
-class AnnotatedVideos:
-    """Clips of videos with masks, whatever they are stored as; each way of storing is a child.
+class ClipDataset:
+    """Clips of indexed videos: `dataset[i]` is a random clip of video i.
 
-    `dataset[i]` is a random clip of video i; another epoch, by `set_epoch` or as
-    `dataset[epoch, i]`, draws another clip of the same video. Both depend on the seed, the epoch
-    and i alone, whatever the process that loads them. Clips have labelled frames only; `videos` has
-    all frames, for evaluation.
+    Another epoch, by `set_epoch` or as `dataset[epoch, i]`, gives another clip of the same video.
+    A clip depends on the seed, the epoch and i alone, whatever the process that loads it. Clips
+    have labelled frames only; `videos` has all frames, for evaluation.
 
     Args:
-        path: where the videos come from, for messages.
-        videos: with what is annotated.
-        warnings: about what was read with a grain of salt.
+        source: reads the videos, whatever format they have.
+        settings: what the clips are like.
         mask_cache_mb: bound of the cache of decoded masks, for all processes together.
 
     Raises:
         UserError: no video has a mask.
     """
 
-    what_masks_are = "expected at least one object with a pixel"
-
-    def __init__(
-        self,
-        path: str | Path,
-        videos: list[Video],
-        warnings: list[str],
-        settings: ClipSettings,
-        mask_cache_mb: int,
-    ):
-        self.videos, self.warnings, self.settings = videos, warnings, settings
-        self.epoch = 0
+    def __init__(self, source: VideoSource, settings: ClipSettings, mask_cache_mb: int = 256):
+        self.source, self.settings = source, settings
+        self.videos, self.warnings = source.videos, source.warnings
         self.image_size, self.prompts = settings.image_size, settings.prompts
-        self.cache = MaskCache(mask_cache_mb * 2**20, videos, self.image_size)
+        self.epoch = 0
+        self.cache = MaskCache(mask_cache_mb * 2**20, self.videos, self.image_size)
         self.trainable = [
-            video for video in videos if any(video.visible(t) for t in video.labelled)
+            video
+            for video in self.videos
+            if source.makes_objects or any(video.visible(t) for t in video.labelled)
         ]
         if not self.trainable:
-            raise UserError(f"{path}: no annotation has a mask; {self.what_masks_are}")
+            raise UserError(f"{source.path}: no annotation has a mask; {source.mask_hint}")
 
     def __len__(self) -> int:
         return len(self.trainable)
@@ -135,29 +125,23 @@ class AnnotatedVideos:
         self.epoch = epoch
 
     def __getitem__(self, index: int | tuple[int, int]) -> Clip:
-        index, rng = locate_clip(index, len(self), self.settings.seed, self.epoch)
-        video, settings = self.trainable[index], self.settings
-        size = self.image_size
-        indices, num_padding = draw_frames(
+        place, rng = locate_clip(index, len(self), self.settings.seed, self.epoch)
+        video, settings = self.trainable[place], self.settings
+        indices, num_padding = sample_frames(
             video, settings.video_clip_length, settings.max_frame_stride, rng
         )
-        seen = [o for o in video.object_ids if any(o in video.visible(t) for t in indices)]
-        if settings.max_objects is not None and len(seen) > settings.max_objects:
-            # What shows on the last frame only leaves nothing to track: the others come first.
-            early = {o for o in seen if any(o in video.visible(t) for t in indices[:-1])}
-            drawn = rng.choice(len(seen), len(seen), replace=False)
-            order = sorted(drawn, key=lambda place: seen[place] not in early)
-            seen = [seen[place] for place in sorted(order[: settings.max_objects])]
-
-        images = np.stack([resize_image(self.read_frame(video, t), size) for t in indices])
-        masks = np.stack(
-            [[self.read_mask(video, t, o, size) for o in seen] for t in indices]
-        )  # (T, N, H, W)
-        return finish_clip(video, indices, images, masks, seen, num_padding, settings, rng)
+        size, most = self.image_size, settings.max_objects
+        pixels = self.source.sample_clip(video, indices, size, most, rng)
+        if pixels is None:
+            objects = sample_objects(video, indices, most, rng)
+            images = [resize_image(self.read_frame(video, t), size) for t in indices]
+            masks = [[self.read_mask(video, t, o, size) for o in objects] for t in indices]
+            pixels = ClipPixels(np.stack(images), np.stack(masks), objects)
+        return finish_clip(video, indices, pixels, num_padding, settings, rng)
 
     def read_frame(self, video: Video, frame_idx: int) -> np.ndarray:
         """(H, W, 3) uint8 at the video's own size."""
-        return read_image(video.frames[frame_idx].path, video.size)
+        return self.source.read_frame(video, frame_idx)
 
     def read_mask(
         self,
@@ -166,27 +150,21 @@ class AnnotatedVideos:
         object_id: int | str,
         size: tuple[int, int] | None = None,
     ) -> np.ndarray:
-        """(H, W) bool of one object; empty where it has no annotation. At `size` where given."""
+        """(H, W) bool of one object, empty where it does not show; at `size`, or the video's own
+        where none is given."""
         size = video.size if size is None else tuple(size)
-        annotation = video.frames[frame_idx].annotations.get(object_id)
-        if annotation is None or annotation.area == 0:
+        if not self.source.has_mask(video, frame_idx, object_id):
             return np.zeros(size, bool)
         mask = self.cache.get(video, frame_idx, object_id, size)
         if mask is None:
             decoded = {
                 o: resize_mask(mask, size)
-                for o, mask in self.decode(video, frame_idx, object_id).items()
+                for o, mask in self.source.read_masks(video, frame_idx, object_id).items()
             }
             for other_id, other in decoded.items():
                 self.cache.put(video, frame_idx, other_id, other)
             mask = decoded[object_id]
         return mask
-
-    def decode(
-        self, video: Video, frame_idx: int, object_id: int | str
-    ) -> dict[int | str, np.ndarray]:
-        """(H, W) bool of this object, and of others that come with it at no cost."""
-        raise NotImplementedError
 
 
 def locate_clip(
@@ -207,7 +185,7 @@ def locate_clip(
     return index, np.random.default_rng([seed, epoch, index])
 
 
-def draw_frames(
+def sample_frames(
     video: Video, clip_length: int, max_stride: int, rng: np.random.Generator
 ) -> tuple[list[int], int]:
     """Frames of one clip: (T',) ascending positions of labelled ones, and the T - T' missing.
@@ -237,7 +215,23 @@ def draw_frames(
     return [places[start + stride * t] for t in range(taken)], clip_length - taken
 
 
-def draw_prompts(
+def sample_objects(
+    video: Video, indices: Sequence[int], max_objects: int | None, rng: np.random.Generator
+) -> list[int | str]:
+    """The objects of a clip: all that show on its frames, or `max_objects` of them at random.
+
+    An object that shows on the last frame only leaves nothing to track, so the others come first.
+    """
+    shown = [o for o in video.object_ids if any(o in video.visible(t) for t in indices)]
+    if max_objects is None or len(shown) <= max_objects:
+        return shown
+    early = {o for o in shown if any(o in video.visible(t) for t in indices[:-1])}
+    order = rng.choice(len(shown), len(shown), replace=False)
+    chosen = sorted(order, key=lambda place: shown[place] not in early)[:max_objects]
+    return [shown[place] for place in sorted(chosen)]
+
+
+def sample_prompts(
     masks: np.ndarray,
     object_ids: Sequence[int | str],
     settings: ClipSettings,
@@ -274,9 +268,7 @@ def draw_prompts(
 def finish_clip(
     video: Video,
     indices: list[int],
-    images: np.ndarray,
-    masks: np.ndarray,
-    object_ids: list[int | str],
+    pixels: ClipPixels,
     num_padding: int,
     settings: ClipSettings,
     rng: np.random.Generator,
@@ -285,11 +277,11 @@ def finish_clip(
 
     Args:
         indices: positions of the frames in the video, ascending.
-        images: (T', H, W, 3) uint8 at the clip's size.
-        masks: (T', N, H, W) bool; an object without a pixel left is dropped.
+        pixels: at the clip's size; an object without a pixel left is dropped.
         num_padding: T - T'.
     """
-    # Backwards, too, the clip should begin with something to prompt.
+    images, masks, object_ids = pixels
+    # Played backwards, too, the clip should begin with something to prompt.
     if rng.random() < settings.augment.reverse and masks[-1].any():
         indices = indices[::-1]
         images, masks = np.ascontiguousarray(images[::-1]), np.ascontiguousarray(masks[::-1])
@@ -300,7 +292,7 @@ def finish_clip(
     # One of several objects may have left the picture with the augmentation.
     kept = np.flatnonzero(masks.any(axis=(0, 2, 3)))
     object_ids, masks = [object_ids[place] for place in kept], masks[:, kept]
-    prompts = draw_prompts(masks, object_ids, settings, rng)
+    prompts = sample_prompts(masks, object_ids, settings, rng)
     if num_padding:
         images = np.concatenate([images, np.repeat(images[-1:], num_padding, axis=0)])
         masks = np.concatenate([masks, np.zeros((num_padding, *masks.shape[1:]), bool)])

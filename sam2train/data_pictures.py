@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pycocotools import mask as rle
@@ -122,6 +125,57 @@ def _why_unreadable(path: Path, problem: Exception) -> str:
     else:
         what = f"is damaged or cut short ({problem})"
     return f"{path}: {what}"
+
+
+class Film:
+    """Frames of films, read in order: the next frame is decoded at once, an earlier one means
+    starting over.
+
+    Frames are counted by decoding, never sought: seeking lands beside the wanted frame in some
+    films. Each thread and each process keeps one film open.
+    """
+
+    def __init__(self) -> None:
+        self._state = threading.local()
+
+    def __reduce__(self) -> tuple:
+        return Film, ()
+
+    def read(self, path: Path, frame_idx: int) -> np.ndarray:
+        """(H, W, 3) uint8 RGB.
+
+        Raises:
+            UserError: the film cannot be read that far.
+        """
+        process, opened, capture, position = getattr(self._state, "open", (None, None, None, 0))
+        # A forked process would share the position in the file with its parent.
+        if (process, opened) != (os.getpid(), path) or position > frame_idx:
+            # A decoder with threads of its own cannot be closed in a forked process: it would wait
+            # for threads that exist in its parent only.
+            one_thread = [cv2.CAP_PROP_N_THREADS, 1]
+            capture, position = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, one_thread), 0
+        while position < frame_idx and capture.grab():
+            position += 1
+        good, pixels = capture.read()
+        if not good:
+            self._state.open = (None, None, None, 0)
+            raise UserError(f"{path}: ends or is damaged at frame {position}")
+        self._state.open = (os.getpid(), path, capture, position + 1)
+        return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+
+
+def read_film_header(path: Path) -> tuple[tuple[int, int], int]:
+    """(H, W) and the number of frames, without decoding them.
+
+    Raises:
+        UserError: OpenCV cannot read the film.
+    """
+    capture = cv2.VideoCapture(str(path))
+    good, first = capture.read()
+    num_frames = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    if not good or num_frames < 1:
+        raise UserError(f"{path}: is no film that OpenCV can read")
+    return first.shape[:2], num_frames
 
 
 def decode_segmentation(segmentation: Any, size: tuple[int, int]) -> np.ndarray:

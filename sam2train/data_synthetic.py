@@ -125,7 +125,7 @@ class Scene:
             yield layer, (slice(low[1], high[1]), slice(low[0], high[0])), low, alpha
 
 
-def draw_num_objects(
+def sample_num_objects(
     config: SyntheticConfig, max_objects: int | None, rng: np.random.Generator
 ) -> int:
     """N, within the config's range and at most `max_objects`."""
@@ -133,7 +133,7 @@ def draw_num_objects(
     return drawn if max_objects is None else min(drawn, max_objects)
 
 
-def draw_scene(
+def sample_scene(
     background: np.ndarray,
     num_frames: int,
     num_objects: int,

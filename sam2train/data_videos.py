@@ -1,18 +1,21 @@
-"""Videos as they are indexed, whatever they were read from; folders of frames -> videos."""
+"""Folders of frames, and made-up objects over them."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-from sam2train.data_pictures import Header, read_header
+import numpy as np
+
+from sam2train.data_pictures import Header, read_header, read_image
+from sam2train.data_source import ClipPixels, Frame, Video, VideoSource, listed, natural_key
+from sam2train.data_synthetic import Scene, SyntheticConfig, sample_num_objects, sample_scene
 from sam2train.errors import UserError
+from sam2train.transforms import resize_image
 
 # What Pillow reads and people keep frames in.
 PICTURE_SUFFIXES = {
@@ -29,149 +32,8 @@ PICTURE_SUFFIXES = {
 }
 PICTURE_SUFFIXES |= {".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".j2k", ".avif"}
 _FILM_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".gif"}
-_SHOWN_PROBLEMS = 12
-
-
-@dataclass(frozen=True)
-class Annotation:
-    """One object on one frame."""
-
-    annotation_id: int | str
-    segmentation: Any
-    area: int  # pixels
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One frame of a video; on a labelled one, objects without an entry are absent."""
-
-    path: Path  # of the picture, or of the film that holds all frames of the video
-    annotations: dict[int | str, Annotation]  # by object id
-    is_labelled: bool = True  # False: nobody looked for objects here
-
-
-@dataclass(frozen=True)
-class Video:
-    """The frames of one video in order, all of one size."""
-
-    video_id: int | str
-    size: tuple[int, int]  # (H, W)
-    frames: list[Frame]
-    object_ids: list[int | str]  # in order of appearance
-
-    @property
-    def labelled(self) -> list[int]:
-        """The frames to learn from and to score: where absent means absent."""
-        return [t for t, frame in enumerate(self.frames) if frame.is_labelled]
-
-    def visible(self, frame_idx: int) -> list[int | str]:
-        """Objects with at least one annotated pixel on a frame."""
-        annotations = self.frames[frame_idx].annotations
-        return [o for o in self.object_ids if o in annotations and annotations[o].area > 0]
-
-
-class DataError(UserError):
-    """Everything that is wrong with the data at a path, in one message.
-
-    Attributes:
-        problems: all of them, where the message shows the first few.
-        videos: what could be read, with its `warnings`.
-    """
-
-    def __init__(
-        self, path: Path, problems: Sequence[str], videos: list[Video], warnings: list[str]
-    ):
-        self.problems, self.videos, self.warnings = list(problems), videos, warnings
-        shown = problems[:_SHOWN_PROBLEMS]
-        rest = len(problems) - len(shown)
-        super().__init__(
-            f"{path}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n  - "
-            + "\n  - ".join(shown)
-            + (f"\n  ... and {rest} more" if rest else "")
-        )
-
-
-def listed(names: Sequence[str], most: int = 3) -> str:
-    """The first few names, and how many more there are."""
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
-
-
-def tracking_warnings(videos: Sequence[Video]) -> list[str]:
-    """About videos that can teach nothing."""
-    without, short = [], []
-    for video in videos:
-        num_shown = Counter(o for t in video.labelled for o in video.visible(t))
-        if not num_shown:
-            without.append(f"video {video.video_id!r}")
-        elif max(num_shown.values()) == 1:
-            short.append(f"video {video.video_id!r}")
-    told = {
-        "no object, so no clip for training": without,
-        "no object is on more than one frame: nothing to track": short,
-    }
-    return [f"{listed(names)}: {what}" for what, names in told.items() if names]
-
-
-def natural_key(name: str) -> tuple[str | int, ...]:
-    """Sorts as people count: frame_2 before frame_10. Upper and lower case are one."""
-    parts = re.split(r"([0-9]+)", name.casefold())
-    return tuple(int(part) if place % 2 else part for place, part in enumerate(parts))
-
-
-def read_video_folders(path: Path) -> tuple[list[Video], list[str]]:
-    """The videos in a folder, without annotations, and warnings.
-
-    Each sub-folder with pictures is a video, named like the folder. A folder that holds pictures
-    itself is one video. Frames go by their names in natural order; hidden files, files that are no
-    pictures by their suffix, and folders inside a video are passed over. Sizes are those after the
-    EXIF orientation.
-
-    Raises:
-        UserError: no videos, or all problems of the pictures at once.
-    """
-    wanted = "expected a folder with one sub-folder of pictures for each video"
-    if not path.is_dir():
-        what = "no such folder"
-        if path.is_file():
-            what = "is a file"
-            if path.suffix.lower() == ".json":
-                wanted += '; COCO annotations need dataset.dataset_type: "coco"'
-            elif path.suffix.lower() in _FILM_SUFFIXES:
-                wanted += f"; {_HOW_TO_EXTRACT}"
-        raise UserError(f"{path}: {what}; {wanted}")
-    folders = subfolders(path)
-    pictures = {folder: list_pictures(folder) for folder in folders}
-    with_pictures = [folder for folder in folders if pictures[folder]]
-    if own := list_pictures(path):
-        if with_pictures:
-            raise UserError(
-                f"{path}: pictures lie in the folder itself ({listed([p.name for p in own])}) and "
-                f"in sub-folders ({listed([f.name for f in with_pictures])}), so what is a video "
-                "is not clear; move one or the other elsewhere"
-            )
-        pictures, with_pictures, folders = {path: own}, [path], [path]
-    if not with_pictures:
-        raise UserError(f"{path}: no pictures in it or its sub-folders; {wanted}{_hint(path)}")
-
-    problems: list[str] = []
-    warnings: list[str] = []
-    videos = []
-    with ThreadPoolExecutor(8) as pool:  # reading headers waits for the disk
-        for folder in with_pictures:
-            headers = list(pool.map(try_header, pictures[folder]))
-            if video := make_video(folder, pictures[folder], headers, problems):
-                videos.append(video)
-    if without := [folder.name for folder in folders if not pictures[folder]]:
-        warnings.append(f"{listed(without)}: no pictures, so no video")
-    if short := [str(video.video_id) for video in videos if len(video.frames) == 1]:
-        warnings.append(f"{listed(short)}: a single frame: nothing to track")
-    if problems:
-        raise DataError(path, problems, videos, warnings)
-    return videos, warnings
-
-
-_HOW_TO_EXTRACT = "take out their frames first: ffmpeg -i VIDEO -q:v 2 FOLDER/frame_%05d.jpg"
+# Keeps the random numbers of whole synthetic videos apart from those of everything else.
+_WHOLE_VIDEO_STREAM = (2,)
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -183,7 +45,7 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def list_pictures(folder: Path) -> list[Path]:
-    """Its pictures by suffix, in natural order; those that macOS and others hide are none."""
+    """Its pictures, known by their suffixes, in natural order; without hidden files."""
     return sorted(
         (
             entry
@@ -196,26 +58,16 @@ def list_pictures(folder: Path) -> list[Path]:
     )
 
 
-def _hint(path: Path) -> str:
-    """What a folder without videos holds instead."""
-    films = sorted(p.name for p in path.rglob("*") if p.suffix.lower() in _FILM_SUFFIXES)
-    if films:
-        return f"; there are films ({listed(films)}): {_HOW_TO_EXTRACT}"
-    deeper = sorted(p for p in path.glob("*/*") if p.is_dir() and list_pictures(p))
-    return f"; its videos seem to lie in {deeper[0].parent}" if deeper else ""
-
-
-def try_header(path: Path) -> Header | str:
-    try:
-        return read_header(path)
-    except UserError as problem:
-        return str(problem)
-
-
-def make_video(
-    folder: Path, pictures: list[Path], headers: list[Header | str], problems: list[str]
+def index_frames(
+    folder: Path, pictures: list[Path], pool: ThreadPoolExecutor, problems: list[str]
 ) -> Video | None:
-    """The video of a folder; None where something is wrong with it."""
+    """The video of the pictures in a folder, without annotations; None where something is wrong,
+    which is added to the problems.
+
+    Args:
+        pool: reads the headers; that waits for the disk.
+    """
+    headers = list(pool.map(_try_header, pictures))
     found = [header for header in headers if isinstance(header, str)]
     for first, second in pairwise(pictures):
         if natural_key(first.stem) == natural_key(second.stem):
@@ -235,3 +87,188 @@ def make_video(
         return None
     frames = [Frame(picture, {}) for picture in pictures]
     return Video(folder.name or folder.resolve().name, next(iter(sizes)), frames, [])
+
+
+def _try_header(path: Path) -> Header | str:
+    """The header of a picture, or what is wrong with the file."""
+    try:
+        return read_header(path)
+    except UserError as problem:
+        return str(problem)
+
+
+class VideoFolders(VideoSource):
+    """The videos in a folder, without annotations.
+
+    Each sub-folder with pictures is a video, named like the folder. A folder that holds pictures
+    itself is one video. Frames go by their names in natural order; hidden files, files without the
+    suffix of a picture, and folders inside a video are left out. Sizes are those after the EXIF
+    orientation.
+
+    Raises:
+        UserError: no videos, or all problems of the pictures at once.
+    """
+
+    def __init__(self, path: Path):
+        wanted = "expected a folder with one sub-folder of pictures for each video"
+        if not path.is_dir():
+            what = "no such folder"
+            if path.is_file():
+                what = "is a file"
+                if path.suffix.lower() == ".json":
+                    wanted += '; COCO annotations need dataset.dataset_type: "coco"'
+                elif path.suffix.lower() in _FILM_SUFFIXES:
+                    wanted += f"; {_HOW_TO_EXTRACT}"
+            raise UserError(f"{path}: {what}; {wanted}")
+        folders = subfolders(path)
+        pictures = {folder: list_pictures(folder) for folder in folders}
+        with_pictures = [folder for folder in folders if pictures[folder]]
+        if own := list_pictures(path):
+            if with_pictures:
+                raise UserError(
+                    f"{path}: pictures lie in the folder itself ({listed([p.name for p in own])}) "
+                    f"and in sub-folders ({listed([f.name for f in with_pictures])}), so what is a "
+                    "video is not clear; move one or the other elsewhere"
+                )
+            pictures, with_pictures, folders = {path: own}, [path], [path]
+        if not with_pictures:
+            raise UserError(f"{path}: no pictures in it or its sub-folders; {wanted}{_hint(path)}")
+
+        problems: list[str] = []
+        warnings: list[str] = []
+        with ThreadPoolExecutor(8) as pool:
+            found = [index_frames(f, pictures[f], pool, problems) for f in with_pictures]
+        videos = [video for video in found if video is not None]
+        if without := [folder.name for folder in folders if not pictures[folder]]:
+            warnings.append(f"{listed(without)}: no pictures, so no video")
+        if short := [str(video.video_id) for video in videos if len(video.frames) == 1]:
+            warnings.append(f"{listed(short)}: a single frame: nothing to track")
+        super().__init__(path, videos, warnings, problems)
+
+    def read_picture(self, video: Video, frame_idx: int) -> np.ndarray:
+        """(H, W, 3) uint8, the EXIF orientation applied: no annotation says otherwise."""
+        path = video.frames[frame_idx].path
+        pixels = read_image(path)
+        if pixels.shape[:2] != video.size:
+            raise UserError(
+                f"{path}: the picture is {pixels.shape[1]}x{pixels.shape[0]}, expected "
+                f"{video.size[1]}x{video.size[0]} (width x height); did it change?"
+            )
+        return pixels
+
+
+_HOW_TO_EXTRACT = "take out their frames first: ffmpeg -i VIDEO -q:v 2 FOLDER/frame_%05d.jpg"
+
+
+def _hint(path: Path) -> str:
+    """What a folder without videos holds instead."""
+    films = sorted(p.name for p in path.rglob("*") if p.suffix.lower() in _FILM_SUFFIXES)
+    if films:
+        return f"; there are films ({listed(films)}): {_HOW_TO_EXTRACT}"
+    deeper = sorted(p for p in path.glob("*/*") if p.is_dir() and list_pictures(p))
+    return f"; its videos seem to lie in {deeper[0].parent}" if deeper else ""
+
+
+class MadeUpVideos(VideoFolders):
+    """Folders of frames, with made-up objects over them: cut-outs of other frames.
+
+    A training clip has new objects each time. A whole video has objects of its own, the same for
+    every seed and whatever videos lie beside it, so that scores can be compared.
+
+    Args:
+        path: see `VideoFolders`.
+        synthetic: what the objects are like; None takes the defaults.
+        max_objects: of a whole video; None leaves it to `synthetic`.
+    """
+
+    makes_objects = True
+
+    def __init__(
+        self,
+        path: Path,
+        synthetic: SyntheticConfig | None = None,
+        max_objects: int | None = None,
+    ):
+        self.synthetic, self.max_objects = synthetic or SyntheticConfig(), max_objects
+        # The objects of the whole video that was read last, and its place in `videos`.
+        self._staged: tuple[int, Scene] | None = None
+        super().__init__(path)
+        self.videos = [self._with_objects(video) for video in self.videos]
+        self._places = {video.video_id: place for place, video in enumerate(self.videos)}
+
+    def _with_objects(self, video: Video) -> Video:
+        rng = _whole_video_rng(video)
+        num_objects = sample_num_objects(self.synthetic, self.max_objects, rng)
+        return replace(video, object_ids=list(range(1, num_objects + 1)))
+
+    def read_frame(self, video: Video, frame_idx: int) -> np.ndarray:
+        """(H, W, 3) uint8 at the video's own size, with the objects of the whole video on it."""
+        picture = self.read_picture(video, frame_idx)
+        return self._stage(video).compose(picture, frame_idx)[0]
+
+    def has_mask(self, video: Video, frame_idx: int, object_id: int | str) -> bool:
+        return True
+
+    def read_masks(
+        self, video: Video, frame_idx: int, object_id: int | str
+    ) -> dict[int | str, np.ndarray]:
+        """Masks of all objects of the whole video."""
+        return dict(enumerate(self._stage(video).masks(frame_idx), start=1))
+
+    def sample_clip(
+        self,
+        video: Video,
+        indices: Sequence[int],
+        size: tuple[int, int],
+        max_objects: int | None,
+        rng: np.random.Generator,
+    ) -> ClipPixels:
+        """Frames at `size` with new objects, and their masks."""
+        place, first = self._places[video.video_id], indices[0]
+        images = [resize_image(self.read_picture(video, t), size) for t in indices]
+        num_objects = sample_num_objects(self.synthetic, max_objects, rng)
+        scene = self._sample_scene(place, images[0], indices[-1] - first + 1, num_objects, rng)
+        composed = [
+            scene.compose(image, t - first) for image, t in zip(images, indices, strict=True)
+        ]
+        images, masks = (np.stack(parts) for parts in zip(*composed, strict=True))
+        return ClipPixels(images, masks, list(range(1, scene.num_objects + 1)))
+
+    def _stage(self, video: Video) -> Scene:
+        """The objects of a whole video; those of one video are kept."""
+        place = self._places[video.video_id]
+        if self._staged is None or self._staged[0] != place:
+            # A copy of the video may have fewer frames: the objects follow from all of them.
+            whole = self.videos[place]
+            rng = _whole_video_rng(whole)
+            num_objects = sample_num_objects(self.synthetic, self.max_objects, rng)
+            background = self.read_picture(whole, 0)
+            scene = self._sample_scene(place, background, len(whole.frames), num_objects, rng)
+            self._staged = (place, scene)
+        return self._staged[1]
+
+    def _sample_scene(
+        self,
+        place: int,
+        background: np.ndarray,
+        num_frames: int,
+        num_objects: int,
+        rng: np.random.Generator,
+    ) -> Scene:
+        def sample_picture(rng: np.random.Generator) -> np.ndarray:
+            """A frame of another video; of the same one where there is no other."""
+            other = place
+            if len(self.videos) > 1:
+                other = (place + int(rng.integers(1, len(self.videos)))) % len(self.videos)
+            video = self.videos[other]
+            return self.read_picture(video, int(rng.integers(len(video.frames))))
+
+        return sample_scene(
+            background, num_frames, num_objects, self.synthetic, sample_picture, rng
+        )
+
+
+def _whole_video_rng(video: Video) -> np.random.Generator:
+    """The random numbers of a whole video: they follow from its name alone."""
+    name = zlib.crc32(str(video.video_id).encode())
+    return np.random.default_rng(np.random.SeedSequence(name, spawn_key=_WHOLE_VIDEO_STREAM))

@@ -16,6 +16,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -24,6 +25,7 @@ from pycocotools import mask as rle
 
 from sam2train.demo_videos import MIN_AREA, SIZE, Split, make_video
 from sam2train.errors import UserError
+from sam2train.pretrained import REPOSITORY, resolve_path
 
 DEFAULT_ROOT = Path(__file__).resolve().parents[1] / "data" / "demo"
 GENERATOR_VERSION = 1  # raise it when the same Split should give other pictures
@@ -142,6 +144,25 @@ def matches_recorded(path: str | Path) -> bool:
     path = Path(path)
     manifest = json.loads(path.with_name("manifest.json").read_text())
     return manifest["sha256"] == DIGESTS.get(path.parent.name)
+
+
+def resolve_data_path(path: str, say: Callable[[str], None] = print) -> Path:
+    """A data set's path, resolved; the demo data is drawn if it belongs there and is missing.
+
+    Args:
+        say: gets a line where the demo data is drawn, or differs from the published one.
+    """
+    path = resolve_path(path)
+    annotations = path.with_name("annotations.json")  # lies beside the folder of frames, too
+    if is_demo_path(annotations) and path.name in ("annotations.json", "video_data"):
+        if not path.is_absolute():
+            path, annotations = REPOSITORY / path, REPOSITORY / annotations
+        if not annotations.exists():
+            say(f"drawing the demo data in {annotations.parent}/, this once")
+        ensure(annotations)
+        if not matches_recorded(annotations):
+            say(f"{path.parent}/ was drawn by another OpenCV: scores may differ in the last digits")
+    return path
 
 
 def ensure(path: str | Path) -> Path:

@@ -15,9 +15,8 @@ from pydantic import Field
 
 from sam2train.clips import Prompt
 from sam2train.config import Section
-from sam2train.data_clips import AnnotatedVideos
-from sam2train.data_videos import Video
-from sam2train.datasets import VideoDataset
+from sam2train.data_clips import ClipDataset as Videos
+from sam2train.data_source import Video
 from sam2train.metrics import (
     FramePolicy,
     Measures,
@@ -81,7 +80,6 @@ class TrackedVideo:
     object_scores: dict[int | str, np.ndarray]
 
 
-Videos = AnnotatedVideos | VideoDataset
 # All frames of a video in order.
 Track = Callable[[Videos, Video, list[Prompt]], Iterator[TrackedFrame]]
 DrawPrompts = Callable[[Videos, Video, np.random.Generator], list[Prompt]]

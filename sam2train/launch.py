@@ -252,7 +252,7 @@ def launch(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     if arguments.check_data:
         from sam2train.data_report import check_data
 
-        report = check_data(experiment, None if arguments.json else console)
+        report = check_data(experiment.dataset, None if arguments.json else console)
         if arguments.json:
             print(report.to_json())
         else:

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sam2train.data_videos import PICTURE_SUFFIXES, Video
+from sam2train.data_source import Video
+from sam2train.data_videos import PICTURE_SUFFIXES
 from sam2train.errors import UserError
 from sam2train.evaluate import SeenFrame
 from sam2train.overlays import palette

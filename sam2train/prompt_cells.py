@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from sam2train.clips import Prompt
-from sam2train.data_videos import Video
+from sam2train.data_source import Video
 from sam2train.evaluate import Videos, first_views
 from sam2train.model import MemoryBank, SAM2Model
 from sam2train.prompts import PromptGenerator, boundary_distance, jitter_box, mask_to_box

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from sam2train.data_videos import listed, natural_key
+from sam2train.data_source import listed, natural_key
 from sam2train.datasets import DatasetConfig
 from sam2train.errors import UserError
 from sam2train.evaluate import (

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader
 
 from sam2train import checkpoint
 from sam2train.audit import audit_gradients, has_tracked_frame, idle_modules
-from sam2train.build import base_hash, build_dataset, build_model, uses_bf16
+from sam2train.build import base_hash, build_model, uses_bf16
 from sam2train.clips import BatchedVideoDatapoint, collate_fn
 from sam2train.config import to_yaml
-from sam2train.datasets import ClipSampler
+from sam2train.datasets import ClipSampler, build_dataset
 from sam2train.devices import num_cores
 from sam2train.environment import describe_environment
 from sam2train.errors import UserError
@@ -97,9 +97,10 @@ class Trainer:
 
         data, val = experiment.dataset.data_path, experiment.dataset.val_path
         test = experiment.dataset.test_path
-        self.train_data = build_dataset(experiment, data, training=True, say=say)
-        self.val_data = val and build_dataset(experiment, val, training=False, say=say)
-        self.test_data = test and build_dataset(experiment, test, training=False, say=say)
+        sections = experiment.dataset, experiment.augment, experiment.trainer.seed
+        self.train_data = build_dataset(*sections, data, training=True, say=say)
+        self.val_data = val and build_dataset(*sections, val, training=False, say=say)
+        self.test_data = test and build_dataset(*sections, test, training=False, say=say)
         self.model = build_model(experiment)
         self.device = self.model.device
         self.parameters = self.model.trainable_parameters()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from sam2train.clips import Prompt
-from sam2train.data_videos import Video
+from sam2train.data_source import Video
 from sam2train.evaluate import SeenFrame, TrackedVideo, Videos
 from sam2train.metrics import ObjectScores
 from sam2train.overlays import comparison, id_mask, pick_frames, save_png

@@ -7,8 +7,8 @@ import pytest
 from conftest import SIZE, load, make_coco, same
 
 from sam2train.clips import collate_fn
-from sam2train.data_clips import MaskCache, clip_settings, draw_frames, draw_prompts
-from sam2train.data_videos import Annotation, Frame, Video
+from sam2train.data_clips import MaskCache, clip_settings, sample_frames, sample_prompts
+from sam2train.data_source import Annotation, Frame, Video
 from sam2train.model import group_objects
 
 # Which frames
@@ -26,7 +26,7 @@ def video_of(num_frames, shown):
 
 def draws(video, clip_length, max_stride, num=200):
     rng = np.random.default_rng(0)
-    return [draw_frames(video, clip_length, max_stride, rng) for _ in range(num)]
+    return [sample_frames(video, clip_length, max_stride, rng) for _ in range(num)]
 
 
 def test_every_place_and_stride_of_a_clip_is_drawn():
@@ -97,7 +97,7 @@ def prompted(shown, most, num=300):
     rng = np.random.default_rng(0)
     drawn = []
     for _ in range(num):
-        prompts = draw_prompts(masks, list(range(len(shown))), settings, rng)
+        prompts = sample_prompts(masks, list(range(len(shown))), settings, rng)
         assert all((p["mask"] == masks[p["frame_index"], p["object_id"]]).all() for p in prompts)
         frames = [
             [p["frame_index"] for p in prompts if p["object_id"] == o] for o in range(len(shown))
@@ -126,7 +126,7 @@ def test_an_object_has_masks_on_all_its_conditioning_frames_or_on_none():
     rng = np.random.default_rng(0)
     seen = set()
     for _ in range(100):
-        prompts = draw_prompts(masks, [0, 1], settings, rng)
+        prompts = sample_prompts(masks, [0, 1], settings, rng)
         for o in (0, 1):
             kinds = {p["type"] for p in prompts if p["object_id"] == o}
             assert kinds == {"mask"} or "mask" not in kinds

@@ -7,20 +7,21 @@ import pytest
 from conftest import SHARED, SIZE, edit, encode, load, make_coco, make_frames
 from PIL import Image
 from rich.console import Console
-from test_data_sav import write_film, write_json
+from test_data_pictures import write_film
+from test_data_sav import write_json
 from test_data_vos import make_vos
 
 from sam2train import data_report, launch
 from sam2train.config import build
 from sam2train.data_report import check_data
-from sam2train.experiment import Experiment
+from sam2train.datasets import DatasetConfig
 
 
 def check(path, kind="coco", **keys):
     """The report on an experiment that trains on a path, with clips of 4 frames."""
     keys = {name: str(value) if name.endswith("path") else value for name, value in keys.items()}
     raw = {"dataset_type": kind, "data_path": str(path), "video_clip_length": 4} | keys
-    return check_data(build(Experiment, {"dataset": raw}, "experiment"))
+    return check_data(build(DatasetConfig, raw, "dataset"))
 
 
 def training(report):

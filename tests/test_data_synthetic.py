@@ -12,10 +12,10 @@ from sam2train.data_synthetic import (
     SyntheticConfig,
     coverage,
     cut_out,
-    draw_num_objects,
-    draw_scene,
     hump,
     outline,
+    sample_num_objects,
+    sample_scene,
     sway,
     view,
 )
@@ -43,7 +43,7 @@ def draw(seed=0, num_frames=8, num_objects=3, background=GREY, **settings):
     rng = np.random.default_rng(seed)
     pictures = np.random.default_rng(99).integers(0, 256, (60, 70, 3), np.uint8)
     config = SyntheticConfig(**settings)
-    return draw_scene(background, num_frames, num_objects, config, lambda rng: pictures, rng)
+    return sample_scene(background, num_frames, num_objects, config, lambda rng: pictures, rng)
 
 
 def tables(scene, num_frames):
@@ -354,9 +354,9 @@ def test_a_picture_smaller_than_the_object_does():
 def test_numbers_of_objects_are_drawn_from_their_range():
     rng = np.random.default_rng(0)
     config = SyntheticConfig(min_objects=2, max_objects=4)
-    assert {draw_num_objects(config, None, rng) for _ in range(50)} == {2, 3, 4}
-    assert {draw_num_objects(config, 3, rng) for _ in range(50)} == {2, 3}
-    assert {draw_num_objects(config, 1, rng) for _ in range(50)} == {1}
+    assert {sample_num_objects(config, None, rng) for _ in range(50)} == {2, 3, 4}
+    assert {sample_num_objects(config, 3, rng) for _ in range(50)} == {2, 3}
+    assert {sample_num_objects(config, 1, rng) for _ in range(50)} == {1}
 
 
 @pytest.mark.parametrize(

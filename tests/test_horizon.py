@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sam2train.data_videos import Frame, Video
+from sam2train.data_source import Frame, Video
 from sam2train.evaluate import TrackedVideo
 from sam2train.horizon import (
     after_absence,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam2train.data_videos import Frame, Video
+from sam2train.data_source import Frame, Video
 from sam2train.errors import UserError
 from sam2train.evaluate import SeenFrame
 from sam2train.mask_files import MaskFolder

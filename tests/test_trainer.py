@@ -14,7 +14,7 @@ from sam2train import checkpoint
 from sam2train.build import build_model
 from sam2train.clips import collate_fn
 from sam2train.config import load_yaml
-from sam2train.datasets import COCODataset, VideoDataset
+from sam2train.data_coco import CocoVideos
 from sam2train.devices import choose_device
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment
@@ -413,7 +413,7 @@ def test_folders_of_frames_train_and_real_masks_validate(experiment, tmp_path):
     video |= {"dataset_type": "video", "data_path": str(tmp_path / "data")}
     settings = experiment(dataset=video, trainer={"num_steps": 2})
     trainer = make_trainer(settings, tmp_path / "run")
-    assert isinstance(trainer.train_data, VideoDataset)
-    assert isinstance(trainer.val_data, COCODataset)
+    assert trainer.train_data.source.makes_objects
+    assert isinstance(trainer.val_data.source, CocoVideos)
     assert trainer.run()["num_objects"] == 2  # those of the JSON
     assert len([row for row in rows(tmp_path / "run") if "loss" in row]) == 2

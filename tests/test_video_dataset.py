@@ -13,6 +13,7 @@ from sam2train.clips import collate_fn, is_empty
 from sam2train.config import ConfigError, apply_overrides, build, load_yaml, to_yaml
 from sam2train.data_pictures import read_image
 from sam2train.data_synthetic import SyntheticConfig
+from sam2train.data_videos import MadeUpVideos
 from sam2train.datasets import ClipSampler, DatasetConfig, VideoDataset
 from sam2train.errors import UserError
 from sam2train.transforms import AugmentConfig
@@ -283,7 +284,7 @@ def test_cutting_a_video_short_changes_no_frame(folder):
 def test_masks_of_whole_videos_are_kept(folder, monkeypatch):
     dataset = load(folder)
     masks = [[dataset.read_mask(v, t, 1) for t in range(8)] for v in dataset.videos]
-    monkeypatch.setattr(VideoDataset, "_stage", None)
+    monkeypatch.setattr(MadeUpVideos, "_stage", None)
     for video, of_video in zip(dataset.videos, masks, strict=True):
         for t, mask in enumerate(of_video):
             assert np.array_equal(dataset.read_mask(video, t, 1), mask)
@@ -386,9 +387,12 @@ def test_pasting_is_a_key_of_its_own():
         ({"num_of_pos_points": "two"}, "num_of_pos_points"),
         ({"num_of_pos_points": True}, "num_of_pos_points"),
         ({"num_of_pos_points": -1}, "num_of_pos_points: got -1"),
-        ({"image_root": "frames"}, "image_root is for coco"),
+        ({"image_root": "frames"}, 'image_root is for dataset_type "coco"; remove'),
         ({"synthetic": {"paste": "no"}}, r"synthetic\.paste"),
-        ({"dataset_type": "coco", "synthetic": {"paste": False}}, "synthetic is for"),
+        (
+            {"dataset_type": "coco", "synthetic": {"paste": False}},
+            'synthetic is for dataset_type "video"; remove it',
+        ),
         ({"dataset_type": "coco", "num_of_pos_points": None}, "num_of_pos_points: got null"),
         ({"dataset_type": "films"}, "one of coco, video, vos, sav"),
     ],
