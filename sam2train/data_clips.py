@@ -23,14 +23,14 @@ _PATIENCE = 5.0  # seconds
 
 @dataclass(frozen=True)
 class ClipSettings:
-    """What the clips of a data set are like, whatever its videos are read from."""
+    """How the clips of a data set are drawn, the same for every data format."""
 
     image_size: tuple[int, int]  # (H, W), frames are stretched to it
     video_clip_length: int  # T; a video with fewer frames is padded with invalid ones
     prompts: PromptGenerator
     max_objects: int | None  # of a clip, drawn at random; None takes all
     max_frame_stride: int  # largest step between neighbouring frames, in labelled ones
-    max_conditioning_frames: int  # a clip has 1 to so many
+    max_conditioning_frames: int  # a clip has 1 to this many
     augment: AugmentConfig
     seed: int
 
@@ -51,15 +51,16 @@ def clip_settings(
     augment: AugmentConfig | None = None,
     seed: int = 0,
 ) -> ClipSettings:
-    """What the constructors of the data sets have in common; see `ClipSettings`.
-
-    Raises:
-        UserError: a number out of its range.
+    """The settings of clips, from the arguments that the constructors of all data sets share.
 
     Args:
         prompt_types, num_of_pos_points, include_center, num_of_neg_points, box_jitter,
             prompt_weights: see `PromptGenerator`.
         augment: None changes nothing.
+        The others: see `ClipSettings`.
+
+    Raises:
+        UserError: a number out of its range.
     """
     counts = {
         "video_clip_length": (video_clip_length, 1),
@@ -170,10 +171,10 @@ class ClipDataset:
 def locate_clip(
     index: int | tuple[int, int], num_clips: int, seed: int, epoch: int = 0
 ) -> tuple[int, np.random.Generator]:
-    """The place that `dataset[i]` or `dataset[epoch, i]` means, and the stream of that clip.
+    """The video that `dataset[i]` or `dataset[epoch, i]` means, and random numbers for its clip.
 
     Args:
-        epoch: where the index does not say.
+        epoch: taken where the index has none.
 
     Raises:
         IndexError: beyond the end, which also ends a loop over the data set.
@@ -190,8 +191,9 @@ def sample_frames(
 ) -> tuple[list[int], int]:
     """Frames of one clip: (T',) ascending positions of labelled ones, and the T - T' missing.
 
-    The first frame shows an object wherever the video allows it: what is seen first is prompted
-    there, and the whole clip is left for tracking. Without annotations, any frame will do.
+    The first frame shows an object where the video allows it: objects are prompted on the first
+    frame that shows them, so the rest of the clip is left for tracking. Without annotations, a clip
+    may start on any frame.
 
     Args:
         clip_length: T.
@@ -239,9 +241,10 @@ def sample_prompts(
 ) -> list[Prompt]:
     """Prompts of the objects of a clip on its conditioning frames.
 
-    As SAM 2 trains it: an object is prompted where it shows first; `max_conditioning_frames` allows
-    further frames, as many of them and which ones drawn for the whole clip. There, each object that
-    is visible and was prompted before gets another prompt, a mask where it had a mask, else none.
+    As in SAM 2's training, an object is prompted on the first frame that shows it. With
+    `max_conditioning_frames` above 1, further conditioning frames are drawn for the whole clip. On
+    these, each object that is visible and was prompted earlier gets another prompt: a mask if its
+    first prompt was a mask, else points or a box.
 
     Args:
         masks: (T', N, H, W) bool; every object shows somewhere.
@@ -281,15 +284,15 @@ def finish_clip(
         num_padding: T - T'.
     """
     images, masks, object_ids = pixels
-    # Played backwards, too, the clip should begin with something to prompt.
+    # A clip is played backwards only if its last frame has something to prompt.
     if rng.random() < settings.augment.reverse and masks[-1].any():
         indices = indices[::-1]
         images, masks = np.ascontiguousarray(images[::-1]), np.ascontiguousarray(masks[::-1])
     augmented = augment(images, masks, settings.augment, rng)
-    if augmented[1].any():  # else a crop or turn lost every object: the clip stays as it is
+    if augmented[1].any():  # a crop or turn that loses every object is not applied
         images, masks = augmented
 
-    # One of several objects may have left the picture with the augmentation.
+    # The augmentation may have moved some of the objects out of the picture.
     kept = np.flatnonzero(masks.any(axis=(0, 2, 3)))
     object_ids, masks = [object_ids[place] for place in kept], masks[:, kept]
     prompts = sample_prompts(masks, object_ids, settings, rng)
@@ -312,10 +315,10 @@ def finish_clip(
 class MaskCache:
     """Masks of videos, packed to bits, in one block of memory that forked processes share.
 
-    What is in stays in. Clips visit the videos in a new order each epoch, so dropping what was not
-    used for longest would drop what comes next; keeping any fixed part is the better use of a block
-    that is too small. Masks are kept at two sizes, that of the clips and the video's own. A copy
-    sent to a process that was not forked keeps nothing.
+    A mask that is in the cache is never dropped. Each epoch visits the videos in a new order, so
+    dropping the mask that was not used for longest would often drop one that is needed next. Masks
+    are kept at two sizes: that of the clips and the video's own. A copy sent to a process that was
+    not forked keeps nothing.
 
     Args:
         max_bytes: size of the block, its table included; memory is taken as it fills.
@@ -346,13 +349,13 @@ class MaskCache:
 
     @property
     def num_bytes(self) -> int:
-        """What the table and the masks take so far."""
+        """Bytes that the table and the masks take so far."""
         return 0 if self._block is None else int(self._end[0])
 
     def get(
         self, video: Video, frame_idx: int, object_id: int | str, size: tuple[int, int]
     ) -> np.ndarray | None:
-        """(H, W) bool, the caller's own; None where it is not in the cache."""
+        """(H, W) bool, a copy that the caller may change; None where it is not in the cache."""
         place = self._place(video, frame_idx, object_id, size)
         if place is None or not self._lock.acquire(timeout=_PATIENCE):
             return None

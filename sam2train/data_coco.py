@@ -72,7 +72,7 @@ def _read_content(path: Path) -> dict[str, Any]:
         what = "is a folder" if path.is_dir() else "no such file"
         raise UserError(f"{path}: {what}; expected a COCO JSON with video annotations")
     try:
-        # A byte order mark, as some Windows tools write it, is no reason to refuse a file.
+        # Some Windows tools write a byte order mark; utf-8-sig reads files with and without one.
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as problem:
         what = "is empty" if path.stat().st_size == 0 else f"is not valid JSON ({problem})"
@@ -214,13 +214,13 @@ def _as_id(value: Any) -> int | str | None:
 
 
 def _image_names(entry: dict[str, Any]) -> list[str]:
-    """Where an image may lie, by the keys that say something."""
+    """The paths that an entry gives, `path` before `file_name`."""
     names = (entry.get(key) for key in ("path", "file_name"))
     return [name for name in names if isinstance(name, str) and name]
 
 
 def _is_absolute(name: str) -> bool:
-    """Also for a Windows path that is read elsewhere."""
+    """Whether a path is absolute, on this system or on Windows."""
     return PurePath(name).is_absolute() or PureWindowsPath(name).is_absolute()
 
 
@@ -229,9 +229,8 @@ def _locate(
 ) -> tuple[Path | None, Header | str]:
     """The file of an image with its header, or with what is wrong with it.
 
-    It lies at the path as given, or else at `file_name`, from `image_root` or else from the folder
-    of the annotations. Of an absolute path of another machine, the tail may exist under
-    `image_root`.
+    Relative paths begin at `image_root`, or at the folder of the annotations where it is None. The
+    last parts of an absolute path that does not exist here are looked for under `image_root`.
     """
     names = _image_names(entry)
     if not names:

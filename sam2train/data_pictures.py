@@ -39,7 +39,7 @@ def read_header(path: Path) -> Header:
             # picture in search of one at its end.
             skip = image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info)
             orientation = 1 if skip else image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception as problem:  # Pillow's parsers raise whatever comes: struct.error, KeyError
+    except Exception as problem:  # Pillow's parsers also raise struct.error, KeyError and others
         raise UserError(_why_unreadable(path, problem)) from problem
     shown = (width, height) if 5 <= orientation <= 8 else (height, width)
     return Header((height, width), shown, 2 <= orientation <= 8)
@@ -57,7 +57,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
-            image.load()  # Pillow raises for a truncated file; OpenCV would return half a picture
+            image.load()  # raises for a truncated file, of which OpenCV returns half a picture
             if size is None or (image.height, image.width) != tuple(size):
                 image = ImageOps.exif_transpose(image)
             pixels = _to_rgb(image)
@@ -83,7 +83,7 @@ def read_id_mask(path: Path) -> np.ndarray:
             mode, pixels = image.mode, np.asarray(image)
     except Exception as problem:
         raise UserError(_why_unreadable(path, problem)) from problem
-    if pixels.ndim == 3:  # grey all the same, in a few masks of DAVIS-2016
+    if pixels.ndim == 3:  # a few masks of DAVIS-2016 are grey in RGB files
         colours = pixels[..., :3] if pixels.shape[2] > 2 else pixels[..., :1]
         pixels = colours[..., 0] if (colours == colours[..., :1]).all() else pixels
     if pixels.ndim != 2 or pixels.dtype.kind not in "bui" or not 0 <= pixels.min() <= MAX_ID:
@@ -197,8 +197,8 @@ def segmentation_area(segmentation: Any, size: tuple[int, int]) -> int:
 def run_lengths(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
     """(R,) int64: pixels outside, inside, outside, ... the mask, down one column after the other.
 
-    pycocotools decodes runs that do not fill the frame, with whatever the memory held in the rest;
-    so they are read and checked here.
+    They are read and checked here because pycocotools accepts runs that do not fill the frame, and
+    leaves the rest of the mask uninitialised.
 
     Raises:
         ValueError: see `decode_segmentation`.
@@ -259,12 +259,13 @@ def _encode_polygons(polygons: list, size: tuple[int, int]) -> bytes:
     for polygon in polygons:
         if not isinstance(polygon, list):
             raise ValueError("expected polygons [[x1, y1, x2, y2, ...], ...]")
-        # pycocotools takes four numbers for a box, and fills garbage for an odd count.
+        # pycocotools takes four numbers for a box, and reads beyond the list for an odd count.
         if len(polygon) < 6 or len(polygon) % 2:
             raise ValueError(
                 f"a polygon of {len(polygon)} numbers; expected x, y pairs of 3 corners or more"
             )
-        # Its time and memory grow with the outline, so a stray coordinate would fill both.
+        # pycocotools needs time and memory in proportion to the outline: one stray coordinate
+        # would exhaust both.
         far = 10 * max(size)
         if not all(isinstance(value, int | float) and abs(value) <= far for value in polygon):
             raise ValueError(f"a polygon has a corner that is no number or beyond +-{far} px")

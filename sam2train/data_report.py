@@ -51,7 +51,7 @@ class DataReport:
 
     @property
     def verdict(self) -> str:
-        """error, warning or ok: the worst that was found."""
+        """error, warning or ok: the most serious kind that was found."""
         everything = [self, *self.splits.values()]
         if any(part.errors for part in everything):
             return "error"
@@ -86,7 +86,7 @@ class DataReport:
                 for line in lines[:_SHOWN]:
                     say(f"  {kind}: {line}", style)
                 if more := len(lines[_SHOWN:]):
-                    say(f"  ... and {more} more of these; --json lists all", style)
+                    say(f"  and {more} more of these; --json lists all", style)
         ends = {
             "ok": "all frames and masks can be read",
             "warning": "all frames and masks can be read; see the warnings",
@@ -130,7 +130,7 @@ def check_data(config: DatasetConfig, console: Console | None = None) -> DataRep
                 f"{len(shared)} pictures of {second} are also in {first}: {listed(pairs)}"
             )
             continue
-        # Numbers start anew in every file; names mean something.
+        # Only names are compared: numbers start anew in every file.
         names = [{v.video_id for v in videos[split]} for split in (first, second)]
         same = sorted(n for n in names[0] & names[1] if isinstance(n, str) and not n.isdecimal())
         if same:
@@ -312,8 +312,12 @@ def batch_table(batch: BatchedVideoDatapoint) -> Table:
 
 
 def mask_table(videos: Sequence[Video]) -> pd.DataFrame:
-    """A row for each object on each labelled frame: video_id, object_id, frame, and area, the share
-    of the frame that its mask covers, 0 where it does not show. No mask is decoded."""
+    """When objects show and how large they are; no mask is decoded.
+
+    Returns:
+        A row for each object on each labelled frame: video_id, object_id, frame, and area, the
+        share of the frame that its mask covers, 0 where it does not show.
+    """
     import pandas as pd
 
     rows = []
@@ -345,7 +349,7 @@ def presence_counts(masks: pd.DataFrame) -> dict[str, int]:
 
 
 def presence_text(masks: pd.DataFrame) -> str:
-    """`presence_counts` and the usual size of a mask, as a sentence or two."""
+    """The `presence_counts` and the size of the masks, in sentences."""
     counts, area = presence_counts(masks), masks.loc[masks["area"] > 0, "area"]
     return (
         f"Of {counts['objects']} objects, {counts['late']} appear after the first frame, "

@@ -46,10 +46,10 @@ class SavVideos(VideoSource):
 
     The frames of a video are the pictures in `JPEGImages_24fps/<video>`, `JPEGImages/<video>` or
     `<video>`, below the given folder or beside the JSON, or else the film `<video>.mp4` beside it.
-    Pictures with numbers for names count as those frames of the film, so that every fourth alone
-    will do. Every fourth frame is labelled: clips are made of those, and only those are scored.
+    Pictures named by numbers are those frames of the film, so a folder may hold every fourth frame
+    alone. Every fourth frame is labelled: clips are made of those, and only those are scored.
 
-    Masks stay in their files, of which the last one that was read is kept.
+    Masks stay in their files; the content of the file that was read last is kept in memory.
 
     Args:
         path: the folder that contains all this, or a list of some of the videos in it (.txt).
@@ -165,7 +165,7 @@ def _index_masklets(
     if not all(type(o) in (int, str) for o in object_ids) or len({*object_ids}) < len(object_ids):
         raise UserError(
             f"{annotations}: `masklet_id` is {object_ids}; expected a number or text for each "
-            "object, each another one"
+            "object, all different"
         )
     found: list[str] = []
     frames = []

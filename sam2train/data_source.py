@@ -162,7 +162,7 @@ class DataError(UserError):
         super().__init__(
             f"{source.path}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n  - "
             + "\n  - ".join(shown)
-            + (f"\n  ... and {rest} more" if rest else "")
+            + (f"\n  and {rest} more" if rest else "")
         )
 
 

@@ -70,7 +70,7 @@ class VosVideos(VideoSource):
         folders = subfolders(frames_root) if folders is None else folders
 
         videos, unlabelled = [], []
-        with ThreadPoolExecutor(8) as pool:  # Pillow decodes beside other threads
+        with ThreadPoolExecutor(8) as pool:  # Pillow decodes outside Python's lock
             for folder in folders:
                 masks = masks_root / folder.name
                 if not folder.is_dir():
@@ -109,12 +109,13 @@ def find_masks(path: Path) -> tuple[Path, Path] | None:
             if (root / frames).is_dir() and (root / masks).is_dir():
                 return root / frames, root / masks
         if path.is_dir():
-            break  # only a list may lie deeper
+            break  # a list of videos may lie deeper; a data folder may not
     return None
 
 
 def read_list(path: Path) -> list[str]:
-    """Names of videos, one a line; also from DAVIS-2016's lists, which name every frame."""
+    """Names of videos from a text file with one a line, or from a list of DAVIS-2016, which names
+    every frame."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
@@ -183,7 +184,7 @@ def _index_folder(
 
     frame_of = {frame.path.stem: t for t, frame in enumerate(video.frames)}
     values = {v for areas in counted if isinstance(areas, tuple) for v in areas[1]}
-    # The only value beside 0: that is how DAVIS-2016 marks its one object.
+    # 255 is the only value beside 0: DAVIS-2016 marks its one object so.
     binary = values == {VOID}
     on_frame: dict[int, dict[int | str, Annotation]] = {}
     num_void = 0

@@ -95,7 +95,7 @@ class DatasetConfig(Section):
     num_of_neg_points: int = Field(0, ge=0)
     box_jitter: float = Field(0.0, ge=0, le=0.5, description="noise of boxes, share of their side")
     max_conditioning_frames: int = Field(
-        1, ge=1, description="a clip has 1 to so many; objects get a prompt on each"
+        1, ge=1, description="a clip has 1 to this many; objects get a prompt on each"
     )
     mask_cache_mb: int = Field(
         256, ge=0, description="decoded masks kept in memory, of one data set in all processes"
@@ -176,7 +176,7 @@ def build_dataset(
     for warning in dataset.warnings[:_SHOWN_WARNINGS]:
         say(f"{path}: {warning}")
     if more := len(dataset.warnings[_SHOWN_WARNINGS:]):
-        say(f"{path}: ... and {more} more of these")
+        say(f"{path}: and {more} more of these")
     return dataset
 
 
@@ -253,11 +253,11 @@ class VideoDataset(ClipDataset):
 class ClipSampler:
     """Endless (epoch, index) pairs for a DataLoader; each epoch visits every clip once.
 
-    The pair at position p depends on the seed and p alone, so a resumed run goes on at its place.
+    The pair at position p depends on the seed and p alone, so a resumed run sees the same clips.
 
     Args:
         num_clips: clips of an epoch.
-        start: positions to leave out, already used.
+        start: first position; a resumed run has used those before it.
     """
 
     def __init__(self, num_clips: int, *, shuffle: bool, seed: int, start: int = 0):
@@ -271,7 +271,7 @@ class ClipSampler:
         while True:
             order = np.arange(self.num_clips)
             if self.shuffle:
-                # `num_clips` is no clip's index: no clip draws from this stream.
+                # `num_clips` is not the index of a clip, so no clip uses these random numbers.
                 np.random.default_rng([self.seed, epoch, self.num_clips]).shuffle(order)
             for index in order[first:]:
                 yield epoch, int(index)

@@ -154,7 +154,7 @@ def test_a_worker_opens_a_film_of_its_own(tmp_path):
         (lambda c: c.pop("masklet"), "`masklet` is missing"),
         (lambda c: c["masklet"][1].pop(), r"have \[1, 2\] entries"),
         (lambda c: c["masklet_id"].append(1), r"have \[2, 3\] entries"),
-        (lambda c: c.update(masklet_id=[5, 5]), r"`masklet_id` is \[5, 5\]; .* each another one"),
+        (lambda c: c.update(masklet_id=[5, 5]), r"`masklet_id` is \[5, 5\]; .* all different"),
         (lambda c: c.update(masklet_id=["a", None]), "expected a number or text for each"),
         (lambda c: c.update(masklet_id=[[1], {}]), "expected a number or text for each"),
         (lambda c: c["masklet"].extend(c["masklet"]), "6 labelled frames do not fit 10 frames"),
