@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from sam2train.clips import boundary_distance
 from sam2train.config import Section
 from sam2train.losses import mask_iou
-from sam2train.prompts import boundary_distance
 
 # Keeps these random numbers apart from those of the clips.
 _STREAM = 3

@@ -10,7 +10,13 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from sam2train.clips import BatchedVideoDatapoint, FramePrediction, Prompt
+from sam2train.clips import (
+    NO_OBJECT_LOGIT,
+    NO_OBJECT_SCORE,
+    BatchedVideoDatapoint,
+    FramePrediction,
+    Prompt,
+)
 from sam2train.config import Section
 from sam2train.corrections import Correction, SimulatedUser
 from sam2train.devices import check_available, read_device
@@ -33,10 +39,6 @@ from sam2train.pretrained import (
     match_parameters,
     resolve_config,
 )
-
-# SAM 2's logits for "no object here": what a frame before the object's first prompt gets.
-NO_OBJECT_LOGIT = -1024.0
-NO_OBJECT_SCORE = -10.0
 
 
 class ModelConfig(Section):
