@@ -10,10 +10,10 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from sam2train.config import Section, apply_overrides, build, load_yaml, sweep_parameters
+from sam2train.corrections import InteractionConfig
 from sam2train.datasets import DatasetConfig
 from sam2train.demo import is_demo_path
 from sam2train.evaluate import EvaluationConfig
-from sam2train.interaction import InteractionConfig
 from sam2train.losses import LossConfig
 from sam2train.model import ModelConfig
 from sam2train.optimizer import OptimizerConfig
