@@ -24,6 +24,7 @@ from sam2train.ablation import (
 )
 from sam2train.errors import UserError
 from sam2train.figures import draw_results
+from sam2train.files import write_text
 from sam2train.intervals import mean_interval, paired_bootstrap, seed_difference
 from sam2train.results import is_run, labels, load_runs, load_scores, over_seeds, varied
 
@@ -143,8 +144,7 @@ def collect_results(folder: Path | None, console: Console) -> None:
         runs = load_runs(folder)
         results = compact_results(runs)
         paths = [RESULTS / f"{folder.resolve().name}.csv"]
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        results.to_csv(paths[0], index=False)
+        write_text(paths[0], results.to_csv(index=False, lineterminator="\n"))
         for row in runs[~is_result(runs)].itertuples():
             _say(console, f"left out: {row.path}, {row.status} at step {row.step}")
         _say(console, f"wrote {paths[0]}: {results['run'].nunique()} runs, {len(results)} rows")

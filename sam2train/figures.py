@@ -26,6 +26,7 @@ from sam2train.ablation import (
     settings_in_order,
 )
 from sam2train.errors import UserError
+from sam2train.files import replacing
 from sam2train.results import over_seeds
 
 if TYPE_CHECKING:
@@ -320,7 +321,8 @@ def draw_results(path: Path) -> list[Path]:
     written = []
     for suffix, figure in drawn.items():
         written.append(path.with_name(f"{path.stem}{suffix}.png"))
-        figure.savefig(written[-1], dpi=120)
+        with replacing(written[-1]) as partial:
+            figure.savefig(partial, format="png", dpi=120)
     return written
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import colorsys
 import io
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from sam2train.files import replacing
 
 if TYPE_CHECKING:
     from IPython.display import Image as NotebookImage
@@ -335,14 +336,8 @@ def save_clip(pictures: np.ndarray, path: str | Path) -> None:
 
 
 def _save(image: Image.Image, path: str | Path, **options) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        image.save(part, **options)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(Path(path)) as partial:
+        image.save(partial, **options)
 
 
 def _gap(height: int) -> np.ndarray:

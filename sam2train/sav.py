@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 
 from sam2train.errors import UserError
+from sam2train.files import natural_key
 from sam2train.images import decode_segmentation, segmentation_area
 from sam2train.sampling import AnnotatedVideos, clip_settings
 from sam2train.videos import (
@@ -22,7 +23,6 @@ from sam2train.videos import (
     list_pictures,
     listed,
     make_video,
-    natural_key,
     tracking_warnings,
     try_header,
 )

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from sam2train.errors import UserError
+from sam2train.files import write_text
 from sam2train.results import load_metrics
 
 LOG = "log.txt"  # all that a trial printed
@@ -89,8 +90,7 @@ class Trial:
     def write_values(self, arguments: Mapping[str, Any]) -> None:
         """Write the values with their types as wandb 0.31 does for an agent's trial."""
         content = {name: {"value": value} for name, value in arguments.items()}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / VALUES).write_text(yaml.safe_dump({**content, "wandb_version": 1}))
+        write_text(self.folder / VALUES, yaml.safe_dump({**content, "wandb_version": 1}))
 
     def poll(self) -> bool:
         """Whether its process ended since the last call; `state` then says how."""

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from sam2train.config import Section
 from sam2train.errors import UserError
+from sam2train.files import write_text
 
 if TYPE_CHECKING:
     import torch
@@ -285,7 +286,7 @@ class Tracker:
                 f"{path}: {error}; expected the JSON that this run wrote; mend or delete the file"
             ) from error
         text = json.dumps({**known, **_plain(values, finite=True)}, indent=2, allow_nan=False)
-        replace_text(path, text + "\n")
+        write_text(path, text + "\n")
         self._report("summary", lambda run: run.summary.update(_plain(values)))
 
     def _trim_metrics(self) -> float:
@@ -302,7 +303,7 @@ class Tracker:
                     kept.append(line + "\n")
                     seconds = row.get("seconds", seconds)
         if dropped := len(text.splitlines()) - len(kept):
-            replace_text(self._metrics, "".join(kept))
+            write_text(self._metrics, "".join(kept))
             lines = f"{dropped} line{'s' * (dropped > 1)}"
             self.say(f"{self._metrics}: dropped {lines} beyond step {self._first_step} or cut off")
         return seconds
@@ -444,13 +445,6 @@ def _plain(value: Any, *, finite: bool = False) -> Any:
     if hasattr(value, "item"):
         value = value.item()
     return None if finite and isinstance(value, float) and not math.isfinite(value) else value
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Atomic: whoever reads sees the old text or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def _memory() -> dict[str, float]:

@@ -33,6 +33,7 @@ from sam2train.evaluate import (
     track_video,
 )
 from sam2train.experiment import Experiment, untrained_rows
+from sam2train.files import write_text
 from sam2train.horizon import numbers
 from sam2train.interaction import Interaction
 from sam2train.interrupt import Interrupted, StopRequests, leave_group
@@ -451,9 +452,9 @@ class Trainer:
         return content["run_id"]
 
     def _write_run_files(self) -> None:
-        (self.run_dir / "config.yaml").write_text(to_yaml(self.experiment))
+        write_text(self.run_dir / "config.yaml", to_yaml(self.experiment))
         environment = json.dumps(describe_environment(self.device), indent=2)
-        (self.run_dir / "environment.json").write_text(environment + "\n")
+        write_text(self.run_dir / "environment.json", environment + "\n")
 
     def _summarise(self, status: str) -> None:
         values = {f"val/{name}": self.latest[name] for name in ("J", "F", "J_and_F") if self.latest}

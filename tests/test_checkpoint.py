@@ -1,5 +1,6 @@
 """Checkpoints: whole or not at all, nothing executed, no weights over a foreign base."""
 
+import os
 import pickle
 
 import pytest
@@ -84,7 +85,7 @@ def test_interrupted_before_the_rename(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.os, "replace", interrupt)
+    monkeypatch.setattr(os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(path, {**CONTENT, "step": 8})
     assert checkpoint.load(path)["step"] == 7

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "sam2train"
 # A module imports from lower levels only.
 LEVELS = [
     {"errors", "interrupt"},
+    {"files"},
     {
         "intervals",
         "clips",
