@@ -14,8 +14,9 @@ from sam2train.datasets import COCODataset, VideoDataset
 from sam2train.devices import choose_device
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment
+from sam2train.files import REPOSITORY, resolve_path
 from sam2train.model import SAM2Model
-from sam2train.pretrained import REPOSITORY, load_weights, resolve_path
+from sam2train.pretrained import load_weights
 from sam2train.sampling import AnnotatedVideos
 from sam2train.sav import SAVDataset
 from sam2train.vos import VOSDataset, find_masks

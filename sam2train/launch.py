@@ -214,7 +214,7 @@ def launch(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 
     from sam2train.config import load_yaml, parse_overrides, sweep_parameters
     from sam2train.experiment import SMOKE, load_experiment
-    from sam2train.pretrained import resolve_path
+    from sam2train.files import resolve_path
     from sam2train.sweep_file import is_sweep
 
     path = resolve_path(arguments.file)

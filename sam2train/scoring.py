@@ -24,10 +24,9 @@ from sam2train.evaluate import (
     Videos,
     score_tracks,
 )
-from sam2train.files import natural_key, write_rows
+from sam2train.files import natural_key, resolve_path, write_rows
 from sam2train.horizon import frame_rows, horizon_rows
 from sam2train.intervals import Interval, paired_bootstrap
-from sam2train.pretrained import resolve_path
 from sam2train.videos import listed
 
 # What is scored beside what, in the column `model` of the files.

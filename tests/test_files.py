@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sam2train import files
-from sam2train.files import natural_key, replacing, write_bytes, write_rows, write_text
+from sam2train.files import (
+    REPOSITORY,
+    natural_key,
+    replacing,
+    resolve_path,
+    write_bytes,
+    write_rows,
+    write_text,
+)
 
 
 def test_written_whole_with_folders_and_nothing_left_over(tmp_path):
@@ -114,3 +122,11 @@ def test_any_names_have_an_order_that_ignores_case(files):
     keys = sorted(map(natural_key, files))  # TypeError where text met a number
     assert [natural_key(name) for name in sorted(files, key=natural_key)] == keys
     assert all(natural_key(name.casefold()) == natural_key(name) for name in files)
+
+
+def test_relative_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.py").write_text("")
+    assert resolve_path("run.py").samefile(tmp_path / "run.py")  # the current folder comes first
+    assert resolve_path("sam2train/model.py") == REPOSITORY / "sam2train" / "model.py"
+    assert str(resolve_path("nowhere.pt")) == "nowhere.pt"
