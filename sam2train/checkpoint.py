@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,12 +55,6 @@ def _read(path: Path) -> Any:
             f"{path}: not a checkpoint that torch can read ({type(problem).__name__}); "
             "it may be cut short: take another one of the run"
         ) from None
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def apply_weights(

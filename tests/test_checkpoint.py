@@ -136,12 +136,6 @@ def test_a_plain_pickle(tmp_path):
         checkpoint.load(tmp_path / "other.pt")
 
 
-def test_file_hash(tmp_path):
-    (tmp_path / "abc").write_bytes(b"abc")  # the example of FIPS 180
-    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert checkpoint.file_hash(tmp_path / "abc") == expected
-
-
 # -- weights over a base --------------------------------------------------------------------------
 
 

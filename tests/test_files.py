@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sam2train import files
 from sam2train.files import (
     REPOSITORY,
+    file_hash,
     natural_key,
     replacing,
     resolve_path,
@@ -130,3 +131,9 @@ def test_relative_paths(tmp_path, monkeypatch):
     assert resolve_path("run.py").samefile(tmp_path / "run.py")  # the current folder comes first
     assert resolve_path("sam2train/model.py") == REPOSITORY / "sam2train" / "model.py"
     assert str(resolve_path("nowhere.pt")) == "nowhere.pt"
+
+
+def test_file_hash(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")  # the example of FIPS 180
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert file_hash(tmp_path / "abc") == expected
