@@ -114,8 +114,8 @@ def read_json(path: Path, expected: str, *, optional: bool = False) -> dict[str,
     except ValueError as problem:
         raise UserError(f"{path}: the file is not valid JSON ({problem}); {expected}") from None
     if not isinstance(content, dict):
-        kind = type(content).__name__
-        raise UserError(f"{path}: the top level is a {kind}, not an object; {expected}")
+        kind = "null" if content is None else f"a {type(content).__name__}"
+        raise UserError(f"{path}: the top level is {kind}, not an object; {expected}")
     return content
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sam2train.config import flatten, load_yaml
 from sam2train.errors import UserError
+from sam2train.files import read_json
 from sam2train.intervals import mean_interval
 from sam2train.tracking import STEP_AXIS
 
@@ -326,8 +327,9 @@ def _read_run(path: Path) -> dict[str, Any]:
     }
     try:
         config = flatten(load_yaml(path / "config.yaml"))
-        summary = _read_json(path / "summary.json")
-        code = _read_json(path / "environment.json")
+        expected = "expected the JSON that the run wrote"
+        summary = read_json(path / "summary.json", expected, optional=True)
+        code = read_json(path / "environment.json", expected, optional=True)
         has_metrics = (path / "metrics.jsonl").is_file()
         metrics = load_metrics(path) if has_metrics else _by_step([])
     except UserError as error:
@@ -438,17 +440,6 @@ def _by_step(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         joined.setdefault(step, {}).update(values)
     frame = pd.DataFrame.from_dict(joined, orient="index").sort_index()
     return frame.rename_axis("step")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty where there is no file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path}: {error}; expected the JSON that the run wrote") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no object; expected the JSON that the run wrote")
-    return content
 
 
 def read_csv(path: Path, names: Sequence[str]) -> pd.DataFrame:

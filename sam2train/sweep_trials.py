@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -16,8 +15,7 @@ from typing import Any
 
 import yaml
 
-from sam2train.errors import UserError
-from sam2train.files import write_text
+from sam2train.files import read_json, write_text
 from sam2train.results import load_metrics
 
 LOG = "log.txt"  # all that a trial printed
@@ -167,11 +165,8 @@ def stop_all(trials: Sequence[Trial]) -> None:
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """`summary.json` of a run, empty if there is none yet."""
-    path = folder / "summary.json"
-    try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path}: {error}; delete the folder {folder} to run it again") from error
+    way_out = f"expected the JSON that the run wrote; delete the folder {folder} to run it again"
+    return read_json(folder / "summary.json", way_out, optional=True)
 
 
 def trial_environment(

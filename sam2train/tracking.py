@@ -24,7 +24,7 @@ from rich.table import Table
 
 from sam2train.config import Section
 from sam2train.errors import UserError
-from sam2train.files import write_text
+from sam2train.files import read_json, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -279,12 +279,8 @@ class Tracker:
     def summary(self, values: Mapping[str, Any]) -> None:
         """Merge into `summary.json` (replaced as a whole, never half written) and W&B's summary."""
         path = self.run_dir / "summary.json"
-        try:
-            known = json.loads(path.read_text()) if path.exists() else {}
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}: {error}; expected the JSON that this run wrote; mend or delete the file"
-            ) from error
+        expected = "expected the JSON that this run wrote; mend or delete the file"
+        known = read_json(path, expected, optional=True)
         text = json.dumps({**known, **_plain(values, finite=True)}, indent=2, allow_nan=False)
         write_text(path, text + "\n")
         self._report("summary", lambda run: run.summary.update(_plain(values)))

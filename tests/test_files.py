@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sam2train import files
+from sam2train.errors import UserError
 from sam2train.files import (
     REPOSITORY,
     file_hash,
     natural_key,
+    read_json,
     replacing,
     resolve_path,
     write_bytes,
@@ -137,3 +139,50 @@ def test_file_hash(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")  # the example of FIPS 180
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert file_hash(tmp_path / "abc") == expected
+
+
+@pytest.mark.parametrize("raw", [b'{"a": [1, null]}', b'\xef\xbb\xbf{"a": [1, null]}\r\n'])
+def test_json(tmp_path, raw):
+    (tmp_path / "x.json").write_bytes(raw)
+    assert read_json(tmp_path / "x.json", "expected a summary") == {"a": [1, None]}
+
+
+@pytest.mark.parametrize(
+    ("raw", "fault"),
+    [
+        (b"", "is empty"),
+        (b" \n", "is empty"),
+        (b'{"a": 1', "line 1 column 8"),
+        (b'{"a": 1}\n{"a": 2}', "Extra data: line 2"),
+        (b'{"a": "\xff"}', "byte 7 is not UTF-8"),
+        (b"\x00" * 8, "not valid JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a":' * 100_000, "nested too deeply"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
+        (b"[]", "top level is a list"),
+        (b"null", "top level is a NoneType"),
+        (b'"text"', "top level is a str"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_json_that_is_none(tmp_path, raw, fault):
+    path = tmp_path / "x.json"
+    path.write_bytes(raw)
+    for optional in (False, True):
+        with pytest.raises(UserError) as caught:
+            read_json(path, "expected a summary", optional=optional)
+        message = str(caught.value)
+        assert message.startswith(f"{path}: ")
+        assert fault in message
+        assert message.endswith("; expected a summary")
+
+
+def test_json_where_no_file_can_be_read(tmp_path):
+    with pytest.raises(UserError, match="no such file; expected a summary"):
+        read_json(tmp_path / "x.json", "expected a summary")
+    assert read_json(tmp_path / "x.json", "expected a summary", optional=True) == {}
+    with pytest.raises(UserError, match="is a folder; expected"):
+        read_json(tmp_path, "expected a summary", optional=True)
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(UserError, match="no regular file; expected"):
+        read_json(tmp_path / "pipe.json", "expected a summary")
