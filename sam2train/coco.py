@@ -44,9 +44,7 @@ def read_coco_videos(
 
 def _read_coco(path: Path) -> dict[str, Any]:
     """The top of a COCO file, with `images` and `annotations` as lists of mappings."""
-    wanted = (
-        "expected a COCO JSON with video annotations: a mapping with `images` and `annotations`"
-    )
+    wanted = "expected a COCO JSON of videos: a mapping with `images` and `annotations`"
     content = read_json(path, wanted)
     tracks = content.get("annotations")
     if isinstance(tracks, list) and any(

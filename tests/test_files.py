@@ -160,7 +160,7 @@ def test_json(tmp_path, raw):
         (b'{"a":' * 100_000, "nested too deeply"),
         (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
         (b"[]", "top level is a list"),
-        (b"null", "top level is a NoneType"),
+        (b"null", "top level is null"),
         (b'"text"', "top level is a str"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
