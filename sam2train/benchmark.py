@@ -23,12 +23,12 @@ from sam2train.build import (
     uses_bf16,
 )
 from sam2train.config import to_yaml
-from sam2train.environment import describe_environment
 from sam2train.errors import UserError
 from sam2train.evaluate import SeenFrame, TrackedVideo, Videos, copy_first_mask, track_video
 from sam2train.experiment import Experiment
 from sam2train.files import replacing, write_rows, write_text
 from sam2train.horizon import bin_name, numbers
+from sam2train.machine import describe_environment
 from sam2train.mask_files import MaskFolder
 from sam2train.model import SAM2Model
 from sam2train.prompt_cells import NOISE, Cell, CellPrompts, all_cells

@@ -11,10 +11,10 @@ import yaml
 
 from sam2train import checkpoint, demo
 from sam2train.datasets import COCODataset, VideoDataset
-from sam2train.devices import choose_device
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment
 from sam2train.files import REPOSITORY, file_hash, resolve_path
+from sam2train.machine import choose_device
 from sam2train.model import SAM2Model
 from sam2train.pretrained import load_weights
 from sam2train.sampling import AnnotatedVideos

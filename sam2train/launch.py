@@ -340,7 +340,7 @@ def _train(
             "another folder"
         )
 
-    from sam2train.interrupt import Interrupted
+    from sam2train.machine import Interrupted
     from sam2train.trainer import Trainer
 
     trainer = Trainer(

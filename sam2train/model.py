@@ -12,9 +12,9 @@ from torch import nn
 
 from sam2train.clips import BatchedVideoDatapoint, FramePrediction, Prompt
 from sam2train.config import Section
-from sam2train.devices import check_available, read_device
 from sam2train.errors import UserError
 from sam2train.interaction import Correction, Interaction
+from sam2train.machine import check_available, read_device
 from sam2train.memory_bank import ImageFeatures, MemoryBank
 from sam2train.objects import (
     ObjectGroup,

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from sam2train.files import read_json, write_text
+from sam2train.machine import num_cores
 from sam2train.results import load_metrics
 
 LOG = "log.txt"  # all that a trial printed
@@ -187,7 +188,7 @@ def trial_environment(
         environment.pop(name, None)
     if jobs > 1:
         given = environment.get("OMP_NUM_THREADS", "")
-        there = int(given) if given.isdecimal() else _num_processors()
+        there = int(given) if given.isdecimal() else num_cores()
         environment["OMP_NUM_THREADS"] = str(max(1, there // jobs))
     environment.setdefault("WANDB_MODE", "offline")  # no trial waits for a server
     environment["PYTHONUNBUFFERED"] = "1"
@@ -200,10 +201,3 @@ def trial_environment(
         environment.setdefault("WANDB_ENTITY", entity)
     names = ("WANDB_PROJECT", "WANDB_ENTITY")
     return environment | dict(zip(names, reversed(owner), strict=False))
-
-
-def _num_processors() -> int:
-    """Those that this process may use, where the system tells them apart."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -20,8 +20,6 @@ from sam2train.build import base_hash, build_dataset, build_model, uses_bf16
 from sam2train.clips import BatchedVideoDatapoint, collate_fn
 from sam2train.config import to_yaml
 from sam2train.datasets import ClipSampler
-from sam2train.devices import num_cores
-from sam2train.environment import describe_environment
 from sam2train.errors import UserError
 from sam2train.evaluate import (
     OnFrame,
@@ -36,8 +34,14 @@ from sam2train.experiment import Experiment, untrained_rows
 from sam2train.files import write_text
 from sam2train.horizon import numbers
 from sam2train.interaction import Interaction
-from sam2train.interrupt import Interrupted, StopRequests, leave_group
 from sam2train.losses import compute_losses
+from sam2train.machine import (
+    Interrupted,
+    StopRequests,
+    describe_environment,
+    leave_group,
+    num_cores,
+)
 from sam2train.optimizer import build_optimizer, set_learning_rates
 from sam2train.scoring import (
     BASE,
