@@ -19,6 +19,10 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 
+# SAM 2 writes this mask logit where its object score says that the object is not on the frame, and
+# so does this project on frames before an object's first prompt. It carries no gradient.
+NO_OBJECT_LOGIT = -1024.0
+
 
 class Prompt(TypedDict):
     """What the user gives SAM 2 for one object on one conditioning frame."""

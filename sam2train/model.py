@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from sam2train.clips import BatchedVideoDatapoint, FramePrediction, Prompt
+from sam2train.clips import NO_OBJECT_LOGIT, BatchedVideoDatapoint, FramePrediction, Prompt
 from sam2train.config import Section
 from sam2train.errors import UserError
 from sam2train.interaction import Correction, Interaction
@@ -34,9 +34,7 @@ from sam2train.pretrained import (
     resolve_config,
 )
 
-# SAM 2's logits for "no object here": what a frame before the object's first prompt gets.
-NO_OBJECT_LOGIT = -1024.0
-NO_OBJECT_SCORE = -10.0
+NO_OBJECT_SCORE = -10.0  # object score of a frame before the object's first prompt
 
 
 class ModelConfig(Section):
