@@ -12,7 +12,7 @@ from PIL import Image
 from sam2train.errors import UserError
 from sam2train.evaluate import SeenFrame
 from sam2train.files import write_text
-from sam2train.overlays import palette
+from sam2train.overlays import object_colours
 from sam2train.videos import PICTURE_SUFFIXES, Video
 
 
@@ -33,7 +33,7 @@ class MaskFolder:
             raise UserError(
                 f"--save-masks {folder}: there is something already; name a new or empty folder"
             )
-        self.colours = [0, 0, 0, *palette(256)[1:].ravel().tolist()]
+        self.colours = [0, 0, 0, *object_colours(256)[1:].ravel().tolist()]
         self.renamed: dict[str, dict[int, str]] = {}
         # Of the video that is being written.
         self.numbers: dict[int | str, int] = {}
