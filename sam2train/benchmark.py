@@ -30,17 +30,15 @@ from sam2train.files import replacing, write_rows, write_text
 from sam2train.horizon import bin_name, numbers
 from sam2train.machine import describe_environment
 from sam2train.mask_files import MaskFolder
+from sam2train.metrics import BASE, COPY, TRAINED
 from sam2train.model import SAM2Model
 from sam2train.prompt_cells import NOISE, Cell, CellPrompts, all_cells
 from sam2train.score_figures import horizon_figure, matrix_figure
 from sam2train.scoring import (
-    BASE,
-    COPY,
     FRAME_COLUMNS,
     HORIZON_COLUMNS,
     LABELS,
     SCORE_COLUMNS,
-    TRAINED,
     Scores,
     difference,
     score,
@@ -50,7 +48,7 @@ from sam2train.scoring import (
 from sam2train.tracking import Tracker
 from sam2train.video_overlays import OverlayDrawer
 
-Split = Literal["val", "test"]
+SplitName = Literal["val", "test"]
 _MEANS = ("J", "F", "J_and_F", "J_recall", "J_decay", "F_recall", "F_decay", "mIoU")
 MATRIX_COLUMNS = (
     *("step", "split", "model", "prompt", "clicks", "noise"),
@@ -89,7 +87,7 @@ class Benchmark:
         self,
         experiment: Experiment,
         source: str,
-        split: Split,
+        split: SplitName,
         run_dir: Path,
         *,
         run_id: str,
@@ -429,7 +427,7 @@ def run_benchmark(
     source: str,
     *,
     matrix: bool,
-    split: Split,
+    split: SplitName,
     run_dir: Path | None,
     name: str,
     run_id: str,

@@ -240,7 +240,7 @@ def _gains_table(groups: dict[str, pd.DataFrame], scores: dict[str, pd.DataFrame
         gains = part.dropna(subset=["gain"]).groupby("seed")["gain"].mean()
         table.add_row(
             letter,
-            _over_videos(scores, letter, letter, first="first"),
+            _paired_difference(scores, letter, letter, first="first"),
             mean_interval(gains).text(sign=True) if len(gains) else "no score at step 0",
         )
     return table
@@ -265,13 +265,13 @@ def _differences_table(groups: dict[str, pd.DataFrame], scores: dict[str, pd.Dat
             table.add_row(
                 letter if metric == "J_and_F" else "",
                 metric.replace("_and_", "&"),
-                _over_videos(scores, reference, letter, metric=metric),
+                _paired_difference(scores, reference, letter, metric=metric),
                 seeds if metric == "J_and_F" else "",
             )
     return table
 
 
-def _over_videos(
+def _paired_difference(
     scores: dict[str, pd.DataFrame],
     one: str,
     other: str,

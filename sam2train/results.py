@@ -16,6 +16,7 @@ from sam2train.config import flatten, load_yaml
 from sam2train.errors import UserError
 from sam2train.files import read_json
 from sam2train.intervals import mean_interval
+from sam2train.metrics import TRAINED
 from sam2train.tracking import STEP_AXIS
 
 if TYPE_CHECKING:
@@ -37,10 +38,9 @@ QUIET = 1800
 EVALUATIONS = "evaluations"  # the folder beside runs that `--evaluate` writes to
 _ID_COLUMNS = ("video_id", "object_id")
 _SCORES = ("step", "split", "model", "video_id", "object_id", "J", "F", "J_and_F", "num_frames")
-TRAINED = "trained"  # the run itself, in the column `model`; baselines stand beside it
 _COUNTS = ("params/", "trainable/")
-_COLUMNS = ("group", "seed", "step", "num_steps", "baseline", "last", "best", "scored", "gain")
-_COLUMNS += ("seconds", "written", "commit", "device")
+_RUN_COLUMNS = ("group", "seed", "step", "num_steps", "baseline", "last", "best", "scored", "gain")
+_RUN_COLUMNS += ("seconds", "written", "commit", "device")
 _WANDB_STATES = {"killed": "interrupted", "preempted": "interrupted", "preempting": "interrupted"}
 
 
@@ -98,7 +98,7 @@ def load_runs(folder: Path) -> pd.DataFrame:
 
     runs = pd.DataFrame([_read_run(path) for path in find_runs(folder)])
     # All of them where no run can be read, too.
-    return runs.reindex(columns=list(dict.fromkeys([*runs.columns, *_COLUMNS])))
+    return runs.reindex(columns=list(dict.fromkeys([*runs.columns, *_RUN_COLUMNS])))
 
 
 def load_metrics(run: Path) -> pd.DataFrame:

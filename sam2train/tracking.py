@@ -266,7 +266,7 @@ class Tracker:
             for name, rows in tables.items():
                 if rows:
                     columns = list(rows[0])
-                    cells = [[_plain(row[column]) for column in columns] for row in rows]
+                    cells = [[_plain_values(row[column]) for column in columns] for row in rows]
                     sent[f"tables/{name}"] = wandb.Table(columns, cells, allow_mixed_types=True)
             run.log({STEP_AXIS: step, **sent})
 
@@ -281,9 +281,11 @@ class Tracker:
         path = self.run_dir / "summary.json"
         expected = "expected the JSON that this run wrote; mend or delete the file"
         known = read_json(path, expected, optional=True)
-        text = json.dumps({**known, **_plain(values, finite=True)}, indent=2, allow_nan=False)
+        text = json.dumps(
+            {**known, **_plain_values(values, finite=True)}, indent=2, allow_nan=False
+        )
         write_text(path, text + "\n")
-        self._report("summary", lambda run: run.summary.update(_plain(values)))
+        self._report("summary", lambda run: run.summary.update(_plain_values(values)))
 
     def _trim_metrics(self) -> float:
         """Drop the lines that a resumed run writes again, and what a killed process half wrote.
@@ -379,10 +381,10 @@ class Tracker:
             )
 
     def _write(self, step: int, scalars: Mapping[str, Any]) -> None:
-        row = json.dumps({"step": step, **_plain(scalars, finite=True)}, allow_nan=False)
+        row = json.dumps({"step": step, **_plain_values(scalars, finite=True)}, allow_nan=False)
         with self._metrics.open("a") as file:
             file.write(row + "\n")
-        self._report("log", lambda run: run.log({STEP_AXIS: step, **_plain(scalars)}))
+        self._report("log", lambda run: run.log({STEP_AXIS: step, **_plain_values(scalars)}))
 
     def _write_window(self, step: int) -> str:
         """Write the means since the last line. Returns the text of the progress line."""
@@ -429,15 +431,15 @@ def parameter_table(report: Mapping[str, tuple[int, int]]) -> Table:
     return table
 
 
-def _plain(value: Any, *, finite: bool = False) -> Any:
+def _plain_values(value: Any, *, finite: bool = False) -> Any:
     """The value with Python numbers for tensors and NumPy scalars, at any depth.
 
     `finite` makes None of NaN and infinities: JSON has no word for them, and pandas reads NaN.
     """
     if isinstance(value, Mapping):
-        return {str(name): _plain(item, finite=finite) for name, item in value.items()}
+        return {str(name): _plain_values(item, finite=finite) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, finite=finite) for item in value]
+        return [_plain_values(item, finite=finite) for item in value]
     if hasattr(value, "item"):
         value = value.item()
     return None if finite and isinstance(value, float) and not math.isfinite(value) else value

@@ -42,14 +42,12 @@ from sam2train.machine import (
     leave_group,
     num_cores,
 )
+from sam2train.metrics import BASE, COPY, TRAINED
 from sam2train.optimizer import build_optimizer, set_learning_rates
 from sam2train.scoring import (
-    BASE,
-    COPY,
     HORIZON_COLUMNS,
     LABELS,
     SCORE_COLUMNS,
-    TRAINED,
     RowsFile,
     Scores,
     read_scores,
