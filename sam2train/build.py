@@ -11,11 +11,12 @@ import yaml
 
 from sam2train import checkpoint, demo
 from sam2train.datasets import COCODataset, VideoDataset
-from sam2train.devices import choose_device
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment
+from sam2train.files import REPOSITORY, file_hash, resolve_path
+from sam2train.machine import choose_device
 from sam2train.model import SAM2Model
-from sam2train.pretrained import REPOSITORY, load_weights, resolve_path
+from sam2train.pretrained import load_weights
 from sam2train.sampling import AnnotatedVideos
 from sam2train.sav import SAVDataset
 from sam2train.vos import VOSDataset, find_masks
@@ -101,7 +102,7 @@ def build_model(experiment: Experiment) -> SAM2Model:
 def base_hash(experiment: Experiment) -> str | None:
     """sha256 of the weights that the experiment starts from, None for random ones."""
     base = experiment.model.checkpoint_path
-    return None if base is None else checkpoint.file_hash(resolve_path(base))
+    return None if base is None else file_hash(resolve_path(base))
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def load_checkpoint(model: SAM2Model, experiment: Experiment, source: Path) -> L
             load_weights(model.sam2, source)
         except UserError as problem:
             raise UserError(str(problem).removeprefix("model.checkpoint_path: ")) from None
-        return Loaded(str(source), checkpoint.file_hash(source), None, ())
+        return Loaded(str(source), file_hash(source), None, ())
     content = checkpoint.load(source)
     checkpoint.apply_weights(model.sam2, content, base_hash(experiment), source)
     trained = yaml.safe_load(content["config"])["model"]
@@ -149,7 +150,7 @@ def load_checkpoint(model: SAM2Model, experiment: Experiment, source: Path) -> L
         for name in _SHAPING
         if trained[name] != now[name]
     ]
-    return Loaded(str(source), checkpoint.file_hash(source), content["step"], tuple(notes))
+    return Loaded(str(source), file_hash(source), content["step"], tuple(notes))
 
 
 def uses_bf16(experiment: Experiment, device: torch.device) -> bool:

@@ -17,10 +17,10 @@ from rich.progress import track
 from rich.table import Table
 
 from sam2train.build import build_dataset
-from sam2train.devices import num_cores
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment
 from sam2train.images import read_image
+from sam2train.machine import num_cores
 from sam2train.sav import Film
 from sam2train.videos import DataError, Video, listed
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,6 +10,7 @@ from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
 from sam2train.errors import UserError
+from sam2train.files import read_json
 from sam2train.images import Header, read_header, segmentation_area
 from sam2train.videos import Annotation, DataError, Frame, Video, listed, tracking_warnings
 
@@ -25,7 +25,7 @@ def read_coco_videos(
     Raises:
         UserError: all problems of the file at once.
     """
-    content = _read_json(path)
+    content = _read_coco(path)
     if image_root is not None and not Path(image_root).is_dir():
         raise UserError(f"dataset.image_root: {image_root} is no folder")
     problems: list[str] = []
@@ -42,20 +42,10 @@ def read_coco_videos(
     return videos, warnings
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_coco(path: Path) -> dict[str, Any]:
     """The top of a COCO file, with `images` and `annotations` as lists of mappings."""
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "no such file"
-        raise UserError(f"{path}: {what}; expected a COCO JSON with video annotations")
-    try:
-        # A byte order mark, as some Windows tools write it, is no reason to refuse a file.
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as problem:
-        what = "is empty" if path.stat().st_size == 0 else f"is not valid JSON ({problem})"
-        raise UserError(f"{path}: the file {what}") from None
-    wanted = "expected a COCO dataset: a mapping with `images` and `annotations`"
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: the top level is a {type(content).__name__}; {wanted}")
+    wanted = "expected a COCO JSON of videos: a mapping with `images` and `annotations`"
+    content = read_json(path, wanted)
     tracks = content.get("annotations")
     if isinstance(tracks, list) and any(
         isinstance(t, dict) and "segmentations" in t for t in tracks

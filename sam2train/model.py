@@ -19,8 +19,8 @@ from sam2train.clips import (
 )
 from sam2train.config import Section
 from sam2train.corrections import Correction, SimulatedUser
-from sam2train.devices import check_available, read_device
 from sam2train.errors import UserError
+from sam2train.machine import check_available, read_device
 from sam2train.memory import ImageFeatures, MemoryBank
 from sam2train.model_inputs import (
     ObjectGroup,

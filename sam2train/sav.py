@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +11,7 @@ import cv2
 import numpy as np
 
 from sam2train.errors import UserError
+from sam2train.files import natural_key, read_json
 from sam2train.images import decode_segmentation, segmentation_area
 from sam2train.sampling import AnnotatedVideos, clip_settings
 from sam2train.videos import (
@@ -22,7 +22,6 @@ from sam2train.videos import (
     list_pictures,
     listed,
     make_video,
-    natural_key,
     tracking_warnings,
     try_header,
 )
@@ -77,7 +76,7 @@ class SAVDataset(AnnotatedVideos):
     ) -> dict[int | str, np.ndarray]:
         place = video.frames[frame_idx].annotations[object_id].segmentation
         if self._masklets[0] != place.path:
-            self._masklets = (place.path, _read_json(place.path)["masklet"])
+            self._masklets = (place.path, _read_sav(place.path)["masklet"])
         rle = self._masklets[1][place.row][place.column]
         try:
             return {object_id: decode_segmentation(rle, video.size)}
@@ -168,12 +167,9 @@ def read_sav_videos(path: Path) -> tuple[list[Video], list[str]]:
     return videos, warnings
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, OSError, RecursionError) as problem:
-        raise UserError(f"{path}: is no valid JSON ({problem})") from None
-    rows = content.get("masklet") if isinstance(content, dict) else None
+def _read_sav(path: Path) -> dict[str, Any]:
+    content = read_json(path, "expected SA-V's JSON with `masklet`")
+    rows = content.get("masklet")
     if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
         raise UserError(
             f"{path}: `masklet` is missing or no list of lists; expected SA-V's JSON, for each "
@@ -192,7 +188,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_video(
     name: str, annotations: Path, root: Path, pool: ThreadPoolExecutor, problems: list[str]
 ) -> Video | None:
-    content = _read_json(annotations)
+    content = _read_sav(annotations)
     folders = [base / top / name for base in (root, annotations.parent) for top in FRAME_FOLDERS]
     film = annotations.with_name(f"{name}.mp4")
     if folder := next((f for f in folders if f.is_dir() and list_pictures(f)), None):

@@ -16,7 +16,7 @@ from rich.console import Console
 from sam2train.config import flatten
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment, load_experiment
-from sam2train.interrupt import Interrupted
+from sam2train.machine import Interrupted
 from sam2train.trainer import Trainer
 
 # What a resumed run may change: these move no result, or say only how far the run goes.

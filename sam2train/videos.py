@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sam2train.errors import UserError
+from sam2train.files import natural_key
 from sam2train.images import Header, read_header
 
 # What Pillow reads and people keep frames in.
@@ -111,12 +111,6 @@ def tracking_warnings(videos: Sequence[Video]) -> list[str]:
         "no object is on more than one frame: nothing to track": short,
     }
     return [f"{listed(names)}: {what}" for what, names in told.items() if names]
-
-
-def natural_key(name: str) -> tuple[str | int, ...]:
-    """Sorts as people count: frame_2 before frame_10. Upper and lower case are one."""
-    parts = re.split(r"([0-9]+)", name.casefold())
-    return tuple(int(part) if place % 2 else part for place, part in enumerate(parts))
 
 
 def read_video_folders(path: Path) -> tuple[list[Video], list[str]]:

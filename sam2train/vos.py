@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sam2train.errors import UserError
+from sam2train.files import natural_key
 from sam2train.images import read_id_mask
 from sam2train.sampling import AnnotatedVideos, clip_settings
 from sam2train.videos import (
@@ -20,7 +21,6 @@ from sam2train.videos import (
     list_pictures,
     listed,
     make_video,
-    natural_key,
     subfolders,
     tracking_warnings,
     try_header,

@@ -10,6 +10,7 @@ from conftest import make_coco
 from PIL import Image
 
 from sam2train import checkpoint, cli
+from sam2train.files import file_hash
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_a_checkpoint_beside_its_baselines(trained, tmp_path, capsys):
     assert {row["prompt_frame"] for row in late} == {"1"}
     summary = json.loads((out / "summary.json").read_text())
     assert summary["status"] == "finished"
-    assert summary["checkpoint"]["sha256"] == checkpoint.file_hash(source)
+    assert summary["checkpoint"]["sha256"] == file_hash(source)
     mean = np.mean([float(row["J_and_F"]) for row in rows if row["model"] == "trained"])
     assert summary["val/J_and_F"] == pytest.approx(mean)
     assert summary["val/gain_over_copy_first_mask"]["num_videos"] == 2

@@ -15,14 +15,15 @@ PACKAGE = ROOT / "sam2train"
 
 # A module imports from lower levels only.
 LEVELS = [
-    {"errors", "interrupt"},
+    {"errors"},
+    {"files"},
     {
         "intervals",
         "clips",
         "config",
         "metrics",
         "checkpoint",
-        "devices",
+        "machine",
         "images",
         "pretrained",
         "shapes",
@@ -44,7 +45,7 @@ LEVELS = [
     {"datasets", "vos", "figures"},
     {"sav", "compare"},
     {"evaluate", "download"},
-    {"experiment", "environment", "horizon", "video_overlays", "mask_files", "prompt_cells"},
+    {"experiment", "horizon", "video_overlays", "mask_files", "prompt_cells"},
     {"audit", "build", "scoring", "score_figures", "sweep_file", "sweep_trials"},
     {"trainer", "describe", "export", "check", "benchmark", "sweep_search", "sweep_report"},
     {"sweep"},
