@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from sam2train.errors import UserError
 from sam2train.intervals import Interval, mean_interval, paired_bootstrap, seed_difference
-from sam2train.results import TRAINED, load_metrics, load_scores, read_csv, varied
+from sam2train.metrics import TRAINED
+from sam2train.results import load_metrics, load_scores, read_csv, varied
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,8 +23,8 @@ PROMPTS = "dataset.prompt_types"
 MASKMEM = "model.num_maskmem"
 POINTERS = "model.max_obj_ptrs_in_encoder"
 
-_COLUMNS = ("split", "step", "metric", "video_id", "object_id", "at", "value", "count")
-_HORIZON = ("step", "split", "model", "metric", "at", "value", "count")
+_RESULT_COLUMNS = ("split", "step", "metric", "video_id", "object_id", "at", "value", "count")
+_HORIZON_COLUMNS = ("step", "split", "model", "metric", "at", "value", "count")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def compact_results(runs: pd.DataFrame) -> pd.DataFrame:
         _compact_run(Path(row["path"])).assign(**{name: row[name] for name in settings})
         for row in runs.to_dict("records")
     ]
-    return pd.concat(parts, ignore_index=True)[[*settings, *_COLUMNS]]
+    return pd.concat(parts, ignore_index=True)[[*settings, *_RESULT_COLUMNS]]
 
 
 def is_result(runs: pd.DataFrame) -> pd.Series:
@@ -88,7 +89,7 @@ def read_results(path: Path) -> pd.DataFrame:
             f"{path.name} is not there yet, in {path.parent}: run the sweep with `python run.py "
             f"sweeps/{path.stem}.yaml`, then `python run.py --collect runs/sweeps/{path.stem}`"
         )
-    return read_csv(path, ("run", "seed", *_COLUMNS))
+    return read_csv(path, ("run", "seed", *_RESULT_COLUMNS))
 
 
 def last_step(results: pd.DataFrame, metric: str = "J_and_F", split: str = "val") -> pd.DataFrame:
@@ -97,7 +98,7 @@ def last_step(results: pd.DataFrame, metric: str = "J_and_F", split: str = "val"
     return part[part["step"] == part.groupby("run")["step"].transform("max")]
 
 
-def curves(results: pd.DataFrame) -> pd.DataFrame:
+def validation_curves(results: pd.DataFrame) -> pd.DataFrame:
     """Validation J&F by step, in the shape of `results.load_curves` with the settings besides."""
     part = results[results["video_id"].isna() & (results["metric"] == "J_and_F")]
     return part[part["split"] == "val"].assign(experiment="")
@@ -147,7 +148,7 @@ def differences(results: pd.DataFrame, question: Question) -> pd.DataFrame:
                 )
                 row |= {"difference": found.value, "low": found.low, "high": found.high}
                 row["over_seeds"] = found.text(sign=True)
-                row["over_videos"] = _over_videos(first, second)
+                row["over_videos"] = _difference_by_object(first, second)
             rows.append(row)
     table = pd.DataFrame(rows)
     return table.reindex(
@@ -264,7 +265,7 @@ def _by_seed(part: pd.DataFrame, value: Any) -> dict[int, float]:
     return dict(zip(whole["seed"], whole["value"], strict=True))
 
 
-def _over_videos(first: pd.DataFrame, second: pd.DataFrame) -> str:
+def _difference_by_object(first: pd.DataFrame, second: pd.DataFrame) -> str:
     objects = [part[part["video_id"].notna()] for part in (first, second)]
     if not all(map(len, objects)):
         return "no scores by video"
@@ -290,9 +291,9 @@ def _compact_run(path: Path) -> pd.DataFrame:
         objects = load_scores(path).rename(columns={"J_and_F": "value"})
         parts.append(_at_the_end(objects).assign(metric="J_and_F", count=1))
     if (path / "horizon.csv").is_file():
-        horizon = read_csv(path / "horizon.csv", _HORIZON)
+        horizon = read_csv(path / "horizon.csv", _HORIZON_COLUMNS)
         parts.append(_at_the_end(horizon[horizon["model"] == TRAINED]))
-    parts = [part.reindex(columns=list(_COLUMNS)) for part in parts if len(part)]
+    parts = [part.reindex(columns=list(_RESULT_COLUMNS)) for part in parts if len(part)]
     return pd.concat(parts, ignore_index=True).round({"value": 5})
 
 

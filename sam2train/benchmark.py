@@ -23,34 +23,32 @@ from sam2train.build import (
 )
 from sam2train.config import to_yaml
 from sam2train.datasets import build_dataset
-from sam2train.environment import describe_environment
 from sam2train.errors import UserError
 from sam2train.evaluate import SeenFrame, TrackedVideo, Videos, copy_first_mask, track_video
 from sam2train.experiment import Experiment
+from sam2train.files import replacing, write_rows, write_text
 from sam2train.horizon import bin_name, numbers
+from sam2train.machine import describe_environment
 from sam2train.mask_files import MaskFolder
+from sam2train.metrics import BASE, COPY, TRAINED
 from sam2train.model import SAM2Model
 from sam2train.prompt_cells import NOISE, Cell, CellPrompts, all_cells
 from sam2train.score_figures import horizon_figure, matrix_figure
 from sam2train.scoring import (
-    BASE,
-    COPY,
     FRAME_COLUMNS,
     HORIZON_COLUMNS,
     LABELS,
     SCORE_COLUMNS,
-    TRAINED,
     Scores,
     difference,
     score,
     scores_table,
     shared_split_warning,
-    write_rows,
 )
 from sam2train.tracking import Tracker
 from sam2train.video_overlays import OverlayDrawer
 
-Split = Literal["val", "test"]
+SplitName = Literal["val", "test"]
 _MEANS = ("J", "F", "J_and_F", "J_recall", "J_decay", "F_recall", "F_decay", "mIoU")
 MATRIX_COLUMNS = (
     *("step", "split", "model", "prompt", "clicks", "noise"),
@@ -89,7 +87,7 @@ class Benchmark:
         self,
         experiment: Experiment,
         source: str,
-        split: Split,
+        split: SplitName,
         run_dir: Path,
         *,
         run_id: str,
@@ -193,7 +191,8 @@ class Benchmark:
             columns = (*SCORE_COLUMNS, "clicks", "noise")
             write_rows(self.run_dir / "prompt_matrix_objects.csv", objects, columns)
             figure = self.run_dir / "prompt_matrix.png"
-            self._matrix_figure(rows).savefig(figure, dpi=150)
+            with replacing(figure) as unfinished:
+                self._matrix_figure(rows).savefig(unfinished, format="png", dpi=150)
             self.tracker.report(self.contenders[0].step, {"prompt_matrix": rows}, [figure])
             first = {c.key: c.label for c in self.contenders}
             for key, label in first.items():
@@ -244,9 +243,9 @@ class Benchmark:
         warnings += self.loaded.notes if self.loaded else ()
         with self.tracker as tracker:
             # Not config.yaml: that is what makes a folder a run, to be resumed and compared.
-            (self.run_dir / "evaluation.yaml").write_text(to_yaml(self.experiment))
+            write_text(self.run_dir / "evaluation.yaml", to_yaml(self.experiment))
             environment = describe_environment(self.contenders[0].model.device)
-            (self.run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+            write_text(self.run_dir / "environment.json", json.dumps(environment, indent=2) + "\n")
             for text in warnings:
                 tracker.say(f"warning: {text}")
             summary: dict[str, Any] = {
@@ -292,11 +291,13 @@ class Benchmark:
         write_rows(self.run_dir / "horizon.csv", horizon, HORIZON_COLUMNS)
         write_rows(self.run_dir / "frames.csv", frames, FRAME_COLUMNS)
         figure = self.run_dir / "horizon.png"
-        horizon_figure(
+        drawn = horizon_figure(
             {scores.label: scores.horizon for scores in rows},
             {scores.label: scores.frames for scores in rows},
             title=f"{self.split} videos",
-        ).savefig(figure, dpi=120)
+        )
+        with replacing(figure) as unfinished:
+            drawn.savefig(unfinished, format="png", dpi=120)
         self.tracker.report(rows[0].step, {"scores": objects, "horizon": horizon}, [figure])
 
     def _summarise(self, rows: Sequence[Scores], summary: dict[str, Any]) -> None:
@@ -427,7 +428,7 @@ def run_benchmark(
     source: str,
     *,
     matrix: bool,
-    split: Split,
+    split: SplitName,
     run_dir: Path | None,
     name: str,
     run_id: str,

@@ -9,11 +9,12 @@ import torch
 import yaml
 
 from sam2train import checkpoint
-from sam2train.devices import choose_device
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment
+from sam2train.files import file_hash, resolve_path
+from sam2train.machine import choose_device
 from sam2train.model import SAM2Model
-from sam2train.pretrained import load_weights, resolve_path
+from sam2train.pretrained import load_weights
 
 
 def build_model(experiment: Experiment) -> SAM2Model:
@@ -36,7 +37,7 @@ def build_model(experiment: Experiment) -> SAM2Model:
 def base_hash(experiment: Experiment) -> str | None:
     """sha256 of the weights that the experiment starts from, None for random ones."""
     base = experiment.model.checkpoint_path
-    return None if base is None else checkpoint.file_hash(resolve_path(base))
+    return None if base is None else file_hash(resolve_path(base))
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def load_checkpoint(model: SAM2Model, experiment: Experiment, source: Path) -> L
             load_weights(model.sam2, source)
         except UserError as problem:
             raise UserError(str(problem).removeprefix("model.checkpoint_path: ")) from None
-        return Loaded(str(source), checkpoint.file_hash(source), None, ())
+        return Loaded(str(source), file_hash(source), None, ())
     content = checkpoint.load(source)
     checkpoint.apply_weights(model.sam2, content, base_hash(experiment), source)
     trained = yaml.safe_load(content["config"])["model"]
@@ -84,7 +85,7 @@ def load_checkpoint(model: SAM2Model, experiment: Experiment, source: Path) -> L
         for name in _SHAPING
         if trained[name] != now[name]
     ]
-    return Loaded(str(source), checkpoint.file_hash(source), content["step"], tuple(notes))
+    return Loaded(str(source), file_hash(source), content["step"], tuple(notes))
 
 
 def uses_bf16(experiment: Experiment, device: torch.device) -> bool:

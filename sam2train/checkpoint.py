@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,22 +9,15 @@ from typing import Any
 import torch
 
 from sam2train.errors import UserError
+from sam2train.files import replacing
 
 FORMAT = 1
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
     """Write tensors and plain values; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(partial, "wb") as file:
-            torch.save({"format": FORMAT, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, open(partial, "wb") as file:
+        torch.save({"format": FORMAT, **content}, file)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -64,12 +55,6 @@ def _read(path: Path) -> Any:
             f"{path}: not a checkpoint that torch can read ({type(problem).__name__}); "
             "it may be cut short: take another one of the run"
         ) from None
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def apply_weights(

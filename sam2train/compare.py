@@ -24,6 +24,7 @@ from sam2train.ablation import (
 )
 from sam2train.errors import UserError
 from sam2train.figures import draw_results
+from sam2train.files import write_text
 from sam2train.intervals import mean_interval, paired_bootstrap, seed_difference
 from sam2train.results import is_run, labels, load_runs, load_scores, over_seeds, varied
 
@@ -143,8 +144,7 @@ def collect_results(folder: Path | None, console: Console) -> None:
         runs = load_runs(folder)
         results = compact_results(runs)
         paths = [RESULTS / f"{folder.resolve().name}.csv"]
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        results.to_csv(paths[0], index=False)
+        write_text(paths[0], results.to_csv(index=False, lineterminator="\n"))
         for row in runs[~is_result(runs)].itertuples():
             _say(console, f"left out: {row.path}, {row.status} at step {row.step}")
         _say(console, f"wrote {paths[0]}: {results['run'].nunique()} runs, {len(results)} rows")
@@ -240,7 +240,7 @@ def _gains_table(groups: dict[str, pd.DataFrame], scores: dict[str, pd.DataFrame
         gains = part.dropna(subset=["gain"]).groupby("seed")["gain"].mean()
         table.add_row(
             letter,
-            _over_videos(scores, letter, letter, first="first"),
+            _paired_difference(scores, letter, letter, first="first"),
             mean_interval(gains).text(sign=True) if len(gains) else "no score at step 0",
         )
     return table
@@ -265,13 +265,13 @@ def _differences_table(groups: dict[str, pd.DataFrame], scores: dict[str, pd.Dat
             table.add_row(
                 letter if metric == "J_and_F" else "",
                 metric.replace("_and_", "&"),
-                _over_videos(scores, reference, letter, metric=metric),
+                _paired_difference(scores, reference, letter, metric=metric),
                 seeds if metric == "J_and_F" else "",
             )
     return table
 
 
-def _over_videos(
+def _paired_difference(
     scores: dict[str, pd.DataFrame],
     one: str,
     other: str,

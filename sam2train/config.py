@@ -132,7 +132,7 @@ def _flow(dumper: _Dumper, items: Sequence[Any]) -> yaml.Node:
     return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
 
 
-def _text(dumper: _Dumper, text: str) -> yaml.Node:
+def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
     # PyYAML writes U+0085 as it is and reads it back as a space, unless the text is in quotes.
     quotes = None if text.isprintable() else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, quotes)
@@ -145,7 +145,7 @@ _scalar(_Loader, "int", _INT, "-+0123456789")
 _scalar(_Loader, "float", f"{_FLOAT}|{_NOT_FINITE}", "-+.0123456789")
 _scalar(_Loader, "merge", r"<<$", "<")
 _scalar(_Dumper, "float", _FLOAT, "-+.0123456789")  # text like "1e-5" must come out in quotes
-_Dumper.add_representer(str, _text)
+_Dumper.add_representer(str, _represent_text)
 _Dumper.add_representer(list, _flow)
 _Dumper.add_representer(tuple, _flow)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,6 +14,7 @@ import numpy as np
 from sam2train.data_pictures import Header, decode_segmentation, read_header, segmentation_area
 from sam2train.data_source import Annotation, Frame, Video, VideoSource, listed, tracking_warnings
 from sam2train.errors import UserError
+from sam2train.files import read_json
 
 _IDENTITY_KEYS = ("track_id", "instance_id", "object_id", "category_id")
 
@@ -38,7 +38,7 @@ class CocoVideos(VideoSource):
     )
 
     def __init__(self, path: Path, image_root: str | Path | None = None):
-        content = _read_content(path)
+        content = _read_coco(path)
         if image_root is not None and not Path(image_root).is_dir():
             raise UserError(f"dataset.image_root: {image_root} is no folder")
         problems: list[str] = []
@@ -66,20 +66,10 @@ class CocoVideos(VideoSource):
             ) from None
 
 
-def _read_content(path: Path) -> dict[str, Any]:
+def _read_coco(path: Path) -> dict[str, Any]:
     """The top of a COCO file, with `images` and `annotations` as lists of mappings."""
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "no such file"
-        raise UserError(f"{path}: {what}; expected a COCO JSON with video annotations")
-    try:
-        # Some Windows tools write a byte order mark; utf-8-sig reads files with and without one.
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as problem:
-        what = "is empty" if path.stat().st_size == 0 else f"is not valid JSON ({problem})"
-        raise UserError(f"{path}: the file {what}") from None
-    wanted = "expected a COCO dataset: a mapping with `images` and `annotations`"
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: the top level is a {type(content).__name__}; {wanted}")
+    wanted = "expected a COCO JSON of videos: a mapping with `images` and `annotations`"
+    content = read_json(path, wanted)
     tracks = content.get("annotations")
     if isinstance(tracks, list) and any(
         isinstance(t, dict) and "segmentations" in t for t in tracks

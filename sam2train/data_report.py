@@ -20,8 +20,8 @@ from sam2train.clips import BatchedVideoDatapoint
 from sam2train.data_clips import ClipDataset
 from sam2train.data_source import DataError, Video, VideoSource, listed
 from sam2train.datasets import DatasetConfig, build_dataset
-from sam2train.devices import num_cores
 from sam2train.errors import UserError
+from sam2train.machine import num_cores
 from sam2train.transforms import AugmentConfig
 
 if TYPE_CHECKING:

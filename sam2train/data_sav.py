@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +15,12 @@ from sam2train.data_source import (
     Video,
     VideoSource,
     listed,
-    natural_key,
     tracking_warnings,
 )
 from sam2train.data_videos import index_frames, list_pictures
 from sam2train.data_vos import VosVideos, find_masks, read_list
 from sam2train.errors import UserError
+from sam2train.files import natural_key, read_json
 
 # Films have 24 frames a second, masklets 6.
 LABELLED_EVERY = 4
@@ -111,11 +110,8 @@ class SavVideos(VideoSource):
 
 
 def _read_masklets(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, OSError, RecursionError) as problem:
-        raise UserError(f"{path}: is no valid JSON ({problem})") from None
-    rows = content.get("masklet") if isinstance(content, dict) else None
+    content = read_json(path, "expected SA-V's JSON with `masklet`")
+    rows = content.get("masklet")
     if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
         raise UserError(
             f"{path}: `masklet` is missing or no list of lists; expected SA-V's JSON, for each "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -186,10 +185,3 @@ def tracking_warnings(videos: Sequence[Video]) -> list[str]:
         "no object is on more than one frame: nothing to track": short,
     }
     return [f"{listed(names)}: {what}" for what, names in told.items() if names]
-
-
-def natural_key(name: str) -> tuple[str | int, ...]:
-    """Sort key by which numbers in names count as numbers: frame_2 comes before frame_10. Upper
-    and lower case are the same."""
-    parts = re.split(r"([0-9]+)", name.casefold())
-    return tuple(int(part) if place % 2 else part for place, part in enumerate(parts))

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from sam2train.data_pictures import Header, read_header, read_image
-from sam2train.data_source import ClipPixels, Frame, Video, VideoSource, listed, natural_key
+from sam2train.data_source import ClipPixels, Frame, Video, VideoSource, listed
 from sam2train.data_synthetic import Scene, SyntheticConfig, sample_num_objects, sample_scene
 from sam2train.errors import UserError
+from sam2train.files import natural_key
 from sam2train.transforms import resize_image
 
 # What Pillow reads and people keep frames in.

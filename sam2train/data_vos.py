@@ -16,11 +16,11 @@ from sam2train.data_source import (
     Video,
     VideoSource,
     listed,
-    natural_key,
     tracking_warnings,
 )
 from sam2train.data_videos import index_frames, list_pictures, subfolders
 from sam2train.errors import UserError
+from sam2train.files import natural_key
 
 # Frames and masks; the second pair is that of SA-V's validation and test sets.
 LAYOUTS = (("JPEGImages", "Annotations"), ("JPEGImages_24fps", "Annotations_6fps"))

@@ -25,7 +25,7 @@ from pycocotools import mask as rle
 
 from sam2train.demo_videos import MIN_AREA, SIZE, DemoSplit, make_video
 from sam2train.errors import UserError
-from sam2train.pretrained import REPOSITORY, resolve_path
+from sam2train.files import REPOSITORY, resolve_path
 
 GENERATOR_VERSION = 1  # raise it when the same DemoSplit should give other pictures
 JPEG_QUALITY = 88

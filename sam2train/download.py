@@ -11,6 +11,7 @@ from rich.progress import Progress
 
 from sam2train import pretrained
 from sam2train.errors import UserError
+from sam2train.files import resolve_path
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,7 +33,7 @@ def fetch_checkpoint(config: ModelConfig, console: Console) -> Path:
     """
     if config.checkpoint_path is None:
         raise UserError("--download: model.checkpoint_path is null, nothing to fetch")
-    target = pretrained.resolve_path(config.checkpoint_path)
+    target = resolve_path(config.checkpoint_path)
     if target.is_file():
         _verify(config, target)
         console.print(f"{target} is there, and loads", highlight=False)

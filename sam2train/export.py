@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from sam2train.build import as_trained, build_model, load_checkpoint
 from sam2train.clips import Prompt
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment
+from sam2train.files import replacing
 from sam2train.model import SAM2Model
 from sam2train.pretrained import resolve_config
 
@@ -45,9 +45,9 @@ def export_checkpoint(
         name: value.detach().cpu().to(torch.float16 if half else value.dtype)
         for name, value in model.sam2.state_dict().items()
     }
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        torch.save({"model": weights}, partial)
+    with replacing(target) as partial:
+        with open(partial, "wb") as file:  # torch would store the temporary file's name in it
+            torch.save({"model": weights}, file)
         again = build_model(_with_weights(experiment, partial))
         _compare_weights(again, weights)
         apart, pixels = compare_masks(model, again)
@@ -56,9 +56,6 @@ def export_checkpoint(
                 f"--export {target}: read back, {apart:.2%} of the pixels of a test clip change "
                 "sides; nothing was written" + ("; export without --half" if half else "")
             )
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
     size = target.stat().st_size / 1e6
     same = "the same masks" if apart == 0 else f"masks that differ in {apart:.2%} of the pixels"
     console.print(

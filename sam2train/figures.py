@@ -26,6 +26,7 @@ from sam2train.ablation import (
     settings_in_order,
 )
 from sam2train.errors import UserError
+from sam2train.files import replacing
 from sam2train.results import over_seeds
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ MARKERS = "osD^vPX"
 GREY = "#777777"
 FROZEN = "#c8c8c8"
 JANDF = "J&F"
-_HORIZON = {  # metric -> labels of its axes
+_HORIZON_METRICS = {  # metric -> labels of its axes
     "horizon/J": ("frames since the prompt, up to", "J"),
     "horizon/recall_after_absence": ("frames away, up to", "found again (J > 0.5)"),
 }
@@ -117,8 +118,8 @@ def prompt_scores(results: pd.DataFrame, *, title: str = "") -> Figure:
     Args:
         results: as `ablation.read_results` gives them, with `dataset.prompt_types` varied.
     """
-    last = _whole(last_step(results))
-    first = _whole(results[(results["metric"] == "J_and_F") & (results["step"] == 0)])
+    last = _rows_of_all_videos(last_step(results))
+    first = _rows_of_all_videos(results[(results["metric"] == "J_and_F") & (results["step"] == 0)])
     _not_empty(last)
     order = settings_in_order(last[PROMPTS])
     with new_figure(6.5, 3.8) as (figure, (axes,)):
@@ -141,7 +142,7 @@ def memory_scores(results: pd.DataFrame, *, title: str = "") -> Figure:
         results: as `ablation.read_results` gives them, with `model.num_maskmem` varied and, if
             there is to be a second series, `model.max_obj_ptrs_in_encoder`.
     """
-    last = _whole(last_step(results))
+    last = _rows_of_all_videos(last_step(results))
     _not_empty(last)
     order = settings_in_order(last[MASKMEM])
     series = settings_in_order(last[POINTERS]) if POINTERS in last else [None]
@@ -168,7 +169,7 @@ def horizon(results: pd.DataFrame, *, title: str = "") -> Figure:
     Args:
         results: as `ablation.read_results` gives them.
     """
-    parts = {name: results[results["metric"] == name] for name in _HORIZON}
+    parts = {name: results[results["metric"] == name] for name in _HORIZON_METRICS}
     parts = {
         name: last_step(part, name, part["split"].iloc[0])
         for name, part in parts.items()
@@ -190,7 +191,7 @@ def horizon(results: pd.DataFrame, *, title: str = "") -> Figure:
                 )
             axes.set_xscale("log", base=2)  # `at` is the end of a bin, each twice as long
             axes.xaxis.set_major_formatter("{x:.0f}")
-            xlabel, ylabel = _HORIZON[name]
+            xlabel, ylabel = _HORIZON_METRICS[name]
             axes.set(xlabel=xlabel, title="" if column is None else _pointers(column))
             if column == columns[0]:
                 axes.set_ylabel(ylabel)
@@ -315,12 +316,13 @@ def draw_results(path: Path) -> list[Path]:
         drawn[""] = prompt_scores(results, title="Score by prompt type")
     if MASKMEM in results:
         drawn[""] = memory_scores(results, title="Score by number of memories")
-        if results["metric"].isin(_HORIZON).any():
+        if results["metric"].isin(_HORIZON_METRICS).any():
             drawn["_horizon"] = horizon(results, title="How long the memory holds")
     written = []
     for suffix, figure in drawn.items():
         written.append(path.with_name(f"{path.stem}{suffix}.png"))
-        figure.savefig(written[-1], dpi=120)
+        with replacing(written[-1]) as partial:
+            figure.savefig(partial, format="png", dpi=120)
     return written
 
 
@@ -411,7 +413,7 @@ def _pointers(number: Any) -> str:
     return "without object pointers" if number == 0 else f"{number} object pointers"
 
 
-def _whole(results: pd.DataFrame) -> pd.DataFrame:
+def _rows_of_all_videos(results: pd.DataFrame) -> pd.DataFrame:
     """The rows about all videos together."""
     return results[results["video_id"].isna()]
 

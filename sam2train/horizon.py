@@ -104,7 +104,7 @@ def horizon_rows(frames: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for row in visible
         if row["absence"] is not None
     )
-    rows = _curve("horizon/J", held) + _curve("horizon/recall_after_absence", found)
+    rows = _curve_rows("horizon/J", held) + _curve_rows("horizon/recall_after_absence", found)
     if absent:
         for metric, name in (("false_positives", "predicted"), ("false_positive_area", "area")):
             mean = float(np.mean([row[name] for row in absent]))
@@ -161,7 +161,9 @@ def _grouped(
     return groups
 
 
-def _curve(metric: str, groups: dict[int, dict[Hashable, list[float]]]) -> list[dict[str, Any]]:
+def _curve_rows(
+    metric: str, groups: dict[int, dict[Hashable, list[float]]]
+) -> list[dict[str, Any]]:
     return [
         _row(metric, at, float(np.mean([np.mean(values) for values in parts.values()])), len(parts))
         for at, parts in sorted(groups.items())

@@ -12,11 +12,8 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
-from sam2train.clips import FramePrediction
+from sam2train.clips import NO_OBJECT_LOGIT, FramePrediction
 from sam2train.config import Section
-
-# What SAM 2 writes where its object score says "not here"; such logits carry no gradient.
-GATED_LOGIT = -1024.0
 
 
 class LossConfig(Section):
@@ -136,7 +133,7 @@ def _pass_losses(
     score = F.binary_cross_entropy_with_logits(
         prediction.object_score_logits[:, 0].float(), visible.float(), reduction="none"
     )
-    gated = (candidates.detach()[:, 0, 0, 0] == GATED_LOGIT) & visible & counted
+    gated = (candidates.detach()[:, 0, 0, 0] == NO_OBJECT_LOGIT) & visible & counted
     return {
         "focal": (focal * present).sum(),
         "dice": (dice * present).sum(),

@@ -13,7 +13,8 @@ from sam2train.data_source import Video
 from sam2train.data_videos import PICTURE_SUFFIXES
 from sam2train.errors import UserError
 from sam2train.evaluate import SeenFrame
-from sam2train.overlays import palette
+from sam2train.files import write_text
+from sam2train.overlays import object_colours
 
 
 class MaskFolder:
@@ -33,7 +34,7 @@ class MaskFolder:
             raise UserError(
                 f"--save-masks {folder}: there is something already; name a new or empty folder"
             )
-        self.colours = [0, 0, 0, *palette(256)[1:].ravel().tolist()]
+        self.colours = [0, 0, 0, *object_colours(256)[1:].ravel().tolist()]
         self.renamed: dict[str, dict[int, str]] = {}
         # Of the video that is being written.
         self.numbers: dict[int | str, int] = {}
@@ -72,8 +73,7 @@ class MaskFolder:
             return {o: o for o in video.object_ids}
         numbers = {o: place for place, o in enumerate(video.object_ids, start=1)}
         self.renamed[name] = {number: str(o) for o, number in numbers.items()}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "objects.json").write_text(json.dumps(self.renamed, indent=2) + "\n")
+        write_text(self.folder / "objects.json", json.dumps(self.renamed, indent=2) + "\n")
         return numbers
 
 

@@ -26,6 +26,9 @@ from sam2train.errors import UserError
 #                 included: for an evaluation that prompts each object on the frame it enters.
 FramePolicy = Literal["all", "davis", "sav", "after_prompt"]
 
+# Whose masks are scored, in the column `model` of the files.
+TRAINED, BASE, COPY = "trained", "base", "copy_first_mask"
+
 
 def jaccard(prediction: np.ndarray, ground_truth: np.ndarray) -> np.ndarray:
     """J of every frame: (T,) float64 in [0, 1]; 1 where both masks are empty, 0 where one is.

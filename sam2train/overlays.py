@@ -8,7 +8,6 @@ from __future__ import annotations
 import colorsys
 import io
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,9 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from sam2train.files import replacing
+from sam2train.transforms import resize_mask_to_paint
 
 if TYPE_CHECKING:
     from IPython.display import Image as NotebookImage
@@ -51,7 +53,7 @@ def colour(index: int) -> tuple[int, int, int]:
     return tuple(round(255 * channel) for channel in rgb)
 
 
-def palette(num: int) -> np.ndarray:
+def object_colours(num: int) -> np.ndarray:
     """(num, 3) uint8: the colours of objects 0 .. num - 1."""
     return np.array([colour(index) for index in range(num)], np.uint8).reshape(num, 3)
 
@@ -103,7 +105,7 @@ def draw_masks(
     return picture
 
 
-def draw_prompts(picture: np.ndarray, prompts: Iterable[dict], scale: float = 1.0) -> np.ndarray:
+def paint_prompts(picture: np.ndarray, prompts: Iterable[dict], scale: float = 1.0) -> np.ndarray:
     """A copy of `picture` with the prompts of one frame, each in the colour of its object.
 
     A positive click is a green disc, a negative one a red cross; a box is a rectangle, a mask a
@@ -127,7 +129,7 @@ def draw_prompts(picture: np.ndarray, prompts: Iterable[dict], scale: float = 1.
     for prompt in prompts:
         ink = colour(prompt["object_id"])
         if prompt["mask"] is not None:
-            mask = _resize_mask(prompt["mask"], (height, width))
+            mask = resize_mask_to_paint(prompt["mask"], (height, width))
             rows, columns = np.indices(mask.shape)
             _blend(picture, mask & ((rows + columns) % (3 * size) < size), WHITE, 0.7)
             picture[_outline(mask)] = ink
@@ -205,7 +207,7 @@ def comparison(
         frames: (T, H, W, 3) uint8.
         prediction, ground_truth: object id -> (T, H, W) bool; an id in only one is absent in the
             other.
-        prompts: dicts as in `draw_prompts`, with `type` and `frame_index` in [0, T).
+        prompts: dicts as in `paint_prompts`, with `type` and `frame_index` in [0, T).
         title: what is compared, with the overall score.
         frame_labels: T names of the frames ("frame 0", ... where None).
         scores: T short texts, such as "J 0.83".
@@ -253,11 +255,11 @@ def comparison(
         image = cv2.resize(frames[t], cell[::-1], interpolation=smooth)
         absent = np.zeros(cell, bool)
         truth, found = (
-            {i: _resize_mask(m[i][t], cell) if i in m else absent for i in object_ids}
+            {i: resize_mask_to_paint(m[i][t], cell) if i in m else absent for i in object_ids}
             for m in (ground_truth, prediction)
         )
         rows = {
-            "ground truth": draw_prompts(draw_masks(image, truth), here, scale),
+            "ground truth": paint_prompts(draw_masks(image, truth), here, scale),
             "prediction": draw_masks(image, found),
             "errors": draw_errors(image, found, truth),
         }
@@ -287,9 +289,11 @@ def clip_sheet(
         prompted = {p["frame_index"] for p in prompts}
         for t in pick_frames(int(clip.frame_valid.sum()), prompted, max_frames):
             image = cv2.resize(frames[t], cell[::-1], interpolation=cv2.INTER_CUBIC)
-            masks = {k + 1: _resize_mask(m.numpy(), cell) for k, m in enumerate(clip.masks[t])}
+            masks = {
+                k + 1: resize_mask_to_paint(m.numpy(), cell) for k, m in enumerate(clip.masks[t])
+            }
             here = [prompt for prompt in prompts if prompt["frame_index"] == t]
-            cells += [draw_prompts(draw_masks(image, masks), here, scale), _gap(cell_height)]
+            cells += [paint_prompts(draw_masks(image, masks), here, scale), _gap(cell_height)]
         rows[title] = np.concatenate(cells[:-1], axis=1)
     return stacked(rows)
 
@@ -335,14 +339,8 @@ def save_clip(pictures: np.ndarray, path: str | Path) -> None:
 
 
 def _save(image: Image.Image, path: str | Path, **options) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        image.save(part, **options)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(Path(path)) as partial:
+        image.save(partial, **options)
 
 
 def _gap(height: int) -> np.ndarray:
@@ -359,14 +357,6 @@ def _outline(mask: np.ndarray) -> np.ndarray:
     thickness = 1 if min(mask.shape) < 200 else 2
     kernel = np.ones((3, 3), np.uint8)
     return mask & (cv2.erode(mask.astype(np.uint8), kernel, iterations=thickness) == 0)
-
-
-def _resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) bool of `size`. A tiny object that would vanish when reduced keeps every pixel."""
-    enlarge = mask.shape[0] <= size[0]
-    how = cv2.INTER_NEAREST_EXACT if enlarge else cv2.INTER_AREA
-    cover = cv2.resize(mask.astype(np.float32), size[::-1], interpolation=how)
-    return cover >= 0.5 if (cover >= 0.5).any() else cover > 0
 
 
 def _layout(num_cells: int, height: int, width: int, cell_height: int) -> tuple[int, float]:

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from sam2train.errors import UserError
+from sam2train.files import REPOSITORY, resolve_path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 DOWNLOAD_ADDRESS = "https://dl.fbaipublicfiles.com/segment_anything_2/092824/"
 PUBLISHED = tuple(f"sam2.1_hiera_{size}.pt" for size in ("tiny", "small", "base_plus", "large"))
 
@@ -39,13 +39,6 @@ def _package_configs() -> dict[str, Path]:
     return {
         path.relative_to(root).as_posix(): path for path in sorted(root.glob("configs/sam*/*.yaml"))
     }
-
-
-def resolve_path(path: str | Path) -> Path:
-    """A relative path from the current folder, else from the repository, else as it is."""
-    path = Path(path).expanduser()
-    in_repository = REPOSITORY / path
-    return in_repository if not path.exists() and in_repository.exists() else path
 
 
 def resolve_config(config_path: str | Path) -> Path:

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from sam2train.config import flatten, load_yaml
 from sam2train.errors import UserError
+from sam2train.files import read_json
 from sam2train.intervals import mean_interval
+from sam2train.metrics import TRAINED
 from sam2train.tracking import STEP_AXIS
 
 if TYPE_CHECKING:
@@ -36,10 +38,9 @@ QUIET = 1800
 EVALUATIONS = "evaluations"  # the folder beside runs that `--evaluate` writes to
 _ID_COLUMNS = ("video_id", "object_id")
 _SCORES = ("step", "split", "model", "video_id", "object_id", "J", "F", "J_and_F", "num_frames")
-TRAINED = "trained"  # the run itself, in the column `model`; baselines stand beside it
 _COUNTS = ("params/", "trainable/")
-_COLUMNS = ("group", "seed", "step", "num_steps", "baseline", "last", "best", "scored", "gain")
-_COLUMNS += ("seconds", "written", "commit", "device")
+_RUN_COLUMNS = ("group", "seed", "step", "num_steps", "baseline", "last", "best", "scored", "gain")
+_RUN_COLUMNS += ("seconds", "written", "commit", "device")
 _WANDB_STATES = {"killed": "interrupted", "preempted": "interrupted", "preempting": "interrupted"}
 
 
@@ -97,7 +98,7 @@ def load_runs(folder: Path) -> pd.DataFrame:
 
     runs = pd.DataFrame([_read_run(path) for path in find_runs(folder)])
     # All of them where no run can be read, too.
-    return runs.reindex(columns=list(dict.fromkeys([*runs.columns, *_COLUMNS])))
+    return runs.reindex(columns=list(dict.fromkeys([*runs.columns, *_RUN_COLUMNS])))
 
 
 def load_metrics(run: Path) -> pd.DataFrame:
@@ -326,8 +327,9 @@ def _read_run(path: Path) -> dict[str, Any]:
     }
     try:
         config = flatten(load_yaml(path / "config.yaml"))
-        summary = _read_json(path / "summary.json")
-        code = _read_json(path / "environment.json")
+        expected = "expected the JSON that the run wrote"
+        summary = read_json(path / "summary.json", expected, optional=True)
+        code = read_json(path / "environment.json", expected, optional=True)
         has_metrics = (path / "metrics.jsonl").is_file()
         metrics = load_metrics(path) if has_metrics else _by_step([])
     except UserError as error:
@@ -438,17 +440,6 @@ def _by_step(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         joined.setdefault(step, {}).update(values)
     frame = pd.DataFrame.from_dict(joined, orient="index").sort_index()
     return frame.rename_axis("step")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty where there is no file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path}: {error}; expected the JSON that the run wrote") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no object; expected the JSON that the run wrote")
-    return content
 
 
 def read_csv(path: Path, names: Sequence[str]) -> pd.DataFrame:

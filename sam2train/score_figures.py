@@ -64,7 +64,9 @@ def horizon_figure(
         styles = [{"color": c, "marker": m} for c, m in zip(COLOURS, MARKERS, strict=True)]
         for (label, rows), style in zip(horizon.items(), styles, strict=False):
             for axes, metric in zip(all_axes, ("J", "recall_after_absence"), strict=False):
-                _curve(axes, [r for r in rows if r["metric"] == f"horizon/{metric}"], label, style)
+                _draw_bins(
+                    axes, [r for r in rows if r["metric"] == f"horizon/{metric}"], label, style
+                )
             present, absent = object_scores(frames[label])
             if present and absent:
                 false, true = roc(present, absent)
@@ -93,7 +95,7 @@ def horizon_figure(
     return figure
 
 
-def _curve(
+def _draw_bins(
     axes: Axes, rows: Sequence[Mapping[str, Any]], label: str, style: Mapping[str, str]
 ) -> None:
     """A line over bins that double, the number of cases beside the marks of the first line."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from sam2train.data_source import listed, natural_key
+from sam2train.data_source import listed
 from sam2train.datasets import DatasetConfig
 from sam2train.errors import UserError
 from sam2train.evaluate import (
@@ -26,13 +25,11 @@ from sam2train.evaluate import (
     Videos,
     score_tracks,
 )
+from sam2train.files import natural_key, resolve_path, write_rows
 from sam2train.horizon import frame_rows, horizon_rows
 from sam2train.intervals import Interval, paired_bootstrap
-from sam2train.pretrained import resolve_path
-from sam2train.tracking import replace_text
+from sam2train.metrics import BASE, COPY
 
-# What is scored beside what, in the column `model` of the files.
-TRAINED, BASE, COPY = "trained", "base", "copy_first_mask"
 LABELS = {BASE: "untouched base checkpoint", COPY: "copy the first mask"}
 
 SCORE_COLUMNS = (
@@ -277,13 +274,3 @@ class RowsFile:
         """Append rows and write the file."""
         self.rows += rows
         write_rows(self.path, self.rows, self.columns)
-
-
-def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    """A CSV, whole or not at all; None is an empty cell. Folders are made."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, text.getvalue())

@@ -23,6 +23,7 @@ from sam2train import sweep_search
 from sam2train.config import build, flatten
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment
+from sam2train.files import read_json, write_text
 from sam2train.sweep_file import Sweep, check_values, grid, load_sweep
 from sam2train.sweep_report import (
     live_table,
@@ -33,7 +34,6 @@ from sam2train.sweep_report import (
     write_results,
 )
 from sam2train.sweep_trials import Trial, read_summary, stop_all, trial_environment
-from sam2train.tracking import replace_text
 
 POLL = 0.5  # seconds between looks at the processes
 LOOK = 2.0  # seconds between looks at what they wrote
@@ -227,17 +227,18 @@ class LocalSweep:
     def _recall(self, planned: Sequence[Mapping[str, Any]]) -> None:
         """Take over the trials of earlier sittings; UserError if they were of another sweep."""
         path = self.folder / "sweep.json"
-        if not path.is_file():
+        expected = (
+            "expected what an earlier sitting of this sweep wrote; move "
+            f"{self.folder} away to start again"
+        )
+        if not path.exists():
             return
+        known = read_json(path, expected)
         try:
-            known = json.loads(path.read_text())
             trials, base = known["trials"], build(Experiment, known["experiment"], str(path))
             before = known["sweep"]
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path}: {error!r}; expected what an earlier sitting of this sweep wrote; move "
-                f"{self.folder} away to start again"
-            ) from error
+            raise UserError(f"{path}: {error!r}; {expected}") from error
         changed = _changes(before, self._identity())
         changed += _changes(*map(self._moving, (base.model_dump(mode="json"), self._base)))
         changed += [
@@ -285,7 +286,7 @@ class LocalSweep:
         ]
         content = {"sweep": self._identity(), "experiment": self._base, "sweep_id": self.sweep_id}
         text = json.dumps({**content, "trials": rows}, indent=1)
-        replace_text(self.folder / "sweep.json", text + "\n")
+        write_text(self.folder / "sweep.json", text + "\n")
         write_results(self.sweep, self.trials, self.folder)
 
     @contextlib.contextmanager

@@ -24,7 +24,7 @@ from sam2train.config import (
     parse_overrides,
 )
 from sam2train.experiment import SMOKE, Experiment, load_experiment
-from sam2train.pretrained import REPOSITORY, resolve_path
+from sam2train.files import REPOSITORY, resolve_path
 
 # What `wandb agent` puts in the place of a whole item of `command:`.
 _ARGS = {"${args}": "--{}={}", "${args_no_hyphens}": "{}={}"}

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sam2train.files import write_text
 from sam2train.intervals import seed_difference
 from sam2train.results import over_seeds
 from sam2train.sweep_file import Sweep, show_value
 from sam2train.sweep_trials import LOG, Trial
-from sam2train.tracking import replace_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,7 +125,7 @@ def _cell(value: Any) -> Any:
 def write_results(sweep: Sweep, trials: Sequence[Trial], folder: Path) -> None:
     """Write `results.csv`, one row a trial."""
     text = results_frame(sweep, trials).to_csv(index=False, lineterminator="\n")
-    replace_text(folder / "results.csv", text)
+    write_text(folder / "results.csv", text)
 
 
 def ranking(sweep: Sweep, trials: Sequence[Trial]) -> pd.DataFrame:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -16,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from sam2train.errors import UserError
+from sam2train.files import read_json, write_text
+from sam2train.machine import num_cores
 from sam2train.results import load_metrics
 
 LOG = "log.txt"  # all that a trial printed
@@ -89,8 +89,7 @@ class Trial:
     def write_values(self, arguments: Mapping[str, Any]) -> None:
         """Write the values with their types as wandb 0.31 does for an agent's trial."""
         content = {name: {"value": value} for name, value in arguments.items()}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / VALUES).write_text(yaml.safe_dump({**content, "wandb_version": 1}))
+        write_text(self.folder / VALUES, yaml.safe_dump({**content, "wandb_version": 1}))
 
     def poll(self) -> bool:
         """Whether its process ended since the last call; `state` then says how."""
@@ -167,11 +166,8 @@ def stop_all(trials: Sequence[Trial]) -> None:
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """`summary.json` of a run, empty if there is none yet."""
-    path = folder / "summary.json"
-    try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path}: {error}; delete the folder {folder} to run it again") from error
+    way_out = f"expected the JSON that the run wrote; delete the folder {folder} to run it again"
+    return read_json(folder / "summary.json", way_out, optional=True)
 
 
 def trial_environment(
@@ -192,7 +188,7 @@ def trial_environment(
         environment.pop(name, None)
     if jobs > 1:
         given = environment.get("OMP_NUM_THREADS", "")
-        there = int(given) if given.isdecimal() else _num_processors()
+        there = int(given) if given.isdecimal() else num_cores()
         environment["OMP_NUM_THREADS"] = str(max(1, there // jobs))
     environment.setdefault("WANDB_MODE", "offline")  # no trial waits for a server
     environment["PYTHONUNBUFFERED"] = "1"
@@ -205,10 +201,3 @@ def trial_environment(
         environment.setdefault("WANDB_ENTITY", entity)
     names = ("WANDB_PROJECT", "WANDB_ENTITY")
     return environment | dict(zip(names, reversed(owner), strict=False))
-
-
-def _num_processors() -> int:
-    """Those that this process may use, where the system tells them apart."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from sam2train.config import Section
 from sam2train.errors import UserError
+from sam2train.files import read_json, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -265,7 +266,7 @@ class Tracker:
             for name, rows in tables.items():
                 if rows:
                     columns = list(rows[0])
-                    cells = [[_plain(row[column]) for column in columns] for row in rows]
+                    cells = [[_plain_values(row[column]) for column in columns] for row in rows]
                     sent[f"tables/{name}"] = wandb.Table(columns, cells, allow_mixed_types=True)
             run.log({STEP_AXIS: step, **sent})
 
@@ -278,15 +279,13 @@ class Tracker:
     def summary(self, values: Mapping[str, Any]) -> None:
         """Merge into `summary.json` (replaced as a whole, never half written) and W&B's summary."""
         path = self.run_dir / "summary.json"
-        try:
-            known = json.loads(path.read_text()) if path.exists() else {}
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}: {error}; expected the JSON that this run wrote; mend or delete the file"
-            ) from error
-        text = json.dumps({**known, **_plain(values, finite=True)}, indent=2, allow_nan=False)
-        replace_text(path, text + "\n")
-        self._report("summary", lambda run: run.summary.update(_plain(values)))
+        expected = "expected the JSON that this run wrote; mend or delete the file"
+        known = read_json(path, expected, optional=True)
+        text = json.dumps(
+            {**known, **_plain_values(values, finite=True)}, indent=2, allow_nan=False
+        )
+        write_text(path, text + "\n")
+        self._report("summary", lambda run: run.summary.update(_plain_values(values)))
 
     def _trim_metrics(self) -> float:
         """Drop the lines that a resumed run writes again, and what a killed process half wrote.
@@ -302,7 +301,7 @@ class Tracker:
                     kept.append(line + "\n")
                     seconds = row.get("seconds", seconds)
         if dropped := len(text.splitlines()) - len(kept):
-            replace_text(self._metrics, "".join(kept))
+            write_text(self._metrics, "".join(kept))
             lines = f"{dropped} line{'s' * (dropped > 1)}"
             self.say(f"{self._metrics}: dropped {lines} beyond step {self._first_step} or cut off")
         return seconds
@@ -382,10 +381,10 @@ class Tracker:
             )
 
     def _write(self, step: int, scalars: Mapping[str, Any]) -> None:
-        row = json.dumps({"step": step, **_plain(scalars, finite=True)}, allow_nan=False)
+        row = json.dumps({"step": step, **_plain_values(scalars, finite=True)}, allow_nan=False)
         with self._metrics.open("a") as file:
             file.write(row + "\n")
-        self._report("log", lambda run: run.log({STEP_AXIS: step, **_plain(scalars)}))
+        self._report("log", lambda run: run.log({STEP_AXIS: step, **_plain_values(scalars)}))
 
     def _write_window(self, step: int) -> str:
         """Write the means since the last line. Returns the text of the progress line."""
@@ -432,25 +431,18 @@ def parameter_table(report: Mapping[str, tuple[int, int]]) -> Table:
     return table
 
 
-def _plain(value: Any, *, finite: bool = False) -> Any:
+def _plain_values(value: Any, *, finite: bool = False) -> Any:
     """The value with Python numbers for tensors and NumPy scalars, at any depth.
 
     `finite` makes None of NaN and infinities: JSON has no word for them, and pandas reads NaN.
     """
     if isinstance(value, Mapping):
-        return {str(name): _plain(item, finite=finite) for name, item in value.items()}
+        return {str(name): _plain_values(item, finite=finite) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, finite=finite) for item in value]
+        return [_plain_values(item, finite=finite) for item in value]
     if hasattr(value, "item"):
         value = value.item()
     return None if finite and isinstance(value, float) and not math.isfinite(value) else value
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Atomic: whoever reads sees the old text or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def _memory() -> dict[str, float]:

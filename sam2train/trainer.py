@@ -19,9 +19,8 @@ from sam2train.audit import audit_gradients, has_tracked_frame, idle_modules
 from sam2train.build import base_hash, build_model, uses_bf16
 from sam2train.clips import BatchedVideoDatapoint, collate_fn
 from sam2train.config import to_yaml
+from sam2train.corrections import SimulatedUser
 from sam2train.datasets import ClipSampler, build_dataset
-from sam2train.devices import num_cores
-from sam2train.environment import describe_environment
 from sam2train.errors import UserError
 from sam2train.evaluate import (
     OnFrame,
@@ -33,18 +32,22 @@ from sam2train.evaluate import (
     track_video,
 )
 from sam2train.experiment import Experiment, untrained_rows
+from sam2train.files import write_text
 from sam2train.horizon import numbers
-from sam2train.interaction import Interaction
-from sam2train.interrupt import Interrupted, StopRequests, leave_group
 from sam2train.losses import compute_losses
+from sam2train.machine import (
+    Interrupted,
+    StopRequests,
+    describe_environment,
+    leave_group,
+    num_cores,
+)
+from sam2train.metrics import BASE, COPY, TRAINED
 from sam2train.optimizer import build_optimizer, set_learning_rates
 from sam2train.scoring import (
-    BASE,
-    COPY,
     HORIZON_COLUMNS,
     LABELS,
     SCORE_COLUMNS,
-    TRAINED,
     RowsFile,
     Scores,
     read_scores,
@@ -107,9 +110,9 @@ class Trainer:
         if not self.parameters and self.config.num_steps:
             raise UserError("model.trainable_modules: nothing is trained; name at least one module")
         self.optimizer = build_optimizer(self.parameters, experiment.optimizer, self.model.sam2)
-        self.interaction: Interaction | None = None
+        self.interaction: SimulatedUser | None = None
         if experiment.interaction.enabled:
-            self.interaction = Interaction(experiment.interaction, self.config.seed)
+            self.interaction = SimulatedUser(experiment.interaction, self.config.seed)
         self.bf16 = uses_bf16(experiment, self.device)
         self.base_hash = base_hash(experiment)
         # What the test videos are scored with beside the best checkpoint.
@@ -452,9 +455,9 @@ class Trainer:
         return content["run_id"]
 
     def _write_run_files(self) -> None:
-        (self.run_dir / "config.yaml").write_text(to_yaml(self.experiment))
+        write_text(self.run_dir / "config.yaml", to_yaml(self.experiment))
         environment = json.dumps(describe_environment(self.device), indent=2)
-        (self.run_dir / "environment.json").write_text(environment + "\n")
+        write_text(self.run_dir / "environment.json", environment + "\n")
 
     def _summarise(self, status: str) -> None:
         values = {f"val/{name}": self.latest[name] for name in ("J", "F", "J_and_F") if self.latest}

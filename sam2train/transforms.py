@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import cv2
 import numpy as np
-import torch
 from PIL import Image
 from pydantic import Field
 
 from sam2train.config import Section
+
+if TYPE_CHECKING:
+    import torch
 
 # ImageNet statistics, which SAM 2 was trained with.
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
@@ -58,8 +62,27 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return resized
 
 
+def resize_mask_to_paint(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) bool of `size` for a picture: a mask that grows keeps the corners of its pixels.
+
+    One that shrinks and would vanish is set wherever it covers any of a pixel.
+    """
+    enlarge = mask.shape[0] <= size[0]
+    how = cv2.INTER_NEAREST_EXACT if enlarge else cv2.INTER_AREA
+    cover = cv2.resize(mask.astype(np.float32), size[::-1], interpolation=how)
+    return cover >= 0.5 if (cover >= 0.5).any() else cover > 0
+
+
+def resize_mask_smoothly(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) bool of `size` for a picture: the outline that `resize_image` gives a white shape."""
+    picture = np.repeat(mask[..., None].astype(np.uint8) * 255, 3, axis=2)
+    return resize_image(picture, size)[..., 0] > 127
+
+
 def normalise(images: np.ndarray) -> torch.Tensor:
     """(T, H, W, 3) uint8 -> (T, 3, H, W) float32, ImageNet-normalised."""
+    import torch
+
     scaled = (images.astype(np.float32) / 255.0 - MEAN) / STD
     return torch.from_numpy(scaled.transpose(0, 3, 1, 2).copy())
 
@@ -75,6 +98,7 @@ def augment(
     """
     if config == AugmentConfig():
         return images, masks
+    import torch
     from torchvision import tv_tensors
     from torchvision.transforms import v2
 

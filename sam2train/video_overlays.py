@@ -14,7 +14,7 @@ from sam2train.evaluate import SeenFrame, TrackedVideo, Videos
 from sam2train.metrics import ObjectScores
 from sam2train.overlays import comparison, id_mask, pick_frames, save_png
 from sam2train.tracking import Overlay
-from sam2train.transforms import resize_image
+from sam2train.transforms import resize_mask_smoothly
 
 MAX_FRAMES = 8  # of a picture
 MAX_TOGGLED = 255  # objects in a mask of W&B's
@@ -107,7 +107,9 @@ class OverlayDrawer:
                 "frame_index": shown.index(prompt["frame_index"]),
                 "points": prompt["points"] * scale,
                 "box": None if prompt["box"] is None else prompt["box"] * np.tile(scale, 2),
-                "mask": None if prompt["mask"] is None else _resize_mask(prompt["mask"], size),
+                "mask": None
+                if prompt["mask"] is None
+                else resize_mask_smoothly(prompt["mask"], size),
             }
             for prompt in tracked.prompts
             if prompt["frame_index"] in shown
@@ -133,9 +135,3 @@ def _mean_J(objects: Iterable[ObjectScores], frame_idx: int) -> str:
 def file_name(text: str) -> str:
     """The text with `_` for what a file name had better not hold."""
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in text)
-
-
-def _resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) bool of a prompt at another size, for a picture."""
-    picture = np.repeat(mask[..., None].astype(np.uint8) * 255, 3, axis=2)
-    return resize_image(picture, size)[..., 0] > 127

@@ -10,7 +10,6 @@ from sam2train.ablation import (
     Question,
     brief,
     compact_results,
-    curves,
     differences,
     horizon_sentences,
     last_step,
@@ -19,6 +18,7 @@ from sam2train.ablation import (
     readable,
     sentences,
     settings_in_order,
+    validation_curves,
     verdict,
 )
 from sam2train.errors import UserError
@@ -104,7 +104,7 @@ def test_last_step_is_that_of_each_run():
 
 
 def test_curves_hold_every_validation(results):
-    part = curves(results)
+    part = validation_curves(results)
     assert part.loc[part["run"] == "m7s0", ["step", "value"]].values.tolist() == [
         [0, 0.25],
         [10, 0.75],

@@ -9,7 +9,8 @@ import yaml
 from conftest import make_coco
 from PIL import Image
 
-from sam2train import checkpoint, launch
+from sam2train import checkpoint, cli
+from sam2train.files import file_hash
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +37,12 @@ def trained(tmp_path_factory):
         "tracking": {"mode": "disabled"},
     }
     (root / "small.yaml").write_text(yaml.safe_dump(sections))
-    assert launch.main([str(root / "small.yaml"), "--run-dir", str(root / "run")]) == 0
+    assert cli.main([str(root / "small.yaml"), "--run-dir", str(root / "run")]) == 0
     return root
 
 
 def call(trained, *words) -> int:
-    return launch.main([str(trained / "small.yaml"), *map(str, words)])
+    return cli.main([str(trained / "small.yaml"), *map(str, words)])
 
 
 def fails(capsys, trained, *words) -> str:
@@ -71,7 +72,7 @@ def test_a_checkpoint_beside_its_baselines(trained, tmp_path, capsys):
     assert {row["prompt_frame"] for row in late} == {"1"}
     summary = json.loads((out / "summary.json").read_text())
     assert summary["status"] == "finished"
-    assert summary["checkpoint"]["sha256"] == checkpoint.file_hash(source)
+    assert summary["checkpoint"]["sha256"] == file_hash(source)
     mean = np.mean([float(row["J_and_F"]) for row in rows if row["model"] == "trained"])
     assert summary["val/J_and_F"] == pytest.approx(mean)
     assert summary["val/gain_over_copy_first_mask"]["num_videos"] == 2

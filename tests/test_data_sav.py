@@ -184,7 +184,7 @@ def test_all_problems_come_together(tmp_path):
         "sav_1_manual.json: no frames; expected",
         "sav_2.mp4: is no film that OpenCV can read",
         "00002.png: is an HTML page",
-        "sav_4_manual.json: is no valid JSON",
+        "sav_4_manual.json: the file is not valid JSON",
     ):
         assert part in message
 

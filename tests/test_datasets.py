@@ -19,7 +19,7 @@ from conftest import (
 )
 from torch.utils.data import DataLoader
 
-from sam2train import data_coco, launch
+from sam2train import cli, data_coco
 from sam2train.clips import collate_fn, is_empty
 from sam2train.config import ConfigError, build
 from sam2train.data_source import Annotation, Frame, Video, VideoSource
@@ -485,11 +485,11 @@ def test_a_format_from_outside_is_checked_and_trained_on(arrays, capsys):
         "tracking.mode=disabled",
         "trainer.device=cpu",
     ]
-    assert launch.main([*words, "--check-data", "--json"]) == 0
+    assert cli.main([*words, "--check-data", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert [s["statistics"]["masks"] for s in report["splits"].values()] == [24, 24]
     assert report["splits"]["training"]["warnings"] == ["read from arrays"]
-    assert launch.main([*words, "--smoke", "--run-dir", str(arrays / "run")]) == 0
+    assert cli.main([*words, "--smoke", "--run-dir", str(arrays / "run")]) == 0
     summary = json.loads((arrays / "run" / "summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("finished", 2)
 

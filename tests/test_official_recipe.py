@@ -12,8 +12,9 @@ from omegaconf import OmegaConf
 
 from sam2train.build import build_model
 from sam2train.experiment import load_experiment
+from sam2train.files import REPOSITORY
 from sam2train.optimizer import build_optimizer, set_learning_rates
-from sam2train.pretrained import REPOSITORY, resolve_config
+from sam2train.pretrained import resolve_config
 from sam2train.transforms import MEAN, STD
 
 OFFICIAL = "configs/sam2.1_training/sam2.1_hiera_b+_MOSE_finetune.yaml"

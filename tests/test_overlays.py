@@ -16,9 +16,9 @@ from sam2train.overlays import (
     comparison,
     draw_errors,
     draw_masks,
-    draw_prompts,
     id_mask,
-    palette,
+    object_colours,
+    paint_prompts,
     pick_frames,
     save_clip,
     save_png,
@@ -59,14 +59,14 @@ def grey(height, width, *, frames=None):
 
 
 def test_palette_is_distinct_and_fixed_per_index():
-    colours = palette(24)
+    colours = object_colours(24)
     assert colours.shape == (24, 3)
     assert colours.dtype == np.uint8
     assert tuple(colours[1]) == colour(1) == (86, 180, 233)  # Okabe-Ito's sky blue
-    np.testing.assert_array_equal(palette(5), colours[:5])
+    np.testing.assert_array_equal(object_colours(5), colours[:5])
     distances = [np.abs(a - b).sum() for a, b in itertools.combinations(colours.astype(int), 2)]
     assert min(distances) >= 30
-    assert palette(0).shape == (0, 3)
+    assert object_colours(0).shape == (0, 3)
 
 
 def test_first_objects_differ_for_deuteranopes():
@@ -75,7 +75,7 @@ def test_first_objects_differ_for_deuteranopes():
         [[17.8824, 43.5161, 4.11935], [3.45565, 27.1554, 3.86714], [0.0299566, 0.184309, 1.46709]]
     )
     blind = np.array([[1, 0, 0], [0.494207, 0, 1.24827], [0, 0, 1]])
-    linear = (palette(7) / 255) ** 2.2
+    linear = (object_colours(7) / 255) ** 2.2
     seen = np.clip(linear @ (np.linalg.inv(lms) @ blind @ lms).T, 0, 1) ** (1 / 2.2) * 255
     distances = [np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)]
     assert min(distances) > 25
@@ -153,7 +153,7 @@ def test_wrong_mask_size_or_float_frame_fails():
 
 @pytest.mark.parametrize(("label", "ink"), [(1, POSITIVE), (0, NEGATIVE)])
 def test_click_is_drawn_at_its_point(label, ink):
-    picture = draw_prompts(grey(90, 120), [prompt(points=[(70, 30)], labels=[label])])
+    picture = paint_prompts(grey(90, 120), [prompt(points=[(70, 30)], labels=[label])])
     assert tuple(picture[30, 70]) == ink
     changed = np.argwhere((picture != 100).any(-1))
     assert np.abs(changed.mean(0) - (30, 70)).max() < 0.6
@@ -161,8 +161,8 @@ def test_click_is_drawn_at_its_point(label, ink):
 
 
 def test_positive_and_negative_differ_by_shape_too():
-    cross = draw_prompts(grey(450, 450), [prompt(points=[(225, 225)], labels=[0])])
-    disc = draw_prompts(grey(450, 450), [prompt(points=[(225, 225)], labels=[1])])
+    cross = paint_prompts(grey(450, 450), [prompt(points=[(225, 225)], labels=[0])])
+    disc = paint_prompts(grey(450, 450), [prompt(points=[(225, 225)], labels=[1])])
     for dx, dy in ((7, 0), (0, 7)):  # between the arms of the cross, inside the disc
         assert tuple(cross[225 + dy, 225 + dx]) == (255, 255, 255)
         assert tuple(disc[225 + dy, 225 + dx]) == POSITIVE
@@ -172,7 +172,7 @@ def test_positive_and_negative_differ_by_shape_too():
 
 def test_click_lands_on_the_enlarged_pixel():
     # Pixel 10 of the frame covers 40..43 after scaling by 4.
-    picture = draw_prompts(grey(200, 200), [prompt(points=[(10, 20)], labels=[1])], scale=4.0)
+    picture = paint_prompts(grey(200, 200), [prompt(points=[(10, 20)], labels=[1])], scale=4.0)
     centre = np.argwhere((picture == np.array(POSITIVE)).all(-1)).mean(0)
     assert np.abs(centre - (81.5, 41.5)).max() <= 0.5
 
@@ -181,15 +181,15 @@ def test_click_lands_on_the_enlarged_pixel():
 @pytest.mark.parametrize("label", [0, 1])
 def test_clicks_on_the_border_stay_visible(xy, label):
     ink = POSITIVE if label else NEGATIVE
-    whole = draw_prompts(grey(80, 100), [prompt(points=[(50, 40)], labels=[label])])
-    border = draw_prompts(grey(80, 100), [prompt(points=[xy], labels=[label])])
+    whole = paint_prompts(grey(80, 100), [prompt(points=[(50, 40)], labels=[label])])
+    border = paint_prompts(grey(80, 100), [prompt(points=[xy], labels=[label])])
     assert count(border, ink) == count(whole, ink) > 0
 
 
 def test_box_is_a_rectangle_in_the_colour_of_the_object():
     corners = [(20, 10), (60, 40)]
     box = prompt(object_id=3, points=corners, labels=[2, 3], box=(20, 10, 60, 40))
-    picture = draw_prompts(grey(90, 120), [box])
+    picture = paint_prompts(grey(90, 120), [box])
     for x, y in ((20, 10), (60, 40), (40, 10), (20, 30)):
         assert tuple(picture[y, x]) == colour(3)
     assert tuple(picture[25, 40]) == (100, 100, 100)
@@ -197,13 +197,13 @@ def test_box_is_a_rectangle_in_the_colour_of_the_object():
 
 
 def test_box_of_the_whole_frame_stays_visible():
-    picture = draw_prompts(grey(80, 100), [prompt(box=(0, 0, 100, 80))])
+    picture = paint_prompts(grey(80, 100), [prompt(box=(0, 0, 100, 80))])
     assert all(tuple(picture[y, x]) == colour(1) for x, y in ((0, 40), (99, 40), (50, 0), (50, 79)))
 
 
 def test_mask_prompt_is_hatched_and_outlined_inside_the_mask():
     mask = square(40, 40, 10, 10, 20)
-    picture = draw_prompts(grey(80, 80), [prompt(mask=mask)], scale=2.0)
+    picture = paint_prompts(grey(80, 80), [prompt(mask=mask)], scale=2.0)
     inside = square(80, 80, 20, 20, 40)
     assert (picture[~inside] == 100).all()
     assert tuple(picture[20, 20]) == colour(1)
@@ -213,13 +213,13 @@ def test_mask_prompt_is_hatched_and_outlined_inside_the_mask():
 
 def test_empty_prompts_change_nothing():
     empty = [prompt(), prompt(mask=np.zeros((20, 20), bool))]
-    assert (draw_prompts(grey(20, 20), empty) == 100).all()
-    assert (draw_prompts(grey(20, 20), iter([])) == 100).all()
+    assert (paint_prompts(grey(20, 20), empty) == 100).all()
+    assert (paint_prompts(grey(20, 20), iter([])) == 100).all()
 
 
 def test_prompts_draw_on_the_transposed_frames_of_to_uint8():
     frame = to_uint8(np.zeros((1, 3, 40, 40), np.float32))[0]
-    picture = draw_prompts(draw_masks(frame, {}), [prompt(points=[(9, 9)], labels=[1])])
+    picture = paint_prompts(draw_masks(frame, {}), [prompt(points=[(9, 9)], labels=[1])])
     assert tuple(picture[9, 9]) == POSITIVE
     assert frame[9, 9].tolist() == [124, 116, 104]
 

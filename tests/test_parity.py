@@ -10,9 +10,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from sam2train.clips import Clip, Prompt, collate_fn
+from sam2train.files import REPOSITORY
 from sam2train.losses import LossConfig, compute_losses
 from sam2train.model import SAM2Model
-from sam2train.pretrained import REPOSITORY
 
 for needed in ("tensordict", "fvcore", "submitit", "tensorboard"):
     pytest.importorskip(needed)

@@ -22,8 +22,8 @@ from PIL import Image
 
 from sam2train.datasets import COCODataset
 from sam2train.evaluate import first_prompts, track_frames, track_video
+from sam2train.files import REPOSITORY
 from sam2train.model import SAM2Model
-from sam2train.pretrained import REPOSITORY
 
 DEMO = REPOSITORY / "sam2train" / "configs" / "sam2.1_hiera_demo.yaml"
 SIZE = 64

@@ -4,17 +4,16 @@ import pytest
 import torch
 
 from sam2train.errors import UserError
+from sam2train.files import REPOSITORY
 from sam2train.pretrained import (
     DOWNLOAD_ADDRESS,
     MODULES,
     PUBLISHED,
-    REPOSITORY,
     build_sam2,
     fit_temporal_rows,
     load_weights,
     match_parameters,
     resolve_config,
-    resolve_path,
 )
 
 DEMO = REPOSITORY / "sam2train" / "configs" / "sam2.1_hiera_demo.yaml"
@@ -77,14 +76,6 @@ def test_unknown_config_lists_what_exists(name):
     for known in ("sam2.1_hiera_t", "sam2.1_hiera_b+", "sam2_hiera_l", "sam2.1_hiera_demo"):
         assert f"{known}.yaml" in message
     assert "training" not in message
-
-
-def test_relative_paths(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "run.py").write_text("")
-    assert resolve_path("run.py").samefile(tmp_path / "run.py")  # the current folder comes first
-    assert resolve_path("sam2train/model.py") == REPOSITORY / "sam2train" / "model.py"
-    assert str(resolve_path("nowhere.pt")) == "nowhere.pt"
 
 
 @pytest.mark.parametrize(

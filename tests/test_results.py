@@ -157,7 +157,7 @@ class TestStatus:
     @pytest.mark.parametrize(
         ("name", "text", "said"),
         [
-            ("summary.json", "[]", "holds no object"),
+            ("summary.json", "[]", "not an object"),
             ("metrics.jsonl", '{"loss": 1}\n', "line 1: no object with a whole number as `step`"),
             ("metrics.jsonl", "3\n", "line 1: no object"),
         ],

@@ -11,11 +11,10 @@ from rich.console import Console
 from sam2train.datasets import COCODataset, DatasetConfig
 from sam2train.errors import UserError
 from sam2train.evaluate import EvaluationConfig, TrackedFrame, copy_first_mask
+from sam2train.metrics import COPY, TRAINED
 from sam2train.scoring import (
-    COPY,
     HORIZON_COLUMNS,
     SCORE_COLUMNS,
-    TRAINED,
     RowsFile,
     difference,
     read_scores,

@@ -15,38 +15,41 @@ PACKAGE = ROOT / "sam2train"
 
 # A module imports from lower levels only.
 LEVELS = [
-    {"errors", "interrupt"},
+    {"errors"},
+    {"files"},
     {
         "intervals",
         "clips",
         "config",
         "metrics",
         "checkpoint",
-        "devices",
+        "machine",
         "data_pictures",
         "pretrained",
     },
     {
         "data_source",
         "data_synthetic",
-        "memory_bank",
-        "objects",
+        "memory",
+        "model_inputs",
         "prompts",
         "losses",
         "transforms",
         "tracking",
         "optimizer",
     },
-    {"data_coco", "data_videos", "demo_videos", "overlays", "interaction", "results"},
+    {"data_coco", "data_videos", "demo_videos", "overlays", "corrections", "results"},
     {"demo", "data_clips", "data_vos", "ablation", "model"},
     {"data_sav", "figures"},
     {"datasets", "compare"},
     {"data_report", "evaluate", "download"},
-    {"experiment", "environment", "horizon", "video_overlays", "mask_files", "prompt_cells"},
+    {"experiment", "horizon", "video_overlays", "mask_files", "prompt_cells"},
     {"audit", "build", "scoring", "score_figures", "sweep_file", "sweep_trials"},
     {"trainer", "describe", "export", "benchmark", "sweep_search", "sweep_report"},
     {"sweep"},
-    {"launch"},
+    {"training_run"},
+    {"commands"},
+    {"cli"},
 ]
 HEAVY = {"torch", "torchvision", "sam2", "wandb", "hydra", "cv2", "pandas", "matplotlib", "scipy"}
 
@@ -79,8 +82,8 @@ def test_arrows_point_down(path):
             assert level[match[1]] < level[path.stem], f"{path.stem} imports {match[1]}"
 
 
-def test_the_launcher_imports_nothing_heavy():
-    top = {name.split(".")[0] for name in imports(PACKAGE / "launch.py", anywhere=False)}
+def test_the_command_line_imports_nothing_heavy():
+    top = {name.split(".")[0] for name in imports(PACKAGE / "cli.py", anywhere=False)}
     assert not top & HEAVY
 
 

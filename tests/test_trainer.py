@@ -15,10 +15,9 @@ from sam2train.build import build_model
 from sam2train.clips import collate_fn
 from sam2train.config import load_yaml
 from sam2train.data_coco import CocoVideos
-from sam2train.devices import choose_device
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment
-from sam2train.interrupt import Interrupted
+from sam2train.machine import Interrupted
 from sam2train.pretrained import resolve_config
 from sam2train.trainer import Trainer
 
@@ -398,13 +397,6 @@ def test_a_short_training_lowers_the_loss(experiment, tmp_path):
     make_trainer(settings, tmp_path / "run").run()
     losses = [row["loss/dice"] for row in rows(tmp_path / "run") if "loss" in row]
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.05
-
-
-def test_devices():
-    assert choose_device("cpu").type == "cpu"
-    assert choose_device("auto").type in ("cpu", "cuda")
-    with pytest.raises(UserError, match=r"device: 'gpu'; expected .* auto"):
-        choose_device("gpu")
 
 
 def test_folders_of_frames_train_and_real_masks_validate(experiment, tmp_path):

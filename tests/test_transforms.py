@@ -16,6 +16,8 @@ from sam2train.transforms import (
     normalise,
     resize_image,
     resize_mask,
+    resize_mask_smoothly,
+    resize_mask_to_paint,
 )
 
 GEOMETRY = {
@@ -275,3 +277,32 @@ def test_what_a_turn_leaves_free_is_filled_as_in_sam2():
     assert 20 < free.sum() < free.size / 2
     assert not left[:, 0][free].any()
     assert (turned[left[:, 0]] >= 103).all()
+
+
+def test_masks_for_pictures_keep_their_corners_or_become_smooth():
+    mask = np.zeros((4, 4), bool)
+    mask[1:3, 1:3] = True
+    grown = np.zeros((8, 8), bool)
+    grown[2:6, 2:6] = True
+    np.testing.assert_array_equal(resize_mask_to_paint(mask, (8, 8)), grown)
+    np.testing.assert_array_equal(resize_mask_to_paint(mask, (2, 2)), np.full((2, 2), True))
+    np.testing.assert_array_equal(resize_mask_to_paint(grown, (4, 4)), mask)
+    pixel = np.zeros((4, 4), bool)
+    pixel[1, 1] = True
+    square = np.zeros((16, 16), bool)
+    square[4:8, 4:8] = True
+    np.testing.assert_array_equal(resize_mask_to_paint(pixel, (16, 16)), square)
+    smooth = resize_mask_smoothly(pixel, (16, 16))
+    assert (smooth & ~square).sum() == 0
+    assert smooth[5:8, 5:8].all()
+    assert not smooth[4, 4]  # bicubic rounds a corner off
+    np.testing.assert_array_equal(resize_mask_smoothly(mask, (4, 4)), mask)
+
+
+def test_an_object_that_would_vanish_stays_in_the_picture():
+    mask = np.zeros((90, 160), bool)
+    mask[40, 80] = True
+    expected = np.zeros((9, 16), bool)
+    expected[4, 8] = True
+    np.testing.assert_array_equal(resize_mask_to_paint(mask, (9, 16)), expected)
+    assert not resize_mask_to_paint(np.zeros((90, 160), bool), (9, 16)).any()

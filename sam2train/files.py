@@ -1,0 +1,131 @@
+"""Files: written whole or not at all, read strictly, named, sorted and hashed in one way."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sam2train.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def resolve_path(path: str | Path) -> Path:
+    """A relative path from the current folder, else from the repository, else as it is."""
+    path = Path(path).expanduser()
+    in_repository = REPOSITORY / path
+    return in_repository if not path.exists() and in_repository.exists() else path
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path in the folder of `path`, for the new content of `path`.
+
+    The block writes a file there. When it ends without an error, that file is flushed to the disk
+    and takes the name `path`: whoever reads `path`, also after a power cut, finds the old content
+    or the new one. After an error the temporary file is deleted. Missing folders are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name[:_NAME_KEPT]}.{os.getpid()}{_PARTIAL_SUFFIX}")
+    try:
+        yield partial
+        _flush(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # Windows and some network disks flush no folders
+        _flush(path.parent)
+
+
+_PARTIAL_SUFFIX = ".part"
+_NAME_KEPT = 50  # characters, 200 bytes in UTF-8 at most: file systems allow 255 for the whole name
+
+
+def _flush(path: Path) -> None:
+    """Wait until the disk holds the file, or the folder's list of names."""
+    number = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace the file at `path` as `replacing` does."""
+    with replacing(path) as partial:
+        partial.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file at `path` with the text in UTF-8, as `replacing` does."""
+    write_bytes(path, text.encode())
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Replace the file at `path` with a CSV, as `replacing` does; None is an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def read_json(path: Path, expected: str, *, optional: bool = False) -> dict[str, Any]:
+    """The object in a JSON file (UTF-8, with or without a byte order mark).
+
+    Args:
+        expected: what the message asks for, such as "expected a COCO dataset".
+        optional: a file that is not there gives an empty object.
+
+    Raises:
+        UserError: no file, one that cannot be read, or one that holds something else.
+    """
+    path = Path(path)
+    try:
+        if not path.exists():
+            if optional:
+                return {}
+            raise UserError(f"{path}: no such file; {expected}")
+        if not path.is_file():  # opening a pipe would wait for whoever writes into it
+            what = "is a folder" if path.is_dir() else "is no regular file"
+            raise UserError(f"{path}: {what}; {expected}")
+        raw = path.read_bytes()
+    except OSError as problem:
+        raise UserError(f"{path}: cannot be read ({problem.strerror}); {expected}") from None
+    if not raw.strip():
+        raise UserError(f"{path}: the file is empty; {expected}")
+    try:
+        content = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as problem:
+        fault = f"byte {problem.start} is not UTF-8"
+        raise UserError(f"{path}: the file is not valid JSON ({fault}); {expected}") from None
+    except RecursionError:
+        fault = "it is nested too deeply"
+        raise UserError(f"{path}: the file is not valid JSON ({fault}); {expected}") from None
+    except ValueError as problem:
+        raise UserError(f"{path}: the file is not valid JSON ({problem}); {expected}") from None
+    if not isinstance(content, dict):
+        kind = "null" if content is None else f"a {type(content).__name__}"
+        raise UserError(f"{path}: the top level is {kind}, not an object; {expected}")
+    return content
+
+
+def natural_key(name: str) -> tuple[str | int, ...]:
+    """Sorts as people count: frame_2 before frame_10. Upper and lower case are one."""
+    parts = re.split(r"([0-9]+)", name.casefold())
+    return tuple(int(part) if place % 2 else part for place, part in enumerate(parts))
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

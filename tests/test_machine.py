@@ -1,0 +1,135 @@
+"""Devices by name, processor cores, what a result depends on, requests to stop."""
+
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from sam2train import machine
+from sam2train.errors import UserError
+from sam2train.files import REPOSITORY
+from sam2train.machine import (
+    Interrupted,
+    StopRequests,
+    check_available,
+    choose_device,
+    describe_environment,
+    num_cores,
+    read_device,
+)
+
+
+def test_devices(monkeypatch):
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device("cuda:1") == torch.device("cuda", 1)  # there or not
+    for there, expected in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert choose_device("auto") == torch.device(expected)
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "CPU", None, 1.5])
+def test_names_of_no_device(name):
+    with pytest.raises(UserError, match=r"device: .*; expected cpu, cuda, cuda:N"):
+        read_device(name)
+
+
+def test_devices_that_are_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for name in ("cpu", "cuda", "cuda:0"):
+        check_available(torch.device(name))
+    for name in ("cuda:1", "mps", "xpu"):
+        with pytest.raises(UserError, match=f"{name} is not available here; use `cpu`"):
+            check_available(torch.device(name))
+
+
+def test_cores_are_those_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3, 5}, raising=False)
+    assert num_cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    assert num_cores() == 64
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert num_cores() == 1
+
+
+def test_what_a_result_depends_on(monkeypatch):
+    found = describe_environment(torch.device("cpu"))
+    assert found["python"] == platform.python_version()
+    assert torch.__version__.startswith(found["packages"]["torch"])
+    assert found["device"] == "cpu"
+    assert found["threads"] == torch.get_num_threads()
+    head = subprocess.run(
+        ["git", "-C", REPOSITORY, "rev-parse", "HEAD"], capture_output=True, text=True
+    )
+    if head.returncode == 0:
+        assert found["code"]["commit"] == head.stdout.strip()
+
+    def no_git(*_, **__):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(machine.subprocess, "run", no_git)
+    monkeypatch.setattr(machine, "_PACKAGES", ("torch", "no-such-package"))
+    found = describe_environment(torch.device("cpu"))
+    assert found["code"] == {"commit": None, "changed": None}
+    assert found["packages"]["no-such-package"] is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_kept_until_the_run_can_stop(number):
+    before = signal.getsignal(number)
+    with StopRequests() as stop:
+        assert stop.received is None
+        os.kill(os.getpid(), number)
+        assert stop.received == number
+        stopped = stop.interrupted()
+        assert isinstance(stopped, Interrupted)
+        assert stopped.code == 128 + number
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_interrupt_ends_at_once():
+    def twice():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with StopRequests() as stop:
+        with pytest.raises(KeyboardInterrupt):
+            twice()
+        assert stop.received == signal.SIGINT
+
+
+def test_outside_the_main_thread_signals_are_left_alone():
+    before = signal.getsignal(signal.SIGTERM)
+    found = []
+
+    def work():
+        with StopRequests() as stop:
+            found.append((stop.received, signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [(None, before)]
+
+
+def test_a_worker_leaves_the_group_that_a_signal_is_sent_to():
+    code = (
+        "import os; from sam2train.machine import leave_group; before = os.getpgid(0)\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    leave_group(0); os._exit(0 if os.getpgid(0) == os.getpid() != before else 1)\n"
+        "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+
+
+def test_the_room_needs_no_torch_to_count_cores():
+    code = "import sys, sam2train.machine as m; m.num_cores(); assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
