@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,10 +24,18 @@ from sam2train.losses import mask_iou
 # Keeps these random numbers apart from those of the clips.
 _STREAM = 3
 
-# SAM 2's `_forward_sam_heads`: candidates at low and at full resolution, IoU predictions, the mask
-# of highest predicted IoU at low and at full resolution, object pointer, object score.
-DecoderOutputs = tuple[torch.Tensor, ...]
-LOW_RES_LOGITS, MASK_LOGITS = 3, 4
+
+class DecoderPass(NamedTuple):
+    """What one run of SAM 2's mask decoder gives for n objects, in the order of its
+    `_forward_sam_heads`; M is 3 where it offers a choice of masks, else 1."""
+
+    low_res_candidates: torch.Tensor  # (n, M, H / 4, W / 4) logits
+    candidates: torch.Tensor  # (n, M, H, W) logits
+    iou_predictions: torch.Tensor  # (n, M)
+    low_res_logits: torch.Tensor  # (n, 1, H / 4, W / 4) of the candidate of highest predicted IoU
+    mask_logits: torch.Tensor  # (n, 1, H, W) of the same
+    obj_ptr: torch.Tensor  # (n, C) object pointer of the same
+    object_score_logits: torch.Tensor  # (n, 1)
 
 
 class InteractionConfig(Section):
@@ -141,26 +149,26 @@ class Correction:
     def run(
         self,
         points: dict[str, torch.Tensor] | None,
-        outputs: DecoderOutputs,
-        decode: Callable[[dict[str, torch.Tensor], torch.Tensor], DecoderOutputs],
-    ) -> tuple[dict[str, torch.Tensor], list[DecoderOutputs]]:
+        first: DecoderPass,
+        decode: Callable[[dict[str, torch.Tensor], torch.Tensor], DecoderPass],
+    ) -> tuple[dict[str, torch.Tensor], list[DecoderPass]]:
         """Click and decode, again and again.
 
         Args:
             points: the prompt that the frame began with, None on a tracked frame.
-            outputs: of the pass with that prompt.
-            decode: (points, mask prompt at low resolution) -> outputs.
+            first: the pass with that prompt.
+            decode: (points, mask prompt at low resolution) -> the next pass.
 
         Returns:
-            All points at the end, and the outputs of each pass, the first one included.
+            All points at the end, and all passes, the first one included.
         """
-        passes = [outputs]
+        passes = [first]
         for _ in range(self.user.config.num_correction_pt_per_frame):
-            predicted = passes[-1][MASK_LOGITS][:, 0] > 0
+            predicted = passes[-1].mask_logits[:, 0] > 0
             points = add_clicks(points, *self.user.next_click(self.truth, predicted))
-            passes.append(decode(points, passes[-1][LOW_RES_LOGITS]))
-        first, last = passes[0][MASK_LOGITS][:, 0], passes[-1][MASK_LOGITS][:, 0]
-        self.user.keep_ious(self.truth, first, last)
+            passes.append(decode(points, passes[-1].low_res_logits))
+        before, after = first.mask_logits[:, 0], passes[-1].mask_logits[:, 0]
+        self.user.keep_ious(self.truth, before, after)
         return points, passes
 
 

@@ -195,22 +195,6 @@ def split_by_kind(prompts: Sequence[Prompt], device: torch.device):
             )
 
 
-def merge_objects(parts: Sequence[tuple[torch.Tensor, dict[str, Any]]]) -> dict[str, Any]:
-    """Outputs of several passes over one frame as those of one, objects back in order."""
-    if len(parts) == 1:
-        return parts[0][1]
-    order = torch.argsort(torch.cat([rows for rows, _ in parts]))
-
-    def join(values: list[Any]) -> Any:
-        if values[0] is None:
-            return None
-        if isinstance(values[0], torch.Tensor):
-            return torch.cat(values)[order]
-        return [join(list(level)) for level in zip(*values, strict=True)]
-
-    return {name: join([current[name] for _, current in parts]) for name in parts[0][1]}
-
-
 def mask_prompts(batch: Any) -> list[list[Prompt]]:
     """A mask prompt on frame 0 for each object: what SAM 2's own datapoint is understood to say."""
     prompts: list[list[Prompt]] = [[] for _ in range(batch.num_videos)]
