@@ -30,7 +30,6 @@ LEVELS = [
     {
         "data_source",
         "data_synthetic",
-        "memory",
         "model_inputs",
         "prompts",
         "losses",
@@ -39,8 +38,8 @@ LEVELS = [
         "optimizer",
     },
     {"data_coco", "data_videos", "demo_videos", "overlays", "corrections", "results"},
-    {"demo", "data_clips", "data_vos", "ablation", "model"},
-    {"data_sav", "figures"},
+    {"demo", "data_clips", "data_vos", "ablation", "memory"},
+    {"data_sav", "figures", "model"},
     {"datasets", "compare"},
     {"data_report", "evaluate", "download"},
     {"experiment", "horizon", "video_overlays", "mask_files", "prompt_cells"},
