@@ -11,6 +11,7 @@ from sam2train.clips import BatchedVideoDatapoint, is_empty
 from sam2train.experiment import Experiment
 from sam2train.model import SAM2Model
 from sam2train.pretrained import MODULES, match_parameters
+from sam2train.prompts import PROMPTS
 
 # Parameters that SAM 2 reads at times only; see its `SAM2Base`.
 _RESTING = {
@@ -64,12 +65,11 @@ def idle_modules(model: SAM2Model, experiment: Experiment) -> list[Idle]:
 
 def _drawn(experiment: Experiment) -> set[str]:
     """The parameters that are read in some steps of an experiment, by what is drawn."""
-    model, types = experiment.model, set(experiment.dataset.prompt_types)
-    drawn = set()
-    if "mask" in types:
-        drawn.add("mask_downsample")
-    if types - {"mask"}:
-        drawn.add("no_mem_embed")
+    model = experiment.model
+    drawn = {
+        "mask_downsample" if PROMPTS[name].gives_mask else "no_mem_embed"
+        for name in experiment.dataset.prompt_types
+    }
     # What absent objects leave in the memory is read on later frames, like all of it.
     if experiment.dataset.video_clip_length > 1 and model.num_maskmem > 0:
         if model.max_obj_ptrs_in_encoder > 0 and model.memory_gradient != "detached":

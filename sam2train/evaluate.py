@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from sam2train.metrics import (
     score_measures,
 )
 from sam2train.model import SAM2Model
-from sam2train.prompts import PromptGenerator
+from sam2train.prompts import PromptGenerator, TypeName
 from sam2train.transforms import normalise, resize_image
 
 # Keeps the random numbers of evaluation prompts apart from those of training clips.
@@ -38,7 +38,7 @@ _PROMPT_STREAM = (1,)
 class EvaluationConfig(Section):
     """The `evaluation:` section."""
 
-    prompt_types: tuple[Literal["point", "bbox", "mask"], ...] | None = Field(
+    prompt_types: tuple[TypeName, ...] | None = Field(
         None,
         min_length=1,
         description="prompts of the objects; null takes those of the training data",

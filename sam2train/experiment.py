@@ -17,6 +17,7 @@ from sam2train.evaluate import EvaluationConfig
 from sam2train.losses import LossConfig
 from sam2train.model import ModelConfig
 from sam2train.optimizer import OptimizerConfig
+from sam2train.prompts import PROMPTS, check_prompts
 from sam2train.tracking import TrackingConfig
 from sam2train.transforms import AugmentConfig
 
@@ -77,11 +78,21 @@ class Experiment(Section):
         return self
 
     @model_validator(mode="after")
+    def _evaluation_can_draw_its_prompts(self) -> Experiment:
+        try:
+            check_prompts(self.dataset, self.evaluation.prompt_types or ())
+        except ValueError as problem:
+            raise ValueError(
+                f"evaluation.prompt_types takes the numbers of dataset: {problem}"
+            ) from None
+        return self
+
+    @model_validator(mode="after")
     def _somebody_can_be_corrected(self) -> Experiment:
         interaction, dataset = self.interaction, self.dataset
         if not interaction.enabled:
             return self
-        if set(dataset.prompt_types) == {"mask"}:
+        if all(PROMPTS[name].gives_mask for name in dataset.prompt_types):
             raise ValueError(
                 "interaction corrects objects prompted by points and boxes, and "
                 "dataset.prompt_types has masks only; add one of them, or set "

@@ -10,12 +10,13 @@ import torch
 from rich.console import Console
 
 from sam2train.build import as_trained, build_model, load_checkpoint
-from sam2train.clips import Prompt
+from sam2train.clips import Prompt, empty_prompt
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment
 from sam2train.files import replacing
 from sam2train.model import SAM2Model
 from sam2train.pretrained import resolve_config
+from sam2train.prompts import box_fields
 
 # Pixels of the test clip that half precision may move over the edge of a mask. A guess.
 _HALF_TOLERANCE = 0.01
@@ -123,16 +124,7 @@ def _test_clip(side: int) -> tuple[torch.Tensor, Prompt]:
     for t in range(4):
         clip[0, t, :, edge : 2 * edge, edge + 2 * t : 2 * edge + 2 * t] += 2
     box = np.array([edge, edge, 2 * edge - 1, 2 * edge - 1], np.float32)
-    prompt = Prompt(
-        object_id=1,
-        frame_index=0,
-        type="bbox",
-        points=box.reshape(2, 2),
-        labels=np.array([2, 3], np.int32),
-        box=box,
-        mask=None,
-    )
-    return torch.from_numpy(clip), prompt
+    return torch.from_numpy(clip), {**empty_prompt(1, 0), **box_fields(box)}
 
 
 def _with_weights(experiment: Experiment, path: Path) -> Experiment:
