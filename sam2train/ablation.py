@@ -19,7 +19,7 @@ from sam2train.results import load_metrics, load_scores, read_csv, varied
 if TYPE_CHECKING:
     import pandas as pd
 
-PROMPTS = "dataset.prompt_types"
+PROMPT_TYPES = "dataset.prompt_types"
 MASKMEM = "model.num_maskmem"
 POINTERS = "model.max_obj_ptrs_in_encoder"
 
@@ -38,7 +38,7 @@ class Question:
 
 # By the name of the sweep. One memory is that of the prompted frame alone.
 QUESTIONS = {
-    "prompts": Question(PROMPTS, "point"),
+    "prompts": Question(PROMPT_TYPES, "point"),
     "num_maskmem": Question(MASKMEM, 1, POINTERS),
 }
 
@@ -106,11 +106,13 @@ def validation_curves(results: pd.DataFrame) -> pd.DataFrame:
 
 def settings_in_order(values: Iterable[Any]) -> list[Any]:
     """The values of a setting, each once: numbers by size, prompt types alone before mixtures."""
-    types = ("point", "bbox", "mask")
 
     def place(value: Any) -> tuple:
         if not isinstance(value, str):
             return 0, value
+        from sam2train.prompts import PROMPTS  # here, since torch comes with it
+
+        types = list(PROMPTS)
         words = value.split("+")
         return 1, len(words), [types.index(w) if w in types else len(types) for w in words], value
 

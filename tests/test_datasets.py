@@ -335,8 +335,8 @@ def test_what_shows_on_the_last_frame_alone_is_chosen_last(tmp_path):
         ({"image_size": 512}, r"image_size: 512; expected \(height, width\)"),
         ({"max_objects": 0}, "max_objects: 0"),
         ({"seed": -1}, "seed: -1; expected a whole number of at least 0"),
-        ({"num_of_pos_points": "1"}, "num_of_pos_points: '1'; expected a whole number or a range"),
-        ({"prompt_types": "point"}, "prompt_types: 'point' is a text; expected a list"),
+        ({"num_of_pos_points": "1"}, "num_of_pos_points: got .1.; expected a whole number"),
+        ({"prompt_types": "point"}, "prompt_types: got .point.; expected a list"),
     ],
 )
 def test_arguments_that_cannot_be_meant(coco, settings, message):
