@@ -20,7 +20,7 @@ from sam2train.clips import (
     Prompt,
 )
 from sam2train.config import Section
-from sam2train.corrections import Correction, SimulatedUser
+from sam2train.corrections import SimulatedUser
 from sam2train.devices import check_available, read_device
 from sam2train.errors import UserError
 from sam2train.memory import FrameOutput, ImageFeatures, MemoryGradient, track_clip
@@ -253,8 +253,8 @@ class SAM2Model(nn.Module):
             prompts: for each clip a list of prompts; a flat list where B is 1. The first prompt
                 of an object sets its place among the N objects.
             batched_video_datapoint: used instead of the above where given.
-            interaction: a simulated user who corrects what comes out, knowing the masks. The frames
-                then have a prediction for each of its clicks.
+            interaction: a simulated user who corrects what comes out, knowing the masks, and counts
+                the clips. The frames then have a prediction for each of its clicks.
 
         Returns:
             `pred_masks` (B, T, N, H, W) float32 logits at the image size, `iou_predictions`
@@ -283,9 +283,14 @@ class SAM2Model(nn.Module):
             raise UserError(
                 "SAM2Model.forward: correction clicks need the masks; give them as well"
             )
-        groups = group_objects(inputs.prompts, inputs.lengths, clicks_apart=interaction is not None)
+        groups = group_objects(
+            inputs.prompts, inputs.lengths, interaction and interaction.draw_frames
+        )
         features = self.encode_images(inputs.images.to(self.device))
-        return self._track_groups(inputs, groups, features, interaction)
+        outputs = self._track_groups(inputs, groups, features, interaction)
+        if interaction is not None:
+            interaction.num_clips += len(inputs.prompts)
+        return outputs
 
     def encode_images(self, images: torch.Tensor) -> ImageFeatures:
         """Features of (images, 3, H, W), without a graph through a frozen image encoder."""
@@ -320,11 +325,10 @@ class SAM2Model(nn.Module):
         for group in groups:
             objects = torch.tensor(group.objects, device=self.device)
             corrections = None
-            if interaction is not None and group.takes_clicks:
+            if group.corrected:
                 truth = inputs.masks.to(self.device)[:, objects]  # (T, n, H, W)
                 corrections = {
-                    t: Correction(interaction, truth[t])
-                    for t in interaction.draw_frames(group.prompts, group.num_frames)
+                    t: interaction.correct(t, group.places, truth[t]) for t in group.corrected
                 }
             for output in track_clip(
                 self._loaded(),

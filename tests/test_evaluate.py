@@ -23,8 +23,8 @@ from sam2train.evaluate import (
     track_frames,
     track_video,
 )
-from sam2train.metrics import measure
 from sam2train.memory import MemoryBank
+from sam2train.metrics import measure
 from sam2train.model import SAM2Model
 from sam2train.videos import Frame, Video
 from sam2train.vos import VOSDataset
