@@ -2,7 +2,7 @@
 
 import sys
 
-from sam2train.launch import main
+from sam2train.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

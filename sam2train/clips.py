@@ -16,12 +16,15 @@ from collections.abc import Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict
 
+import cv2
 import numpy as np
 import torch
 
-# SAM 2 writes this mask logit where its object score says that the object is not on the frame, and
-# so does this project on frames before an object's first prompt. It carries no gradient.
+# SAM 2 writes this mask logit on a whole frame where its object score is 0 or less (`NO_OBJ_SCORE`
+# in its code); it carries no gradient. A frame before an object's first prompt gets the same logit,
+# and an object score that says as clearly that nothing is there.
 NO_OBJECT_LOGIT = -1024.0
+NO_OBJECT_SCORE = -10.0
 
 
 class Prompt(TypedDict):
@@ -246,3 +249,10 @@ def _pad_frames(values: torch.Tensor, num_frames: int, *, repeat: bool) -> torch
         return values
     last = values[-1:] if repeat else torch.zeros_like(values[-1:])
     return torch.cat([values, last.expand(missing, *values.shape[1:])])
+
+
+def boundary_distance(mask: np.ndarray) -> np.ndarray:
+    """(H, W) float32: pixels to the nearest one outside the mask, the frame's surroundings
+    included; 0 outside. `mask` is (H, W) bool."""
+    padded = np.pad(mask.astype(np.uint8), 1)
+    return cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]

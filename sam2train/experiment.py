@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from sam2train.config import Section, apply_overrides, build, load_yaml
+from sam2train.config import Section, apply_overrides, build, load_yaml, sweep_parameters
+from sam2train.corrections import InteractionConfig
 from sam2train.datasets import DatasetConfig
+from sam2train.demo import is_demo_path
 from sam2train.evaluate import EvaluationConfig
-from sam2train.interaction import InteractionConfig
 from sam2train.losses import LossConfig
 from sam2train.model import ModelConfig
 from sam2train.optimizer import OptimizerConfig
@@ -103,6 +105,52 @@ def load_experiment(path: Path, overrides: Mapping[str, Any] | None = None) -> E
     return build(
         Experiment, apply_overrides(load_yaml(path), overrides or {}, Experiment), str(path)
     )
+
+
+def prepare_experiment(
+    path: Path,
+    overrides: Mapping[str, Any],
+    *,
+    smoke: bool = False,
+    say: Callable[[str], None] = print,
+) -> Experiment:
+    """The experiment that a command works on: the file, with what changes it from outside.
+
+    A W&B agent's typed values win over the words it typed, and everything wins over `smoke`. Splits
+    of the demo data beside data of the user's own are told, and its test split is left out.
+
+    Raises:
+        UserError: as `load_experiment`.
+    """
+    if typed := os.environ.get("WANDB_SWEEP_PARAM_PATH"):
+        # The agent's words lost their types on the way; this file still has them.
+        overrides = {**overrides, **sweep_parameters(Path(typed))}
+    if smoke:
+        overrides = {**SMOKE, **overrides}
+    experiment = load_experiment(path, overrides)
+    demo = demo_beside_own(experiment, overrides)
+    if "dataset.test_path" in demo:
+        experiment = load_experiment(path, {**overrides, "dataset.test_path": None})
+    for key in demo:
+        done = "left out" if key == "dataset.test_path" else "used all the same"
+        say(f"{key} is the demo's, beside data of your own: {done}; name yours")
+    return experiment
+
+
+def demo_beside_own(experiment: Experiment, overrides: Mapping[str, Any]) -> list[str]:
+    """The keys of the splits that an experiment still has from the demo where the user gave data of
+    their own: a result must not be reported on shapes that have nothing to do with it."""
+    dataset = experiment.dataset
+    keys = ("data_path", "val_path", "test_path")
+    paths = {f"dataset.{key}": getattr(dataset, key) for key in keys}
+    own = [k for k, path in paths.items() if k in overrides and path and not is_demo_path(path)]
+    if "dataset.data_path" not in own and "dataset.val_path" not in own:
+        return []
+    return [
+        key
+        for key, path in paths.items()
+        if key != "dataset.data_path" and key not in overrides and path and is_demo_path(path)
+    ]
 
 
 def untrained_rows(experiment: Experiment) -> Sequence[int]:

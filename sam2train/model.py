@@ -10,13 +10,19 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from sam2train.clips import NO_OBJECT_LOGIT, BatchedVideoDatapoint, FramePrediction, Prompt
+from sam2train.clips import (
+    NO_OBJECT_LOGIT,
+    NO_OBJECT_SCORE,
+    BatchedVideoDatapoint,
+    FramePrediction,
+    Prompt,
+)
 from sam2train.config import Section
+from sam2train.corrections import Correction, SimulatedUser
 from sam2train.errors import UserError
-from sam2train.interaction import Correction, Interaction
 from sam2train.machine import check_available, read_device
-from sam2train.memory_bank import ImageFeatures, MemoryBank
-from sam2train.objects import (
+from sam2train.memory import ImageFeatures, MemoryBank
+from sam2train.model_inputs import (
     ObjectGroup,
     TrackingInput,
     group_objects,
@@ -33,8 +39,6 @@ from sam2train.pretrained import (
     match_parameters,
     resolve_config,
 )
-
-NO_OBJECT_SCORE = -10.0  # object score of a frame before the object's first prompt
 
 
 class ModelConfig(Section):
@@ -234,7 +238,7 @@ class SAM2Model(nn.Module):
         prompts: list[Prompt] | list[list[Prompt]] | None = None,
         batched_video_datapoint: Any = None,
         *,
-        interaction: Interaction | None = None,
+        interaction: SimulatedUser | None = None,
     ) -> dict[str, Any]:
         """Track every object through its clip, from its first prompt on.
 
@@ -302,7 +306,7 @@ class SAM2Model(nn.Module):
         inputs: TrackingInput,
         groups: Sequence[ObjectGroup],
         features: ImageFeatures,
-        interaction: Interaction | None,
+        interaction: SimulatedUser | None,
     ) -> dict[str, Any]:
         """The forward pass after the image encoder: groups of objects, one after the other."""
         image_index = inputs.image_index.to(self.device)

@@ -8,10 +8,10 @@ import cv2
 import numpy as np
 import torch
 
-from sam2train.clips import Prompt
+from sam2train.clips import Prompt, boundary_distance
 from sam2train.evaluate import Videos, first_views
 from sam2train.model import MemoryBank, SAM2Model
-from sam2train.prompts import PromptGenerator, boundary_distance, jitter_box, mask_to_box
+from sam2train.prompts import PromptGenerator, jitter_box, mask_to_box
 from sam2train.transforms import normalise, resize_image
 from sam2train.videos import Video
 

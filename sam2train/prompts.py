@@ -5,10 +5,9 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 
-import cv2
 import numpy as np
 
-from sam2train.clips import Prompt
+from sam2train.clips import Prompt, boundary_distance
 from sam2train.errors import UserError
 
 PROMPT_TYPES = ("point", "bbox", "mask")
@@ -179,13 +178,6 @@ def mask_center(mask: np.ndarray) -> np.ndarray:
     """
     y, x = np.unravel_index(np.argmax(boundary_distance(mask)), mask.shape)
     return np.array([x, y], np.float32)
-
-
-def boundary_distance(mask: np.ndarray) -> np.ndarray:
-    """(H, W) float32: pixels to the nearest one outside the mask, the frame's surroundings
-    included; 0 outside. `mask` is (H, W) bool."""
-    padded = np.pad(mask.astype(np.uint8), 1)
-    return cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
 
 
 def mask_to_box(mask: np.ndarray) -> np.ndarray:

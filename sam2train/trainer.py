@@ -19,6 +19,7 @@ from sam2train.audit import audit_gradients, has_tracked_frame, idle_modules
 from sam2train.build import base_hash, build_dataset, build_model, uses_bf16
 from sam2train.clips import BatchedVideoDatapoint, collate_fn
 from sam2train.config import to_yaml
+from sam2train.corrections import SimulatedUser
 from sam2train.datasets import ClipSampler
 from sam2train.errors import UserError
 from sam2train.evaluate import (
@@ -33,7 +34,6 @@ from sam2train.evaluate import (
 from sam2train.experiment import Experiment, untrained_rows
 from sam2train.files import write_text
 from sam2train.horizon import numbers
-from sam2train.interaction import Interaction
 from sam2train.losses import compute_losses
 from sam2train.machine import (
     Interrupted,
@@ -109,9 +109,9 @@ class Trainer:
         if not self.parameters and self.config.num_steps:
             raise UserError("model.trainable_modules: nothing is trained; name at least one module")
         self.optimizer = build_optimizer(self.parameters, experiment.optimizer, self.model.sam2)
-        self.interaction: Interaction | None = None
+        self.interaction: SimulatedUser | None = None
         if experiment.interaction.enabled:
-            self.interaction = Interaction(experiment.interaction, self.config.seed)
+            self.interaction = SimulatedUser(experiment.interaction, self.config.seed)
         self.bf16 = uses_bf16(experiment, self.device)
         self.base_hash = base_hash(experiment)
         # What the test videos are scored with beside the best checkpoint.

@@ -9,7 +9,7 @@ import yaml
 from conftest import make_coco
 from PIL import Image
 
-from sam2train import checkpoint, launch
+from sam2train import checkpoint, cli
 from sam2train.files import file_hash
 
 
@@ -37,12 +37,12 @@ def trained(tmp_path_factory):
         "tracking": {"mode": "disabled"},
     }
     (root / "small.yaml").write_text(yaml.safe_dump(sections))
-    assert launch.main([str(root / "small.yaml"), "--run-dir", str(root / "run")]) == 0
+    assert cli.main([str(root / "small.yaml"), "--run-dir", str(root / "run")]) == 0
     return root
 
 
 def call(trained, *words) -> int:
-    return launch.main([str(trained / "small.yaml"), *map(str, words)])
+    return cli.main([str(trained / "small.yaml"), *map(str, words)])
 
 
 def fails(capsys, trained, *words) -> str:

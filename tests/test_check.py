@@ -10,7 +10,7 @@ from rich.console import Console
 from test_sav import write_film, write_json
 from test_vos import make_vos
 
-from sam2train import launch
+from sam2train import cli
 from sam2train.check import check_data
 from sam2train.config import build
 from sam2train.experiment import Experiment
@@ -207,18 +207,18 @@ def test_the_command_prints_a_report_or_one_json_document(tmp_path, capsys):
     cut(tmp_path / "video_001" / "frame_002.png")
     experiment = tmp_path / "experiment.yaml"
     experiment.write_text(f"dataset:\n  data_path: {path}\n  val_path: {path}\n")
-    assert launch.main([str(experiment), "--check-data", "--json"]) == 2
+    assert cli.main([str(experiment), "--check-data", "--json"]) == 2
     printed = capsys.readouterr()
     report = json.loads(printed.out)
     assert printed.err == ""
     assert list(report) == ["verdict", "splits", "errors", "warnings"]
     assert "frame_002.png" in report["splits"]["training"]["errors"][0]
-    assert launch.main([str(experiment), "--check-data"]) == 2
+    assert cli.main([str(experiment), "--check-data"]) == 2
     printed = capsys.readouterr().out
     assert "labelled frames" in printed
     assert "frame_002.png: is damaged or cut short" in printed
     assert "this data needs a repair" in printed
-    assert launch.main([str(experiment), "--json"]) == 2
+    assert cli.main([str(experiment), "--json"]) == 2
     assert "--check-data" in capsys.readouterr().err
 
 

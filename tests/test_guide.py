@@ -9,7 +9,7 @@ import torch
 import yaml
 from conftest import make_coco, make_frames
 
-from sam2train import checkpoint, launch
+from sam2train import checkpoint, cli
 from sam2train.pretrained import build_sam2, resolve_config
 
 VIDEO = """\
@@ -74,7 +74,7 @@ def test_the_blocks_train_a_step(block, weights, tmp_path):
     words = ["trainer.num_steps=1", "trainer.device=cpu", "tracking.mode=disabled"]
     if block == VIDEO:
         words.append("dataset.synthetic.max_objects=1")
-    assert launch.main([str(path), *words, "--run-dir", str(run)]) == 0
+    assert cli.main([str(path), *words, "--run-dir", str(run)]) == 0
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("finished", 1)
     assert summary["params/trainable"] == 5_922_304 + 1_384_608

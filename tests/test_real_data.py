@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sam2train import launch
+from sam2train import cli
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -24,7 +24,7 @@ def test_the_main_experiment_trains_on_real_sequences(tmp_path):
         "--run-dir",
         str(tmp_path / "run"),
     ]
-    assert launch.main(words) == 0
+    assert cli.main(words) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "finished"
     assert summary["steps"] == 3
@@ -54,7 +54,7 @@ def test_sam2_tiny_trains_a_step_on_the_cpu(tmp_path):
         "--run-dir",
         str(tmp_path / "run"),
     ]
-    assert launch.main(words) == 0
+    assert cli.main(words) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["params/total"] == 38_962_498
     assert summary["params/trainable"] == 5_922_304 + 1_384_608

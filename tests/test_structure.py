@@ -30,8 +30,8 @@ LEVELS = [
     },
     {
         "demo_videos",
-        "memory_bank",
-        "objects",
+        "memory",
+        "model_inputs",
         "prompts",
         "losses",
         "transforms",
@@ -40,7 +40,7 @@ LEVELS = [
         "videos",
         "synthetic",
     },
-    {"demo", "overlays", "interaction", "coco", "mask_cache", "presence", "results"},
+    {"demo", "overlays", "corrections", "coco", "mask_cache", "presence", "results"},
     {"sampling", "ablation", "model"},
     {"datasets", "vos", "figures"},
     {"sav", "compare"},
@@ -49,7 +49,9 @@ LEVELS = [
     {"audit", "build", "scoring", "score_figures", "sweep_file", "sweep_trials"},
     {"trainer", "describe", "export", "check", "benchmark", "sweep_search", "sweep_report"},
     {"sweep"},
-    {"launch"},
+    {"training_run"},
+    {"commands"},
+    {"cli"},
 ]
 HEAVY = {"torch", "torchvision", "sam2", "wandb", "hydra", "cv2", "pandas", "matplotlib", "scipy"}
 
@@ -82,8 +84,8 @@ def test_arrows_point_down(path):
             assert level[match[1]] < level[path.stem], f"{path.stem} imports {match[1]}"
 
 
-def test_the_launcher_imports_nothing_heavy():
-    top = {name.split(".")[0] for name in imports(PACKAGE / "launch.py", anywhere=False)}
+def test_the_command_line_imports_nothing_heavy():
+    top = {name.split(".")[0] for name in imports(PACKAGE / "cli.py", anywhere=False)}
     assert not top & HEAVY
 
 

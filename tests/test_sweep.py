@@ -16,7 +16,7 @@ import yaml
 from conftest import make_coco
 from rich.console import Console
 
-from sam2train import launch, sweep, sweep_file, sweep_report, sweep_search, sweep_trials
+from sam2train import cli, sweep, sweep_file, sweep_report, sweep_search, sweep_trials
 from sam2train.config import flatten, parse_overrides, sweep_parameters
 from sam2train.errors import UserError
 from sam2train.results import load_runs
@@ -343,17 +343,17 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("words", "expected"),
         [
-            (["--jobs", "0"], "--jobs 0: expected a whole number of at least 1"),
-            (["--count", "many"], "--count many"),
-            (["--resume"], "--resume does not go with a sweep"),
+            (["--jobs", "0"], "--jobs: 0: expected a whole number of at least 1"),
+            (["--count", "many"], "--count: many"),
+            (["--resume"], "--resume belongs to training and does not go with a sweep"),
             (["trainer.seed=1"], "trainer.seed is varied by the sweep"),
         ],
     )
     def test_of_the_command_line(self, small, capsys, words, expected):
-        assert launch.main([str(small(SEEDS)), *words]) == 2
+        assert cli.main([str(small(SEEDS)), *words]) == 2
         assert expected in capsys.readouterr().err
-        assert launch.main(["small.yaml", "--count", "2"]) == 2
-        assert "belong to a sweep" in capsys.readouterr().err
+        assert cli.main(["small.yaml", "--count", "2"]) == 2
+        assert "--count belongs to a sweep" in capsys.readouterr().err
 
 
 class TestSearch:
@@ -623,7 +623,7 @@ def test_a_real_trial_through_the_command_line(tmp_path, monkeypatch, capfd):
     content = {"method": "grid", "command": COMMAND, "parameters": SEEDS}
     content["metric"] = {"name": "val/J_and_F", "goal": "maximize"}
     (tmp_path / "real.yaml").write_text(yaml.safe_dump(content))
-    assert launch.main(["real.yaml", "--smoke", "--count", "1", "trainer.device=cpu"]) == 0
+    assert cli.main(["real.yaml", "--smoke", "--count", "1", "trainer.device=cpu"]) == 0
     printed = capfd.readouterr().out
     folder = tmp_path / "runs" / "sweeps" / "real-smoke"
     found = load_runs(folder)

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from sam2train.clips import boundary_distance
 from sam2train.config import Section
 from sam2train.losses import mask_iou
-from sam2train.prompts import boundary_distance
 
 # Keeps these random numbers apart from those of the clips.
 _STREAM = 3
@@ -57,7 +57,7 @@ class InteractionConfig(Section):
         return self.num_correction_pt_per_frame > 0
 
 
-class Interaction:
+class SimulatedUser:
     """The simulated user of a run: its settings, its random numbers, how much its clicks helped.
 
     Args:
@@ -127,7 +127,7 @@ class Interaction:
 class Correction:
     """What is corrected on one frame."""
 
-    user: Interaction
+    user: SimulatedUser
     truth: torch.Tensor  # (n, H, W) bool
 
     def select(self, rows: torch.Tensor) -> Correction:

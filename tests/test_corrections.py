@@ -17,22 +17,22 @@ from test_trainer import CONFIG, assert_same
 from sam2train import checkpoint
 from sam2train.clips import collate_fn
 from sam2train.config import ConfigError, build
-from sam2train.errors import UserError
-from sam2train.experiment import Experiment
-from sam2train.interaction import (
-    Interaction,
+from sam2train.corrections import (
     InteractionConfig,
+    SimulatedUser,
     add_clicks,
     center_clicks,
     uniform_clicks,
 )
+from sam2train.errors import UserError
+from sam2train.experiment import Experiment
 from sam2train.losses import LossConfig, compute_losses
 from sam2train.trainer import Trainer
 
 
 def make_user(seed=0, **settings):
     settings = {"num_correction_pt_per_frame": 2, **settings}
-    return Interaction(InteractionConfig(**settings), seed)
+    return SimulatedUser(InteractionConfig(**settings), seed)
 
 
 def masks_of(*pictures):
@@ -334,7 +334,7 @@ def test_a_resumed_run_clicks_as_one_that_was_never_stopped(settings, tmp_path):
 
     # The stream matters: with one that starts anew the weights are others.
     replay = make_trainer(settings, other, resume=stopped_at_two(settings, other))
-    replay.interaction = Interaction(replay.experiment.interaction, seed=0)
+    replay.interaction = SimulatedUser(replay.experiment.interaction, seed=0)
     replay.run()
     replayed = checkpoint.load(other / "checkpoints" / "last.pt")["model"]
     assert any(not torch.equal(replayed[name], ends[0]["model"][name]) for name in replayed)

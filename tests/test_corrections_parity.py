@@ -15,7 +15,7 @@ from test_parity import (
 )
 
 from sam2train.clips import collate_fn
-from sam2train.interaction import Interaction, InteractionConfig, uniform_clicks
+from sam2train.corrections import InteractionConfig, SimulatedUser, uniform_clicks
 from sam2train.losses import LossConfig, compute_losses
 
 # T, objects of each clip, prompt, conditioning frames, clicks, corrected frames, SAM 2's settings;
@@ -69,7 +69,7 @@ def test_clicks_outputs_loss_and_gradients(
         click_with_our_sampler(theirs, monkeypatch)
     their_frames = theirs(batch)
 
-    user = Interaction(
+    user = SimulatedUser(
         InteractionConfig(
             num_correction_pt_per_frame=num_clicks,
             num_frames_to_correct=num_corrected,
@@ -132,7 +132,7 @@ def click_with_our_sampler(theirs, monkeypatch):
 def test_as_many_frames_are_corrected_as_in_sam2():
     """The counts over many draws: 1 to 3 corrected frames in a clip of 6, one or two prompted."""
     config = InteractionConfig(num_correction_pt_per_frame=1, num_frames_to_correct=3)
-    user = Interaction(config, seed=0)
+    user = SimulatedUser(config, seed=0)
     _, theirs = make_models(
         64,
         7,
