@@ -20,8 +20,21 @@ from sam2train.errors import UserError
 _INT = r"[-+]?(?:0|[1-9][0-9]*)$"
 _FLOAT = r"[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$"
 _NOT_FINITE = r"(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"  # read, so that fields can refuse
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-_WORDS[dict] = "a mapping"
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    dict: "a mapping",
+}
+# An experiment has about 150 values in 3 levels, a few kilobytes. What is far beyond that is a
+# mistake or an attack, and is refused before it takes memory.
+MAX_BYTES = 1 << 20  # of a file, and of its text once every alias is written out
+MAX_VALUES = 10_000  # of a file, a value counted wherever an alias repeats it
+MAX_DEPTH = 32  # levels of nesting, in a file and in a dotted key
+MAX_PROBLEMS = 50  # lines of one message
+_MAX_WORD = 1 << 16  # characters of a word's value that are parsed; a longer one is text
+_SHOWN = 80  # characters of a key or a value in a message
 _LIMITS = {
     "gt": "above {}",
     "ge": "of at least {}",
@@ -153,25 +166,107 @@ _Dumper.add_representer(tuple, _flow)
 def load_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML 1.2 file (UTF-8); UserError with the path for anything else."""
     path = Path(path)
+    return read_yaml(_read_text(path), str(path))
+
+
+def _read_text(path: Path) -> str:
     try:
-        raw = yaml.load(path.read_bytes().decode("utf-8-sig"), _Loader)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such file; {_neighbours(path)}") from error
-    except IsADirectoryError as error:
-        raise UserError(f"{path} is a folder; expected a YAML file") from error
+        if not path.exists():
+            raise UserError(f"{path}: there is no such file; {_neighbours(path)}")
+        if not path.is_file():  # opening a pipe would wait for whoever writes into it
+            what = "a folder" if path.is_dir() else "no regular file"
+            raise UserError(f"{path} is {what}; expected a YAML file")
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    if len(content) > MAX_BYTES:
+        raise UserError(
+            f"{path}: the file is larger than {MAX_BYTES:,} bytes; expected the settings of an "
+            "experiment, a few kilobytes: is it the right file?"
+        )
+    try:
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: byte {error.start} is not UTF-8; save it as UTF-8 text"
         ) from error
+
+
+def read_yaml(text: str, source: str) -> dict[str, Any]:
+    """The mapping in a YAML 1.2 text; UserError under the name `source` for anything else."""
+    try:
+        raw = _parse_yaml(text, _Loader)
+    except _TooLarge as error:
+        raise UserError(f"{source}: {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         where = str(error).replace('in "<unicode string>", ', "")
-        raise UserError(f"{path} is not valid YAML: {where}") from error
+        raise UserError(f"{source} is not valid YAML: {where}") from error
     if not isinstance(raw, dict):
         what = "is empty" if raw is None else f"holds {_show(raw)}"
-        raise UserError(f"{path} {what}; expected a mapping of sections, such as `model:`")
+        raise UserError(f"{source} {what}; expected a mapping of sections, such as `model:`")
     return raw
+
+
+class _TooLarge(UserError):
+    """A YAML text that would become more values, text or levels than the limits allow."""
+
+
+def _parse_yaml(text: str, loader: type) -> Any:
+    """The value of a YAML text within the limits; _TooLarge or what PyYAML raises for others."""
+    _check_size(text, loader)
+    return yaml.load(text, loader)
+
+
+def _check_size(text: str, loader: type) -> None:
+    """Raise _TooLarge for a text beyond the limits.
+
+    PyYAML's events come one by one as the text is scanned, and nothing is built from them here: a
+    text that would fill the memory is refused at the first event beyond a limit. An alias counts as
+    what it stands for, so that ten lines of ten aliases each count as 10^10 values.
+    """
+    sizes: dict[str, tuple[int, int, int]] = {}  # anchor -> values, characters and levels below it
+    open_anchors: list[str | None] = []
+    # A row each open list or mapping: values, characters and levels of what it holds so far.
+    rows = [[0, 0, 0]]
+    for event in yaml.parse(text, loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_anchors.append(event.anchor)
+            sizes.pop(event.anchor, None)  # YAML allows a second anchor of the same name
+            rows.append([1, 0, 0])
+            added = None
+        elif isinstance(event, yaml.CollectionEndEvent):
+            values, characters, levels = rows.pop()
+            added = (values, characters, levels + 1)
+            if anchor := open_anchors.pop():
+                sizes[anchor] = added
+        elif isinstance(event, yaml.ScalarEvent):
+            added = (1, len(event.value), 0)
+            if event.anchor:
+                sizes[event.anchor] = added
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor in open_anchors:
+                line = event.start_mark.line + 1
+                raise _TooLarge(f"line {line}: *{event.anchor} contains itself; write the values")
+            added = sizes.get(event.anchor, (1, 0, 0))  # PyYAML names an unknown anchor later
+        else:
+            continue
+        if added is not None:
+            held = rows[-1]
+            rows[-1] = [held[0] + added[0], held[1] + added[1], max(held[2], added[2])]
+        values, characters = (sum(row[k] for row in rows) for k in (0, 1))
+        levels = len(rows) - 1 + rows[-1][2]
+        for found, limit, what in (
+            (values, MAX_VALUES, "values"),
+            (characters, MAX_BYTES, "characters"),
+            (levels, MAX_DEPTH, "levels of nesting"),
+        ):
+            if found > limit:
+                line = event.start_mark.line + 1
+                raise _TooLarge(
+                    f"line {line}: more than {limit:,} {what}, aliases written out; expected the "
+                    "settings of an experiment: shorten the list or leave the aliases out"
+                )
 
 
 def _neighbours(path: Path) -> str:
@@ -205,6 +300,8 @@ def _parse_value(text: str) -> Any:
     words = {"null": None, "~": None, "true": True, "false": False}
     if text in words:
         return words[text]
+    if len(text) > _MAX_WORD:
+        return text
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes of a quoted path
@@ -216,7 +313,7 @@ def _parse_value(text: str) -> Any:
         pass
     if text[:1] in ("[", "{"):
         try:
-            return yaml.load(text, _Loader)
+            return _parse_yaml(text, _Loader)
         except (yaml.YAMLError, ValueError, RecursionError):
             pass
     return text
@@ -237,7 +334,7 @@ def sweep_parameters(path: Path) -> dict[str, Any]:
     with PyYAML, so PyYAML's own rules are those that give each value the type it had.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        raw = _parse_yaml(_read_text(Path(path)), yaml.SafeLoader)
         parameters = {k: v["value"] for k, v in raw.items() if k != "wandb_version"}
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"the sweep's parameters cannot be read from {path}: {error}") from error
@@ -262,6 +359,11 @@ def apply_overrides(
     given: dict[tuple[str, ...], str] = {}
     for dotted, value in overrides.items():
         *parents, leaf = dotted.split(".")
+        if len(parents) >= MAX_DEPTH:
+            raise UserError(
+                f"{_shorten(dotted)}: {len(parents) + 1} names joined by dots, at most {MAX_DEPTH} "
+                "are read; expected section.key, such as trainer.num_steps"
+            )
         inner = result
         for depth, parent in enumerate(parents, 1):
             if inner.get(parent) is None:
@@ -318,7 +420,9 @@ def build(section: type[S], raw: Mapping[str, Any], source: str) -> S:
         errors = [
             e for e in error.errors(include_url=False) if e["type"] != "default_factory_not_called"
         ]
-        lines = [_problem(section, raw, e) for e in errors]
+        lines = [_problem(section, raw, e) for e in errors[:MAX_PROBLEMS]]
+        if more := len(errors) - MAX_PROBLEMS:
+            lines += [f"and {more:,} more"] if more > 0 else []
         raise ConfigError(source, list(dict.fromkeys(lines))) from None
 
 
@@ -403,7 +507,8 @@ def _problem(section: type[Section], raw: Mapping[str, Any], error: Any) -> str:
             kind, bounds = (field.annotation, field.metadata) if field else (Any, ())
         elif args := get_args(kind):
             kind, bounds = args[1 if get_origin(kind) is dict else 0], ()
-        path += f"[{key}]" if isinstance(key, int) else f".{key}" if path else key
+        name = key if isinstance(key, int) else _shorten(key)
+        path += f"[{name}]" if isinstance(key, int) else f".{name}" if path else name
         try:
             value = value[key]
         except (LookupError, TypeError):  # a default, or a name that was joined from parts
@@ -425,7 +530,7 @@ def _problem(section: type[Section], raw: Mapping[str, Any], error: Any) -> str:
 
 def _way_out(value: Any, branches: Sequence[Any]) -> str:
     choices = [c for b in branches if get_origin(b) is Literal for c in map(str, get_args(b))]
-    if near := difflib.get_close_matches(str(value), choices, n=1):
+    if near := difflib.get_close_matches(_shorten(str(value)), choices, n=1):
         return f"; did you mean {near[0]}?"
     lists = [b for b in branches if get_origin(b) in (tuple, list)]
     if lists and isinstance(value, (str, int, float)):
@@ -471,5 +576,8 @@ def _suggest(path: str, section: type[Section]) -> str:
 
 
 def _show(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return _shorten(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
