@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from sam2train import checkpoint, demo
-from sam2train.config import read_yaml
+from sam2train.config_yaml import read_yaml
 from sam2train.datasets import COCODataset, VideoDataset
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment

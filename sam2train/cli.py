@@ -164,7 +164,7 @@ def _sections() -> set[str]:
 
 def _look_into(file: str) -> tuple[Path, str]:
     """The path of a FILE, and what it holds: experiment or sweep."""
-    from sam2train.config import load_yaml
+    from sam2train.config_yaml import load_yaml
     from sam2train.files import resolve_path
     from sam2train.sweep_file import is_sweep
 

@@ -20,11 +20,11 @@ from sam2train.config import (
     apply_overrides,
     build,
     flatten,
-    load_yaml,
     parse_overrides,
     sweep_parameters,
     to_yaml,
 )
+from sam2train.config_yaml import load_yaml
 from sam2train.errors import UserError
 
 # No deadline: the time of one example says more about the machine than about the code.

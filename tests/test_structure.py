@@ -16,7 +16,7 @@ PACKAGE = ROOT / "sam2train"
 # A module imports from lower levels only.
 LEVELS = [
     {"errors"},
-    {"files"},
+    {"files", "config_yaml"},
     {
         "intervals",
         "clips",
