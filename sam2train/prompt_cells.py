@@ -10,7 +10,8 @@ import torch
 
 from sam2train.clips import Prompt, boundary_distance
 from sam2train.evaluate import Videos, first_views
-from sam2train.model import MemoryBank, SAM2Model
+from sam2train.memory import track_clip
+from sam2train.model import SAM2Model
 from sam2train.prompts import PromptGenerator, jitter_box, mask_to_box
 from sam2train.transforms import normalise, resize_image
 from sam2train.videos import Video
@@ -93,18 +94,13 @@ def segment_frame(
     was_training = model.training
     model.eval()
     try:
-        frame = resize_image(dataset.read_frame(video, prompt["frame_index"]), dataset.image_size)
+        t = prompt["frame_index"]
+        frame = resize_image(dataset.read_frame(video, t), dataset.image_size)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             features = model.encode_images(normalise(frame[None]).to(model.device))
-            current, _ = model.track_frame(
-                prompt["frame_index"],
-                features,
-                MemoryBank(),
-                len(video.frames),
-                [prompt],
-                encode_memory=False,
-            )
-        return (current["mask_logits"][0] > 0).cpu().numpy()
+            # A video that ends on the prompted frame.
+            (output,) = track_clip(model.sam2, lambda _: features, t + 1, {t: [prompt]})
+        return (output.mask_logits[0] > 0).cpu().numpy()
     finally:
         model.train(was_training)
 

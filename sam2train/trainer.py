@@ -34,7 +34,7 @@ from sam2train.evaluate import (
 from sam2train.experiment import Experiment, untrained_rows
 from sam2train.files import write_text
 from sam2train.horizon import numbers
-from sam2train.losses import compute_losses
+from sam2train.losses import divide_losses, sum_losses
 from sam2train.machine import (
     Interrupted,
     StopRequests,
@@ -198,17 +198,19 @@ class Trainer:
             self._summarise("finished")
         return self.latest
 
+    @property
+    def num_clips(self) -> int:
+        """Clips that the steps so far have used."""
+        return self.step * self.config.grad_accumulation * self.experiment.dataset.batch_size
+
     def _batches(self) -> Iterator[BatchedVideoDatapoint]:
         config = self.experiment.dataset
-        done = self.step * self.config.grad_accumulation * config.batch_size
-        sampler = ClipSampler(
-            len(self.train_data), shuffle=config.shuffle, seed=self.config.seed, start=done
-        )
+        order = {"shuffle": config.shuffle, "seed": self.config.seed, "start": self.num_clips}
         return iter(
             DataLoader(
                 self.train_data,
                 batch_size=config.batch_size,
-                sampler=sampler,
+                sampler=ClipSampler(len(self.train_data), **order),
                 # More processes than cores only wait for each other; the clips are the same.
                 num_workers=min(config.num_workers, num_cores()),
                 collate_fn=collate_fn,
@@ -224,28 +226,32 @@ class Trainer:
         config = self.config
         set_learning_rates(self.optimizer, self.step, config.num_steps, self.experiment.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
-        scalars: dict[str, torch.Tensor] = {}
-        names: list[str] = []
-        tracked = False
-        for batch in itertools.islice(batches, config.grad_accumulation):
-            names += batch.names
-            tracked |= has_tracked_frame(batch)
+        # All of them first, on the CPU: each loss is divided by the objects of the whole step.
+        collected = list(itertools.islice(batches, config.grad_accumulation))
+        num_objects = sum(batch.masks.shape[1] for batch in collected)
+        sums: dict[str, torch.Tensor] = {}
+        num_learning = 0
+        for batch in collected:
             batch = batch.to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 outputs = self.model(batch, interaction=self.interaction)
             # Outside autocast, on float32 logits: dice sums up to 10^6 pixels of an object, and
             # bfloat16 carries 8 significant bits.
-            losses = compute_losses(
+            of_batch = sum_losses(
                 outputs["frames"], batch.masks, self.experiment.loss, batch.object_frame_valid
             )
-            learns = losses["loss"].requires_grad  # else nothing that is trained was read
-            if learns:
-                (losses["loss"] / config.grad_accumulation).backward()
-            losses["audit/batches_with_gradient"] = torch.tensor(float(learns))
-            for name, value in losses.items():
-                scalars[name] = scalars.get(name, 0) + value.detach() / config.grad_accumulation
+            loss = divide_losses(of_batch, num_objects, self.experiment.loss)["loss"]
+            if loss.requires_grad:  # else nothing that is trained was read
+                loss.backward()
+                num_learning += 1
+            for name, value in of_batch.items():
+                sums[name] = sums.get(name, 0) + value.detach()
+        scalars = divide_losses(sums, num_objects, self.experiment.loss)
+        scalars["audit/batches_with_gradient"] = torch.tensor(num_learning / len(collected))
         if self.interaction is not None:
             scalars |= self.interaction.take_scalars()
+        tracked = any(map(has_tracked_frame, collected))
+        names = [name for batch in collected for name in batch.names]
         if not self.audited:
             self._audit_gradients(tracked)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
@@ -431,7 +437,6 @@ class Trainer:
                 "rng": {
                     "torch": torch.get_rng_state(),
                     "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-                    "interaction": self.interaction and self.interaction.state_dict(),
                 },
             },
         )
@@ -448,9 +453,8 @@ class Trainer:
         torch.set_rng_state(content["rng"]["torch"])
         if content["rng"]["cuda"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(content["rng"]["cuda"])
-        clicks = content["rng"].get("interaction")  # none in a run that had no correction clicks
-        if self.interaction is not None and clicks is not None:
-            self.interaction.load_state_dict(clicks)
+        if self.interaction is not None:
+            self.interaction.num_clips = self.num_clips
         return content["run_id"]
 
     def _write_run_files(self) -> None:

@@ -5,7 +5,7 @@ import pytest
 from conftest import SIZE, load, make_coco, same
 
 from sam2train.clips import collate_fn
-from sam2train.model import group_objects
+from sam2train.model_inputs import group_objects
 from sam2train.sampling import clip_settings, draw_frames, draw_prompts
 from sam2train.videos import Annotation, Frame, Video
 

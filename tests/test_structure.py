@@ -30,7 +30,6 @@ LEVELS = [
     },
     {
         "demo_videos",
-        "memory",
         "model_inputs",
         "prompts",
         "losses",
@@ -41,8 +40,8 @@ LEVELS = [
         "synthetic",
     },
     {"demo", "overlays", "corrections", "coco", "mask_cache", "presence", "results"},
-    {"sampling", "ablation", "model"},
-    {"datasets", "vos", "figures"},
+    {"sampling", "ablation", "memory"},
+    {"datasets", "vos", "figures", "model"},
     {"sav", "compare"},
     {"evaluate", "download"},
     {"experiment", "horizon", "video_overlays", "mask_files", "prompt_cells"},

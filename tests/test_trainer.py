@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import make_coco
+from conftest import edit, make_coco
 from rich.console import Console
 
 from sam2train import checkpoint
@@ -166,6 +166,78 @@ def test_workers_do_not_change_the_clips(experiment, tmp_path):
         settings = experiment(dataset={"num_workers": workers}, trainer={"num_steps": 3})
         make_trainer(settings, tmp_path / str(workers)).run()
     assert_same(*(weights(tmp_path / w / "checkpoints" / "last.pt") for w in ("0", "2")))
+
+
+def uneven_videos(folder):
+    """Two videos: 5 frames with 3 objects, and 3 frames with 2 objects, one of them late."""
+    absent = [(2, t, 3) for t in range(5)] + [(2, 0, 2)]
+    path = make_coco(
+        folder, num_videos=2, num_frames=5, num_objects=3, size=(64, 64), absent=absent
+    )
+
+    def shorten(content):
+        kept = [i for i in content["images"] if i["video_id"] == 1 or i["order_in_video"] < 3]
+        ids = {image["id"] for image in kept}
+        content["images"] = kept
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
+
+    return str(edit(path, shorten))
+
+
+def gradients_of_a_step(settings, run_dir):
+    """Of the first step, with the numbers that it logs."""
+    trainer = make_trainer(settings, run_dir)
+    with torch.no_grad():  # random weights call every object absent, and such masks learn nothing
+        trainer.model.sam2.sam_mask_decoder.pred_obj_score_head.layers[-1].bias += 4
+    trainer.model.train()
+    scalars = trainer._train_step(trainer._batches())
+    found = {n: p.grad.clone() for n, p in trainer.parameters.items() if p.grad is not None}
+    return found, {name: float(value) for name, value in scalars.items()}
+
+
+CLICKS = {
+    "num_correction_pt_per_frame": 2,
+    "num_frames_to_correct": 3,
+    "prob_to_sample_from_gt": 0.5,
+}
+
+
+@pytest.mark.parametrize("trained", [["*"], ["memory_attention", "memory_encoder"]])
+@pytest.mark.parametrize("data", ["uneven", "late"])
+@pytest.mark.parametrize("clicks", [{}, CLICKS])
+def test_accumulation_equals_a_larger_batch(experiment, tmp_path, clicks, data, trained):
+    """Whatever the clips: as many objects or not, as long or not, without anything to track."""
+    if data == "uneven":
+        data = uneven_videos(tmp_path / "uneven")
+    else:
+        data = late_object(tmp_path / "late", 2, late=[1])
+    found = []
+    for batch_size, accumulation in ((2, 1), (1, 2)):
+        settings = experiment(
+            dataset={
+                "data_path": data,
+                "val_path": None,
+                "video_clip_length": 4,
+                "batch_size": batch_size,
+                "prompt_types": ["point", "bbox"] if clicks else ["point", "bbox", "mask"],
+            },
+            model={"trainable_modules": trained, "num_maskmem": 3},
+            interaction=clicks,
+            trainer={"grad_accumulation": accumulation, "max_grad_norm": 1e9, "audit": "warn"},
+        )
+        found.append(gradients_of_a_step(settings, tmp_path / str(batch_size)))
+    (joint, told), (parts, told_of_parts) = found
+    assert joint.keys() == parts.keys()
+    assert len(joint) > 60
+    norm = torch.stack([gradient.norm() for gradient in joint.values()]).norm()
+    apart = torch.stack([(joint[name] - parts[name]).norm() for name in joint]).norm()
+    assert norm > 1e-3
+    assert apart < 1e-5 * norm
+    told.pop("audit/batches_with_gradient")
+    told_of_parts.pop("audit/batches_with_gradient")
+    assert told_of_parts == pytest.approx(told, rel=1e-5, abs=1e-7)
+    assert {"loss", "loss/dice", "gate/fraction", "gate/loss", "grad_norm"} <= told.keys()
+    assert ("interaction/iou_after" in told) == bool(clicks)
 
 
 def test_only_what_is_listed_changes(experiment, tmp_path):
