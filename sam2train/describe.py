@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from rich.console import Console
 from rich.table import Table
 
@@ -10,24 +12,23 @@ from sam2train.clips import BatchedVideoDatapoint, collate_fn
 from sam2train.config import to_yaml
 from sam2train.datasets import VideoDataset
 from sam2train.experiment import Experiment
+from sam2train.machine import cell, say
 from sam2train.sampling import AnnotatedVideos
 from sam2train.tracking import parameter_table
 
 
 def describe(experiment: Experiment, console: Console) -> None:
     """Print the resolved config, the data, the parameters and the first batch."""
-    console.print(to_yaml(experiment), markup=False, highlight=False)
+    say(console, to_yaml(experiment))
     paths = {
         "training": experiment.dataset.data_path,
         "validation": experiment.dataset.val_path,
         "test": experiment.dataset.test_path,
     }
 
-    def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
+    warn = partial(say, console)
     datasets = {
-        split: build_dataset(experiment, path, training=split == "training", say=say)
+        split: build_dataset(experiment, path, training=split == "training", say=warn)
         for split, path in paths.items()
         if path is not None
     }
@@ -67,8 +68,10 @@ def batch_table(batch: BatchedVideoDatapoint) -> Table:
     for clip, prompts in zip(batch.names, batch.prompts, strict=True):
         for prompt in prompts:
             table.add_row(
-                clip,
-                f"object {prompt['object_id']}: {prompt['type']} on frame {prompt['frame_index']}"
-                f" {prompt['points'].round(1).tolist() or ''}",
+                cell(clip),
+                cell(
+                    f"object {prompt['object_id']}: {prompt['type']} on frame "
+                    f"{prompt['frame_index']} {prompt['points'].round(1).tolist() or ''}"
+                ),
             )
     return table
