@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 
 from sam2train import checkpoint
+from sam2train.config_yaml import read_yaml
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment
 from sam2train.files import file_hash, resolve_path
@@ -58,7 +58,7 @@ def as_trained(experiment: Experiment, source: Path) -> Experiment:
     """The experiment with the model as the run of a checkpoint had it; as it is for other files."""
     if not checkpoint.is_checkpoint(source):
         return experiment
-    trained = yaml.safe_load(checkpoint.load(source)["config"])["model"]
+    trained = read_yaml(checkpoint.load(source)["config"], f"{source}, its settings")["model"]
     model = experiment.model.model_copy(update={name: trained[name] for name in _SHAPING})
     return experiment.model_copy(update={"model": model})
 
@@ -78,7 +78,7 @@ def load_checkpoint(model: SAM2Model, experiment: Experiment, source: Path) -> L
         return Loaded(str(source), file_hash(source), None, ())
     content = checkpoint.load(source)
     checkpoint.apply_weights(model.sam2, content, base_hash(experiment), source)
-    trained = yaml.safe_load(content["config"])["model"]
+    trained = read_yaml(content["config"], f"{source}, its settings")["model"]
     now = experiment.model.model_dump(mode="json")
     notes = [
         f"model.{name} is {now[name]!r}; {source} was trained with {trained[name]!r}"

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from sam2train.config import Section, apply_overrides, build, load_yaml, sweep_parameters
+from sam2train.config import Section, apply_overrides, build, sweep_parameters
+from sam2train.config_yaml import load_yaml
 from sam2train.corrections import InteractionConfig
 from sam2train.datasets import DatasetConfig
 from sam2train.demo import is_demo_path

@@ -14,6 +14,7 @@ from sam2train.clips import Prompt, empty_prompt
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment
 from sam2train.files import replacing
+from sam2train.machine import say
 from sam2train.model import SAM2Model
 from sam2train.pretrained import resolve_config
 from sam2train.prompts import box_fields
@@ -59,13 +60,12 @@ def export_checkpoint(
             )
     size = target.stat().st_size / 1e6
     same = "the same masks" if apart == 0 else f"masks that differ in {apart:.2%} of the pixels"
-    console.print(
+    say(
+        console,
         f"wrote {target} ({size:.1f} MB); it loads strictly and gives {same} "
         f"({pixels:,} pixels in a test clip)",
-        highlight=False,
-        soft_wrap=True,
     )
-    console.print(f"  {how_to_load(experiment, target)}", markup=False, soft_wrap=True)
+    say(console, f"  {how_to_load(experiment, target)}")
 
 
 def _make_room(target: Path) -> None:

@@ -56,6 +56,7 @@ _STYLE = {
     "axes.axisbelow": True,
     "grid.color": "#e4e4e4",
     "legend.frameon": False,
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
 }
 
 

@@ -12,7 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sam2train.config import flatten, load_yaml
+from sam2train.config import flatten
+from sam2train.config_yaml import load_yaml
 from sam2train.errors import UserError
 from sam2train.files import read_json
 from sam2train.intervals import mean_interval

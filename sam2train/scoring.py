@@ -28,6 +28,7 @@ from sam2train.evaluate import (
 from sam2train.files import natural_key, resolve_path, write_rows
 from sam2train.horizon import frame_rows, horizon_rows
 from sam2train.intervals import Interval, paired_bootstrap
+from sam2train.machine import cell
 from sam2train.metrics import BASE, COPY
 
 LABELS = {BASE: "untouched base checkpoint", COPY: "copy the first mask"}
@@ -173,7 +174,7 @@ def scores_table(title: str, rows: Sequence[Scores]) -> Table:
     """Scores, a column each model, and how far the first is from each other, with intervals."""
     table = Table("", title=title, title_justify="left")
     for scores in rows:
-        table.add_column(scores.label, justify="right")
+        table.add_column(cell(scores.label), justify="right")
     lines = {"J&F": "J_and_F", "J": "J", "F": "F", "mIoU": "mIoU"}
     lines |= {"J recall": "J_recall", "J decay": "J_decay"}
     lines |= {"F recall": "F_recall", "F decay": "F_decay"}

@@ -24,7 +24,8 @@ from rich.table import Table
 
 from sam2train.config import Section
 from sam2train.errors import UserError
-from sam2train.files import read_json, write_text
+from sam2train.files import printable, read_json, write_text
+from sam2train.machine import say
 
 if TYPE_CHECKING:
     import torch
@@ -241,7 +242,7 @@ class Tracker:
 
             images = {}
             for picture in pictures:
-                labels = {int(key): text for key, text in picture.class_labels.items()}
+                labels = {int(key): printable(text) for key, text in picture.class_labels.items()}
                 masks = {
                     name: {"mask_data": ids.astype(np.uint8), "class_labels": labels}
                     for name, ids in vars(picture).items()
@@ -274,7 +275,7 @@ class Tracker:
 
     def say(self, text: str) -> None:
         """One line on the console, above the live progress; paths are neither styled nor cut."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(self.console, text)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Merge into `summary.json` (replaced as a whole, never half written) and W&B's summary."""
@@ -344,7 +345,7 @@ class Tracker:
             entity=self._config.entity,
             group=self._config.group,
             tags=self._config.tags,
-            name=self._name,
+            name=printable(self._name),
             id=self._run_id,
             dir=str(self.run_dir),
             config=self._settings,

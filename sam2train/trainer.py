@@ -41,6 +41,7 @@ from sam2train.machine import (
     describe_environment,
     leave_group,
     num_cores,
+    say,
 )
 from sam2train.metrics import BASE, COPY, TRAINED
 from sam2train.optimizer import build_optimizer, set_learning_rates
@@ -94,16 +95,13 @@ class Trainer:
         self.audited = False
         self.stop = StopRequests()
         console = console or Console()
-
-        def say(text: str) -> None:
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
-
+        warn = partial(say, console)
         data, val = experiment.dataset.data_path, experiment.dataset.val_path
         test = experiment.dataset.test_path
         sections = experiment.dataset, experiment.augment, experiment.trainer.seed
-        self.train_data = build_dataset(*sections, data, training=True, say=say)
-        self.val_data = val and build_dataset(*sections, val, training=False, say=say)
-        self.test_data = test and build_dataset(*sections, test, training=False, say=say)
+        self.train_data = build_dataset(*sections, data, training=True, say=warn)
+        self.val_data = val and build_dataset(*sections, val, training=False, say=warn)
+        self.test_data = test and build_dataset(*sections, test, training=False, say=warn)
         self.model = build_model(experiment)
         self.device = self.model.device
         self.parameters = self.model.trainable_parameters()

@@ -16,6 +16,7 @@ from rich.console import Console
 from sam2train.config import flatten
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment, load_experiment
+from sam2train.files import file_name
 from sam2train.machine import Interrupted
 from sam2train.trainer import Trainer
 
@@ -67,7 +68,7 @@ def train(
         run_dir = checkpoint.parent.parent
         check_same_experiment(experiment, run_dir)
     else:
-        run_dir = run_dir or Path("runs") / name / run_id
+        run_dir = run_dir or Path("runs") / file_name(name) / run_id
         if (run_dir / "checkpoints").exists():
             raise UserError(
                 f"--run-dir {run_dir}: a run is there already; add --resume to go on with it, or "

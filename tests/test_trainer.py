@@ -13,7 +13,7 @@ from rich.console import Console
 from sam2train import checkpoint
 from sam2train.build import build_model
 from sam2train.clips import collate_fn
-from sam2train.config import load_yaml
+from sam2train.config_yaml import load_yaml
 from sam2train.data_coco import CocoVideos
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment

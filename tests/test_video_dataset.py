@@ -10,7 +10,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from sam2train.clips import collate_fn, is_empty
-from sam2train.config import ConfigError, apply_overrides, build, load_yaml, to_yaml
+from sam2train.config import ConfigError, apply_overrides, build, to_yaml
+from sam2train.config_yaml import load_yaml
 from sam2train.data_pictures import read_image
 from sam2train.data_synthetic import SyntheticConfig
 from sam2train.data_videos import MadeUpVideos
