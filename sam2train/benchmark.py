@@ -229,7 +229,7 @@ class Benchmark:
             model=contender.key,
             step=contender.step,
             label=contender.label,
-            seed=self.experiment.trainer.seed,
+            seed=self.experiment.prompts_seed,
             on_video=done,
             **options,
         )
@@ -255,6 +255,7 @@ class Benchmark:
                     self.experiment.evaluation.prompt_types or self.experiment.dataset.prompt_types
                 ),
                 "seed": self.experiment.trainer.seed,
+                "evaluation_seed": self.experiment.prompts_seed,
                 "num_videos": len(self.data.videos[: self.experiment.evaluation.max_videos]),
                 "base": {"path": config.checkpoint_path, "sha256": base_hash(self.experiment)},
                 "checkpoint": self.loaded

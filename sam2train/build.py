@@ -47,7 +47,7 @@ def build_dataset(
         "max_conditioning_frames": config.max_conditioning_frames,
         "augment": experiment.augment if training else None,
         "mask_cache_mb": config.mask_cache_mb,
-        "seed": experiment.trainer.seed,
+        "seed": experiment.clips_seed,
     }
     # A JSON has real masks: what trains on anything else can be validated on them.
     if config.dataset_type == "coco" or (path.suffix == ".json" and not training):
@@ -83,13 +83,13 @@ def draw_demo(path: str, say: Callable[[str], None] = print) -> Path:
 
 def build_model(experiment: Experiment) -> SAM2Model:
     """The experiment's model, loaded and frozen as it says; random weights come from its seed."""
-    config, trainer = experiment.model, experiment.trainer
-    torch.manual_seed(trainer.seed)
+    config = experiment.model
+    torch.manual_seed(experiment.weights_seed)
     return SAM2Model(
         config.checkpoint_path,
         config.config_path,
         config.trainable_modules,
-        choose_device(trainer.device),
+        choose_device(experiment.trainer.device),
         config.image_size,
         config.num_maskmem,
         max_obj_ptrs_in_encoder=config.max_obj_ptrs_in_encoder,

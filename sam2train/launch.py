@@ -333,7 +333,7 @@ def _train(
     if arguments.resume is not None:
         checkpoint = find_checkpoint(arguments.resume, arguments.run_dir, runs)
         run_dir = checkpoint.parent.parent
-        check_same_experiment(experiment, run_dir)
+        experiment = check_same_experiment(experiment, run_dir)
     elif (run_dir / "checkpoints").exists():
         raise UserError(
             f"--run-dir {run_dir}: a run is there already; add --resume to go on with it, or name "
@@ -407,20 +407,26 @@ def find_checkpoint(given: str, run_dir: Path | None, runs: Path) -> Path:
     return place
 
 
-def check_same_experiment(experiment: Experiment, run_dir: Path) -> None:
-    """Raise UserError if a resumed run would mix two experiments.
+def check_same_experiment(experiment: Experiment, run_dir: Path) -> Experiment:
+    """The experiment as the run in a folder goes on with it, see `as_begun`.
 
     The number of steps, the periods, the workers, W&B, the pictures and what the audit does may
     change.
+
+    Raises:
+        UserError: the resumed run would mix two experiments.
     """
-    from sam2train.config import flatten
-    from sam2train.experiment import load_experiment
+    from sam2train.config import flatten, load_yaml
+    from sam2train.experiment import as_begun, load_experiment
 
     free = ("trainer.num_steps", "trainer.device", "dataset.num_workers", "dataset.mask_cache_mb")
     free += ("evaluation.num_overlays", "trainer.audit")
     config_file = run_dir / "config.yaml"
+    config = load_yaml(config_file)
     # Through the same door: a key that is younger than the run has its default there.
-    before = flatten(load_experiment(config_file, {}).model_dump(mode="json"))
+    before = as_begun(load_experiment(config_file, {}), config)
+    before = flatten(before.model_dump(mode="json"))
+    experiment = as_begun(experiment, config)
     now = flatten(experiment.model_dump(mode="json"))
     changed = [
         f"{key}: {before.get(key)!r} in the run, {now.get(key)!r} now"
@@ -436,3 +442,4 @@ def check_same_experiment(experiment: Experiment, run_dir: Path) -> None:
             + "\n  ".join(changed)
             + "\ngive the settings of the run, or start a new one"
         )
+    return experiment
