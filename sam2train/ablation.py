@@ -46,7 +46,7 @@ QUESTIONS = {
 def compact_results(runs: pd.DataFrame) -> pd.DataFrame:
     """The finished and scored runs of `load_runs` in long form, small enough to be committed.
 
-    Columns: run, seed, every setting that varies, and
+    Columns: run, seed, evaluation_seed, every setting that varies, and
         split, step: what was scored, when.
         metric, value, count: J, F or J_and_F and the number of objects in the mean.
         video_id, object_id: set in the rows of single objects, kept for the last step only.
@@ -64,7 +64,7 @@ def compact_results(runs: pd.DataFrame) -> pd.DataFrame:
             "none of these runs is finished and has validation scores; `python run.py --runs "
             "FOLDER` shows how far they are"
         )
-    settings = ["run", "seed", *varied(runs)]
+    settings = ["run", "seed", "evaluation_seed", *varied(runs)]
     parts = [
         _compact_run(Path(row["path"])).assign(**{name: row[name] for name in settings})
         for row in runs.to_dict("records")

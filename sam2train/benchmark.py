@@ -105,7 +105,7 @@ class Benchmark:
                 f"dataset.{split}_path is null; name the videos to score, or take --split "
                 f"{'test' if split == 'val' else 'val'}"
             )
-        sections = experiment.dataset, experiment.augment, experiment.trainer.seed
+        sections = experiment.dataset, experiment.augment, experiment.clips_seed
         self.data: Videos = build_dataset(*sections, path, training=False, say=self._say)
         model = build_model(experiment)
         self.bf16 = uses_bf16(experiment, model.device)
@@ -229,7 +229,7 @@ class Benchmark:
             model=contender.key,
             step=contender.step,
             label=contender.label,
-            seed=self.experiment.trainer.seed,
+            seed=self.experiment.prompts_seed,
             on_video=done,
             **options,
         )
@@ -255,6 +255,7 @@ class Benchmark:
                     self.experiment.evaluation.prompt_types or self.experiment.dataset.prompt_types
                 ),
                 "seed": self.experiment.trainer.seed,
+                "evaluation_seed": self.experiment.prompts_seed,
                 "num_videos": len(self.data.videos[: self.experiment.evaluation.max_videos]),
                 "base": {"path": config.checkpoint_path, "sha256": base_hash(self.experiment)},
                 "checkpoint": self.loaded

@@ -19,13 +19,13 @@ from sam2train.pretrained import load_weights
 
 def build_model(experiment: Experiment) -> SAM2Model:
     """The experiment's model, loaded and frozen as it says; random weights come from its seed."""
-    config, trainer = experiment.model, experiment.trainer
-    torch.manual_seed(trainer.seed)
+    config = experiment.model
+    torch.manual_seed(experiment.weights_seed)
     return SAM2Model(
         config.checkpoint_path,
         config.config_path,
         config.trainable_modules,
-        choose_device(trainer.device),
+        choose_device(experiment.trainer.device),
         config.image_size,
         config.num_maskmem,
         max_obj_ptrs_in_encoder=config.max_obj_ptrs_in_encoder,

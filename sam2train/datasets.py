@@ -87,6 +87,13 @@ class DatasetConfig(Section):
     batch_size: int = Field(1, ge=1)
     num_workers: int = Field(0, ge=0, description="processes that load data; 0 loads in line")
     shuffle: bool = True
+    seed: int | None = Field(
+        None,
+        ge=0,
+        lt=2**63,
+        description="of the order of clips, and of all that is drawn for a clip: frames, objects, "
+        "augmentation, prompts, correction clicks; null: trainer.seed",
+    )
     prompt_types: tuple[TypeName, ...] = Field(DEFAULT_TYPES, min_length=1)
     prompt_weights: tuple[Weight, ...] | None = Field(
         None, description="how often each of the prompt types is drawn; null draws all alike"

@@ -26,7 +26,7 @@ def describe(experiment: Experiment, console: Console) -> None:
     }
 
     warn = partial(say, console)
-    sections = experiment.dataset, experiment.augment, experiment.trainer.seed
+    sections = experiment.dataset, experiment.augment, experiment.clips_seed
     datasets = {
         split: build_dataset(*sections, path, training=split == "training", say=warn)
         for split, path in paths.items()

@@ -43,6 +43,13 @@ class EvaluationConfig(Section):
         min_length=1,
         description="prompts of the objects; null takes those of the training data",
     )
+    seed: int | None = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        description="draws the prompts, the same ones in every run; null: trainer.seed, so that "
+        "each run has its own",
+    )
     frame_policy: FramePolicy = Field("after_prompt", description="frames that count")
     max_videos: int | None = Field(None, ge=1, description="the first so many; null scores all")
     max_frames: int | None = Field(None, ge=2, description="of each video, the first so many")

@@ -51,7 +51,13 @@ class TrainerConfig(Section):
     )
     bf16: bool | None = Field(None, description="bfloat16 autocast; null: where CUDA supports it")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        description="of dropout; and of initial weights and of clips, where model.seed and "
+        "dataset.seed say nothing else",
+    )
 
 
 class Experiment(Section):
@@ -107,6 +113,21 @@ class Experiment(Section):
             )
         return self
 
+    @property
+    def weights_seed(self) -> int:
+        """Of random initial weights."""
+        return self.trainer.seed if self.model.seed is None else self.model.seed
+
+    @property
+    def clips_seed(self) -> int:
+        """Of the order of clips and of all that is drawn for them."""
+        return self.trainer.seed if self.dataset.seed is None else self.dataset.seed
+
+    @property
+    def prompts_seed(self) -> int:
+        """Of the prompts that evaluation gives."""
+        return self.trainer.seed if self.evaluation.seed is None else self.evaluation.seed
+
 
 def load_experiment(path: Path, overrides: Mapping[str, Any] | None = None) -> Experiment:
     """The experiment in a YAML file, with `dotted.key -> value` overrides applied.
@@ -117,6 +138,19 @@ def load_experiment(path: Path, overrides: Mapping[str, Any] | None = None) -> E
     return build(
         Experiment, apply_overrides(load_yaml(path), overrides or {}, Experiment), str(path)
     )
+
+
+def as_begun(experiment: Experiment, config: Mapping[str, Any]) -> Experiment:
+    """The experiment as a run goes on with it that began with `config`, nested.
+
+    A run from before `evaluation.seed` was scored with prompts of its trainer.seed. It keeps them,
+    as `evaluation.seed: null`, unless the experiment names a seed.
+    """
+    named = "seed" in experiment.evaluation.model_fields_set
+    if named or (config.get("evaluation") or {}).get("seed") is not None:
+        return experiment
+    evaluation = experiment.evaluation.model_copy(update={"seed": None})
+    return experiment.model_copy(update={"evaluation": evaluation})
 
 
 def prepare_experiment(

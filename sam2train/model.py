@@ -66,6 +66,9 @@ class ModelConfig(Section):
         lt=1,
         description="chance to skip a block of a trained image encoder; null: as config_path says",
     )
+    seed: int | None = Field(
+        None, ge=0, lt=2**63, description="of random initial weights; null: trainer.seed"
+    )
 
 
 class SAM2Model(nn.Module):

@@ -9,8 +9,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from rich.console import Console
 from torch.utils.data import DataLoader
 
@@ -31,7 +33,7 @@ from sam2train.evaluate import (
     copy_first_mask,
     track_video,
 )
-from sam2train.experiment import Experiment, untrained_rows
+from sam2train.experiment import Experiment, as_begun, untrained_rows
 from sam2train.files import write_text
 from sam2train.horizon import numbers
 from sam2train.losses import divide_losses, sum_losses
@@ -84,6 +86,9 @@ class Trainer:
         resume: Path | None = None,
         console: Console | None = None,
     ):
+        content = resume and checkpoint.load(resume)
+        if content:
+            experiment = as_begun(experiment, yaml.safe_load(content["config"]))
         self.experiment = experiment
         self.config = experiment.trainer
         self.run_dir = run_dir
@@ -98,11 +103,12 @@ class Trainer:
         warn = partial(say, console)
         data, val = experiment.dataset.data_path, experiment.dataset.val_path
         test = experiment.dataset.test_path
-        sections = experiment.dataset, experiment.augment, experiment.trainer.seed
+        sections = experiment.dataset, experiment.augment, experiment.clips_seed
         self.train_data = build_dataset(*sections, data, training=True, say=warn)
         self.val_data = val and build_dataset(*sections, val, training=False, say=warn)
         self.test_data = test and build_dataset(*sections, test, training=False, say=warn)
         self.model = build_model(experiment)
+        torch.manual_seed(self.config.seed)  # of dropout and dropped paths
         self.device = self.model.device
         self.parameters = self.model.trainable_parameters()
         if not self.parameters and self.config.num_steps:
@@ -110,13 +116,13 @@ class Trainer:
         self.optimizer = build_optimizer(self.parameters, experiment.optimizer, self.model.sam2)
         self.interaction: SimulatedUser | None = None
         if experiment.interaction.enabled:
-            self.interaction = SimulatedUser(experiment.interaction, self.config.seed)
+            self.interaction = SimulatedUser(experiment.interaction, experiment.clips_seed)
         self.bf16 = uses_bf16(experiment, self.device)
         self.base_hash = base_hash(experiment)
         # What the test videos are scored with beside the best checkpoint.
         self.base_weights = {name: p.detach().clone() for name, p in self.parameters.items()}
-        if resume is not None:
-            run_id = self._restore(resume)
+        if content:
+            run_id = self._restore(content, resume)
         self.run_id = run_id
         self.score_rows = RowsFile(run_dir / "scores.csv", SCORE_COLUMNS, self.step)
         self.horizon_rows = RowsFile(run_dir / "horizon.csv", HORIZON_COLUMNS, self.step)
@@ -162,6 +168,7 @@ class Trainer:
                     "status": "running",
                     "steps": self.step,
                     "frame_policy": self.experiment.evaluation.frame_policy,
+                    "evaluation_seed": self.experiment.prompts_seed,
                     "warnings": warnings,
                 }
             )
@@ -204,19 +211,24 @@ class Trainer:
 
     def _batches(self) -> Iterator[BatchedVideoDatapoint]:
         config = self.experiment.dataset
-        order = {"shuffle": config.shuffle, "seed": self.config.seed, "start": self.num_clips}
+        sampler = ClipSampler(
+            len(self.train_data),
+            shuffle=config.shuffle,
+            seed=self.experiment.clips_seed,
+            start=self.num_clips,
+        )
         return iter(
             DataLoader(
                 self.train_data,
                 batch_size=config.batch_size,
-                sampler=ClipSampler(len(self.train_data), **order),
+                sampler=sampler,
                 # More processes than cores only wait for each other; the clips are the same.
                 num_workers=min(config.num_workers, num_cores()),
                 collate_fn=collate_fn,
                 worker_init_fn=leave_group,
                 pin_memory=self.device.type == "cuda",
                 # Its own generator: the loader must not draw from the one that dropout uses.
-                generator=torch.Generator().manual_seed(self.config.seed),
+                generator=torch.Generator().manual_seed(self.experiment.clips_seed),
             )
         )
 
@@ -372,7 +384,7 @@ class Trainer:
             split=split,
             model=model,
             step=step,
-            seed=self.config.seed,
+            seed=self.experiment.prompts_seed,
             label=LABELS.get(model, f"step {step}"),
             on_frame=on_frame,
             on_video=on_video,
@@ -440,8 +452,7 @@ class Trainer:
             },
         )
 
-    def _restore(self, path: Path) -> str:
-        content = checkpoint.load(path)
+    def _restore(self, content: Mapping[str, Any], path: Path) -> str:
         if content["optimizer"] is None:
             raise UserError(f"{path}: has no optimiser state; go on from last.pt of the same run")
         checkpoint.apply_weights(self.model.sam2, content, self.base_hash, path)

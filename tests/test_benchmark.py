@@ -102,6 +102,19 @@ def test_the_training_says_the_same(trained, tmp_path):
     assert "val/base/J_and_F" not in summary
 
 
+def test_the_prompts_have_a_seed_of_their_own(trained, tmp_path):
+    """Not that of the training; it stands beside the scores."""
+    rows, words = [], ("--evaluate", "base", "evaluation.prompt_types=[point]")
+    for name, change in (("a", ""), ("b", "trainer.seed=1"), ("c", "evaluation.seed=1")):
+        out = tmp_path / name
+        assert call(trained, *words, "--run-dir", out, *filter(None, [change, "model.seed=0"])) == 0
+        rows.append((out / "scores.csv").read_text())
+        summary = json.loads((out / "summary.json").read_text())
+        assert summary["evaluation_seed"] == (name == "c")
+        assert summary["seed"] == (name == "b")
+    assert rows[0] == rows[1] != rows[2]
+
+
 def test_an_exported_file_scores_as_its_checkpoint(trained, tmp_path):
     source = trained / "run" / "checkpoints" / "last.pt"
     assert call(trained, "--export", source, tmp_path / "w.pt") == 0

@@ -240,6 +240,54 @@ def test_accumulation_equals_a_larger_batch(experiment, tmp_path, clicks, data, 
     assert ("interaction/iou_after" in told) == bool(clicks)
 
 
+def step_zero(experiment, run_dir, **sections):
+    """The rows of scores.csv at step 0, the weights, and the names of the first clips."""
+    settings = experiment(**sections)
+    trainer = make_trainer(settings, run_dir)
+    first = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+    clips = next(iter(trainer._batches()))
+    trainer.run()
+    return (run_dir / "scores.csv").read_text(), first, (clips.names, clips.img_batch)
+
+
+def test_three_seeds_for_weights_clips_and_the_prompts_of_evaluation(experiment, tmp_path):
+    """Of a run each can be set apart; trainer.seed is the default of the first two."""
+
+    def start(name, **sections):
+        sections["trainer"] = {"num_steps": 0, **sections.get("trainer", {})}
+        sections["evaluation"] = {"max_videos": None, **sections.get("evaluation", {})}
+        return step_zero(experiment, tmp_path / name, **sections)
+
+    def same(one, other):
+        scores = one[0] == other[0]
+        weights = all(torch.equal(value, other[1][name]) for name, value in one[1].items())
+        clips = one[2][0] == other[2][0] and torch.equal(one[2][1], other[2][1])
+        return weights, clips, scores
+
+    one = start("one", augment={"brightness": 0.5})
+    other = {"augment": {"brightness": 0.5}, "trainer": {"seed": 1}}
+    assert same(one, start("trainer", **other))[:2] == (False, False)
+    assert same(one, start("weights", **other, model={"seed": 0})) == (True, False, True)
+    assert same(one, start("clips", **other, dataset={"seed": 0}))[:2] == (False, True)
+    prompts = {"evaluation": {"seed": 1}, "augment": {"brightness": 0.5}}
+    assert same(one, start("prompts", **prompts)) == (True, True, False)
+
+
+def test_dropout_hangs_on_the_seed_of_the_trainer(experiment, tmp_path):
+    config = (tmp_path / "dropout.yaml").resolve()
+    config.write_text(resolve_config(CONFIG).read_text().replace("dropout: 0.0", "dropout: 0.1"))
+    losses = []
+    for k, seed in enumerate((0, 0, 1)):
+        settings = experiment(
+            dataset={"seed": 0, "val_path": None},
+            model={"seed": 0, "config_path": str(config)},
+            trainer={"seed": seed, "num_steps": 1},
+        )
+        make_trainer(settings, tmp_path / str(k)).run()
+        losses += [row["loss"] for row in rows(tmp_path / str(k)) if "loss" in row]
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_only_what_is_listed_changes(experiment, tmp_path):
     settings = experiment(model={"trainable_modules": ["memory_encoder", "maskmem_tpos_enc"]})
     before = build_model(settings).sam2.state_dict()
