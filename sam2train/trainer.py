@@ -15,7 +15,13 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from sam2train import checkpoint
-from sam2train.audit import audit_gradients, has_tracked_frame, idle_modules
+from sam2train.audit import (
+    audit_gradients,
+    has_tracked_frame,
+    idle_modules,
+    row_warnings,
+    rows_left,
+)
 from sam2train.build import base_hash, build_dataset, build_model, uses_bf16
 from sam2train.clips import BatchedVideoDatapoint, collate_fn
 from sam2train.config import to_yaml
@@ -32,7 +38,7 @@ from sam2train.evaluate import (
     copy_first_mask,
     track_video,
 )
-from sam2train.experiment import Experiment, untrained_rows
+from sam2train.experiment import Experiment
 from sam2train.horizon import numbers
 from sam2train.interaction import Interaction
 from sam2train.interrupt import Interrupted, StopRequests, leave_group
@@ -144,13 +150,8 @@ class Trainer:
         with self.stop, tracker:
             self._write_run_files()
             tracker.parameters(self.model.parameter_report())
-            if rows := untrained_rows(self.experiment):
-                length, enough = self.experiment.dataset.video_clip_length, rows[-1] + 3
-                tracker.say(
-                    f"clips of {length} frames never reach rows {rows[0]} to {rows[-1]} of "
-                    "maskmem_tpos_enc: nothing is trained on memories so far back. "
-                    f"dataset.video_clip_length={enough} reaches all"
-                )
+            for text in row_warnings(self.model, self.experiment):
+                tracker.say(f"warning: {text}")
             splits = {"train": self.train_data, "val": self.val_data, "test": self.test_data}
             warnings = shared_video_warnings({name: data for name, data in splits.items() if data})
             for warning in warnings:
@@ -416,6 +417,7 @@ class Trainer:
                     "sha256": self.base_hash,
                     "config_path": self.experiment.model.config_path,
                 },
+                "untrained_rows": rows_left(self.model, self.optimizer),
                 "config": to_yaml(self.experiment),
                 "step": self.step,
                 "best": self.best,
