@@ -301,9 +301,9 @@ class Trainer:
             on_video=drawer.see_video,
         )
         self.latest = scores.means
-        self.horizon_rows.add(scores.horizon)
         values = {f"val/{name}": value for name, value in self.latest.items()}
         self.tracker.record(self.step, values | numbers(scores.horizon))
+        self.tracker.summary(numbers(scores.horizon))
         self.tracker.overlays(self.step, drawer.overlays)
         if not self.baseline:
             self.baseline = self.latest
@@ -325,7 +325,8 @@ class Trainer:
         if not self.test_data:
             return
         # A run that goes on after its end reports again.
-        self.score_rows.rows = [row for row in self.score_rows.rows if row["split"] != "test"]
+        for file in (self.score_rows, self.horizon_rows):
+            file.rows = [row for row in file.rows if row["split"] != "test"]
         path = self.run_dir / "checkpoints" / ("best.pt" if self.val_data else "last.pt")
         content = checkpoint.load(path)
         step, track = content["step"], partial(track_video, self.model, bf16=self.bf16)
@@ -335,7 +336,8 @@ class Trainer:
         with self._weights(self.base_weights):
             base = self._score(track, self.test_data, "test", BASE, 0, **heed)
         copied = self._score(copy_first_mask, self.test_data, "test", COPY, 0)
-        values = {f"test/{name}": value for name, value in scores.means.items()}
+        values = scores.means | numbers(scores.horizon)
+        values = {f"test/{name}": value for name, value in values.items()}
         self.tracker.summary(
             {
                 **values,
@@ -357,7 +359,7 @@ class Trainer:
         on_frame: OnFrame | None = None,
         on_video: OnVideo | None = None,
     ) -> Scores:
-        """Score and keep the rows."""
+        """Score and keep the rows, the curves of models only: the copy has no memory."""
         scores = score(
             track,
             data,
@@ -371,6 +373,8 @@ class Trainer:
             on_video=on_video,
         )
         self.score_rows.add(scores.objects)
+        if model != COPY:
+            self.horizon_rows.add(scores.horizon)
         return scores
 
     def _show_scores(self, split: str, step: int, *beside: tuple[str, int]) -> None:
@@ -378,7 +382,14 @@ class Trainer:
         key = {"validation": "val"}.get(split, split)
         kept = {(row["split"], row["model"], int(row["step"])) for row in self.score_rows.rows}
         rows = [
-            read_scores(self.score_rows.rows, key, model, step, LABELS.get(model, f"step {step}"))
+            read_scores(
+                self.score_rows.rows,
+                key,
+                model,
+                step,
+                LABELS.get(model, f"step {step}"),
+                self.horizon_rows.rows,
+            )
             for model, step in ((TRAINED, step), *beside)
             if (key, model, step) in kept  # a file that was deleted comes back without the past
         ]
