@@ -385,7 +385,7 @@ def _checkpoint_of(source: Path) -> Path:
 
 
 def horizon_table(rows: Sequence[Scores]) -> Table:
-    """The numbers and curves of `horizon_rows`, a column each model."""
+    """The curves of `horizon_rows` and the share of false positives, a column each model."""
     table = Table("memory", title="Memory horizon", title_justify="left")
     for scores in rows:
         table.add_column(cell(scores.label), justify="right")
@@ -393,7 +393,6 @@ def horizon_table(rows: Sequence[Scores]) -> Table:
         "horizon/J": "J, {} frames on",
         "horizon/recall_after_absence": "found, absent {}",
         "horizon/false_positives": "false positives",
-        "horizon/object_score_auc": "object score AUC",
     }
     cells = [
         {(row["metric"], row["at"]): (row["value"], row["count"]) for row in scores.horizon}

@@ -48,6 +48,7 @@ class Loaded:
     sha256: str
     step: int | None  # of the run; None for a file that does not say
     notes: tuple[str, ...]  # where the run's settings and the experiment's differ
+    untrained_rows: tuple[int, ...]  # temporal rows that no training has reached, as far as known
 
 
 # What a run may have changed in the model without changing the shape of most weights.
@@ -72,10 +73,10 @@ def load_checkpoint(model: SAM2Model, experiment: Experiment, source: Path) -> L
     """
     if not checkpoint.is_checkpoint(source):
         try:
-            load_weights(model.sam2, source)
+            untrained = load_weights(model.sam2, source)
         except UserError as problem:
             raise UserError(str(problem).removeprefix("model.checkpoint_path: ")) from None
-        return Loaded(str(source), file_hash(source), None, ())
+        return Loaded(str(source), file_hash(source), None, (), tuple(untrained))
     content = checkpoint.load(source)
     checkpoint.apply_weights(model.sam2, content, base_hash(experiment), source)
     trained = read_yaml(content["config"], f"{source}, its settings")["model"]
@@ -85,7 +86,17 @@ def load_checkpoint(model: SAM2Model, experiment: Experiment, source: Path) -> L
         for name in _SHAPING
         if trained[name] != now[name]
     ]
-    return Loaded(str(source), file_hash(source), content["step"], tuple(notes))
+    # Checkpoints from before this key: rows that were trained lie in them, others are the base's.
+    untrained = [] if "maskmem_tpos_enc" in content["model"] else list(model.untrained_rows)
+    if trained["num_maskmem"] == model.num_maskmem:
+        untrained = content.get("untrained_rows", untrained)
+    return Loaded(
+        str(source),
+        file_hash(source),
+        content["step"],
+        tuple(notes),
+        tuple(untrained),
+    )
 
 
 def uses_bf16(experiment: Experiment, device: torch.device) -> bool:

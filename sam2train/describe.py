@@ -6,6 +6,7 @@ from functools import partial
 
 from rich.console import Console
 
+from sam2train.audit import row_warnings
 from sam2train.build import build_model
 from sam2train.clips import collate_fn
 from sam2train.config import to_yaml
@@ -33,7 +34,10 @@ def describe(experiment: Experiment, console: Console) -> None:
         if path is not None
     }
     console.print(data_table(datasets))
-    console.print(parameter_table(build_model(experiment).parameter_report()))
+    model = build_model(experiment)
+    console.print(parameter_table(model.parameter_report()))
+    for text in row_warnings(model, experiment):
+        say(f"warning: {text}")
     data = datasets["training"]
     batch_size = experiment.dataset.batch_size
     batch = collate_fn([data[0, i % len(data)] for i in range(batch_size)])

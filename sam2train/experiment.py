@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from sam2train.evaluate import EvaluationConfig
 from sam2train.losses import LossConfig
 from sam2train.model import ModelConfig
 from sam2train.optimizer import OptimizerConfig
+from sam2train.pretrained import selects
 from sam2train.prompts import PROMPTS, check_prompts
 from sam2train.tracking import TrackingConfig
 from sam2train.transforms import AugmentConfig
@@ -199,8 +200,32 @@ def demo_beside_own(experiment: Experiment, overrides: Mapping[str, Any]) -> lis
     ]
 
 
-def untrained_rows(experiment: Experiment) -> Sequence[int]:
-    """Rows of the temporal encoding that no frame of a clip can use: too few frames before it."""
-    rows = experiment.model.num_maskmem
-    reached = experiment.dataset.video_clip_length - 2  # frames between the prompt and the last
-    return range(max(reached, 0), rows - 1)
+def read_rows(experiment: Experiment) -> list[int]:
+    """Rows of the temporal encoding that training clips read.
+
+    Row r belongs to the memory of the tracked frame r + 1 frames back, the last row to that of
+    every conditioning frame. The frame farthest from its memory is the last of a clip, T - 2 frames
+    after the first tracked one. Further conditioning frames are drawn, and some clips have none, so
+    that they take no row away; corrections do where they make a conditioning frame of every frame.
+    """
+    length, rows = experiment.dataset.video_clip_length, experiment.model.num_maskmem
+    if length < 2 or rows == 0:
+        return []
+    user = experiment.interaction
+    nothing_tracked = (
+        user.enabled
+        and user.add_all_frames_to_correct_as_cond
+        and not user.rand_frames_to_correct
+        and user.num_frames_to_correct >= length
+        and "mask" not in experiment.dataset.prompt_types  # such objects are not corrected
+    )
+    reached = 0 if nothing_tracked else length - 2
+    return [*range(min(reached, rows - 1)), rows - 1]
+
+
+def untrained_rows(experiment: Experiment) -> list[int]:
+    """Rows of the temporal encoding that the experiment leaves as they are: no training clip reads
+    them, or `model.trainable_modules` does not list their parameter."""
+    listed = any(selects(name, "maskmem_tpos_enc") for name in experiment.model.trainable_modules)
+    trained = read_rows(experiment) if listed else []
+    return [row for row in range(experiment.model.num_maskmem) if row not in trained]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,8 @@ _HALF_TOLERANCE = 0.01
 def export_checkpoint(
     experiment: Experiment, source: Path, target: Path, *, half: bool, console: Console
 ) -> None:
-    """Write `{"model": state_dict}` with all of SAM 2's weights, trained or not.
+    """Write `{"model": state_dict}` with all of SAM 2's weights, trained or not; beside them, as
+    `untrained_rows`, the temporal rows that no training has reached, if there are any.
 
     Before it gets its name the file is read back into a new model, strictly, which must then find
     the same masks in a small generated clip.
@@ -42,14 +44,17 @@ def export_checkpoint(
     experiment = as_trained(experiment, source)
     _make_room(target)
     model = build_model(experiment)
-    load_checkpoint(model, experiment, source)
+    loaded = load_checkpoint(model, experiment, source)
     weights = {
         name: value.detach().cpu().to(torch.float16 if half else value.dtype)
         for name, value in model.sam2.state_dict().items()
     }
+    content: dict[str, Any] = {"model": weights}
+    if loaded.untrained_rows:
+        content["untrained_rows"] = list(loaded.untrained_rows)
     with replacing(target) as partial:
         with open(partial, "wb") as file:  # torch would store the temporary file's name in it
-            torch.save({"model": weights}, file)
+            torch.save(content, file)
         again = build_model(_with_weights(experiment, partial))
         _compare_weights(again, weights)
         apart, pixels = compare_masks(model, again)

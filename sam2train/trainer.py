@@ -17,7 +17,13 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from sam2train import checkpoint
-from sam2train.audit import audit_gradients, has_tracked_frame, idle_modules
+from sam2train.audit import (
+    audit_gradients,
+    has_tracked_frame,
+    idle_modules,
+    row_warnings,
+    rows_left,
+)
 from sam2train.build import base_hash, build_model, uses_bf16
 from sam2train.clips import BatchedVideoDatapoint, collate_fn
 from sam2train.config import to_yaml
@@ -33,7 +39,7 @@ from sam2train.evaluate import (
     copy_first_mask,
     track_video,
 )
-from sam2train.experiment import Experiment, as_begun, untrained_rows
+from sam2train.experiment import Experiment, as_begun
 from sam2train.files import write_text
 from sam2train.horizon import numbers
 from sam2train.losses import divide_losses, sum_losses
@@ -152,13 +158,8 @@ class Trainer:
         with self.stop, tracker:
             self._write_run_files()
             tracker.parameters(self.model.parameter_report())
-            if rows := untrained_rows(self.experiment):
-                length, enough = self.experiment.dataset.video_clip_length, rows[-1] + 3
-                tracker.say(
-                    f"clips of {length} frames never reach rows {rows[0]} to {rows[-1]} of "
-                    "maskmem_tpos_enc: nothing is trained on memories so far back. "
-                    f"dataset.video_clip_length={enough} reaches all"
-                )
+            for text in row_warnings(self.model, self.experiment):
+                tracker.say(f"warning: {text}")
             splits = {"train": self.train_data, "val": self.val_data, "test": self.test_data}
             warnings = shared_video_warnings({name: data for name, data in splits.items() if data})
             for warning in warnings:
@@ -320,9 +321,9 @@ class Trainer:
             on_video=drawer.see_video,
         )
         self.latest = scores.means
-        self.horizon_rows.add(scores.horizon)
         values = {f"val/{name}": value for name, value in self.latest.items()}
         self.tracker.record(self.step, values | numbers(scores.horizon))
+        self.tracker.summary(numbers(scores.horizon))
         self.tracker.overlays(self.step, drawer.overlays)
         if not self.baseline:
             self.baseline = self.latest
@@ -344,7 +345,8 @@ class Trainer:
         if not self.test_data:
             return
         # A run that goes on after its end reports again.
-        self.score_rows.rows = [row for row in self.score_rows.rows if row["split"] != "test"]
+        for file in (self.score_rows, self.horizon_rows):
+            file.rows = [row for row in file.rows if row["split"] != "test"]
         path = self.run_dir / "checkpoints" / ("best.pt" if self.val_data else "last.pt")
         content = checkpoint.load(path)
         step, track = content["step"], partial(track_video, self.model, bf16=self.bf16)
@@ -354,7 +356,8 @@ class Trainer:
         with self._weights(self.base_weights):
             base = self._score(track, self.test_data, "test", BASE, 0, **heed)
         copied = self._score(copy_first_mask, self.test_data, "test", COPY, 0)
-        values = {f"test/{name}": value for name, value in scores.means.items()}
+        values = scores.means | numbers(scores.horizon)
+        values = {f"test/{name}": value for name, value in values.items()}
         self.tracker.summary(
             {
                 **values,
@@ -376,7 +379,7 @@ class Trainer:
         on_frame: OnFrame | None = None,
         on_video: OnVideo | None = None,
     ) -> Scores:
-        """Score and keep the rows."""
+        """Score and keep the rows, the curves of models only: the copy has no memory."""
         scores = score(
             track,
             data,
@@ -390,6 +393,8 @@ class Trainer:
             on_video=on_video,
         )
         self.score_rows.add(scores.objects)
+        if model != COPY:
+            self.horizon_rows.add(scores.horizon)
         return scores
 
     def _show_scores(self, split: str, step: int, *beside: tuple[str, int]) -> None:
@@ -397,7 +402,14 @@ class Trainer:
         key = {"validation": "val"}.get(split, split)
         kept = {(row["split"], row["model"], int(row["step"])) for row in self.score_rows.rows}
         rows = [
-            read_scores(self.score_rows.rows, key, model, step, LABELS.get(model, f"step {step}"))
+            read_scores(
+                self.score_rows.rows,
+                key,
+                model,
+                step,
+                LABELS.get(model, f"step {step}"),
+                self.horizon_rows.rows,
+            )
             for model, step in ((TRAINED, step), *beside)
             if (key, model, step) in kept  # a file that was deleted comes back without the past
         ]
@@ -436,6 +448,7 @@ class Trainer:
                     "sha256": self.base_hash,
                     "config_path": self.experiment.model.config_path,
                 },
+                "untrained_rows": rows_left(self.model, self.optimizer),
                 "config": to_yaml(self.experiment),
                 "step": self.step,
                 "best": self.best,

@@ -121,16 +121,35 @@ def test_data_path_is_required(write):
         load_experiment(write("dataset: {batch_size: 2}"))
 
 
+def with_rows(clip_length, num_maskmem, *modules) -> Experiment:
+    sections = {"dataset": {"data_path": "a.json", "video_clip_length": clip_length}}
+    sections["model"] = {"num_maskmem": num_maskmem, "trainable_modules": modules}
+    return Experiment.model_validate(sections)
+
+
 @pytest.mark.parametrize(
     ("clip_length", "num_maskmem", "rows"),
     # A clip of 4 uses rows 0 and 1, and the last; one of 8 all seven (measured on SAM 2).
-    [(4, 7, [2, 3, 4, 5]), (8, 7, []), (2, 7, [0, 1, 2, 3, 4, 5]), (5, 1, []), (3, 0, [])],
+    [
+        *[(4, 7, [2, 3, 4, 5]), (8, 7, []), (2, 7, [0, 1, 2, 3, 4, 5]), (5, 1, []), (3, 0, [])],
+        *[(1, 7, [0, 1, 2, 3, 4, 5, 6]), (1, 1, [0]), (9, 7, []), (8, 9, [6, 7])],
+    ],
 )
 def test_rows_that_no_clip_reaches(clip_length, num_maskmem, rows):
-    experiment = Experiment.model_validate(
-        {
-            "dataset": {"data_path": "a.json", "video_clip_length": clip_length},
-            "model": {"num_maskmem": num_maskmem},
-        }
-    )
-    assert list(untrained_rows(experiment)) == rows
+    assert untrained_rows(with_rows(clip_length, num_maskmem, "memory")) == rows
+
+
+@pytest.mark.parametrize(
+    ("modules", "trained"),
+    [
+        (["memory_attention", "memory_encoder"], False),
+        (["mask_decoder", "no_obj_ptr"], False),
+        ([], False),
+        (["maskmem_tpos_enc"], True),
+        (["memory_attention", "maskmem_*"], True),
+        (["memory"], True),
+        (["*"], True),
+    ],
+)
+def test_frozen_rows_are_not_trained_however_long_the_clips(modules, trained):
+    assert untrained_rows(with_rows(8, 7, *modules)) == ([] if trained else [*range(7)])
