@@ -45,8 +45,9 @@ LEVELS = [
     {"sav", "compare"},
     {"evaluate", "download"},
     {"experiment", "environment", "horizon", "video_overlays", "mask_files", "prompt_cells"},
-    {"audit", "build", "scoring", "score_figures", "sweep_file", "sweep_trials"},
-    {"trainer", "describe", "export", "check", "benchmark", "sweep_search", "sweep_report"},
+    {"audit", "build", "scoring", "score_figures", "sweep_trials"},
+    {"trainer", "describe", "export", "check", "benchmark", "sweep_search"},
+    {"sweep_file"},
     {"sweep"},
     {"launch"},
 ]
