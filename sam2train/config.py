@@ -246,9 +246,15 @@ def build(section: type[S], raw: Mapping[str, Any], source: str) -> S:
         return section.model_validate(raw)
     except ValidationError as error:
         # A union reports each of its branches: as one field they give one and the same line.
-        # A default that follows from other fields cannot fail but with them.
+        # A default that follows from other fields cannot fail but with them. A list with a wrong item
+        # counts as too short for pydantic; the message on the item says it all.
+        found = error.errors(include_url=False)
+        parents = {e["loc"][:end] for e in found for end in range(len(e["loc"]))}
         errors = [
-            e for e in error.errors(include_url=False) if e["type"] != "default_factory_not_called"
+            e
+            for e in found
+            if e["type"] != "default_factory_not_called"
+            and not (e["type"] == "too_short" and e["loc"] in parents)
         ]
         lines = [_problem(section, raw, e) for e in errors[:MAX_PROBLEMS]]
         if more := len(errors) - MAX_PROBLEMS:

@@ -36,7 +36,7 @@ GROUPS = {
     },
     "reports": {
         *("results", "ablation", "compare", "figures"),
-        *("sweep", "sweep_trials", "sweep_file", "sweep_search", "sweep_report"),
+        *("sweep", "sweep_trials", "sweep_file", "sweep_search"),
     },
     "door": {"commands", "cli"},
 }
