@@ -246,8 +246,8 @@ def build(section: type[S], raw: Mapping[str, Any], source: str) -> S:
         return section.model_validate(raw)
     except ValidationError as error:
         # A union reports each of its branches: as one field they give one and the same line.
-        # A default that follows from other fields cannot fail but with them. A list with a wrong item
-        # counts as too short for pydantic; the message on the item says it all.
+        # A default that follows from other fields cannot fail but with them. For pydantic a list
+        # with a wrong item is too short as well; the message on the item says it all.
         found = error.errors(include_url=False)
         parents = {e["loc"][:end] for e in found for end in range(len(e["loc"]))}
         errors = [
