@@ -124,13 +124,16 @@ class DatasetConfig(Section):
                 f"prompt_weights has {len(weights)} numbers for {len(self.prompt_types)} "
                 "prompt_types; expected one for each"
             )
-        own = FORMATS[self.dataset_type].keys
-        for key in {k: None for known in FORMATS.values() for k in known.keys if k not in own}:
-            if getattr(self, key) != type(self).model_fields[key].get_default(
-                call_default_factory=True
-            ):
-                takers = " or ".join(f'"{n}"' for n, known in FORMATS.items() if key in known.keys)
-                raise ValueError(f"{key} is for dataset_type {takers}; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _keys_fit_the_format(self) -> DatasetConfig:
+        for key in sorted({key for known in FORMATS.values() for key in known.keys}):
+            readers = [name for name, known in FORMATS.items() if key in known.keys]
+            default = type(self).model_fields[key].get_default(call_default_factory=True)
+            if self.dataset_type not in readers and getattr(self, key) != default:
+                names = " or ".join(f'"{name}"' for name in readers)
+                raise ValueError(f"{key} is for dataset_type {names}; remove it")
         return self
 
 
