@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 
 from sam2train import checkpoint
+from sam2train.config_yaml import read_yaml
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment
 from sam2train.files import file_hash, resolve_path
@@ -19,13 +19,13 @@ from sam2train.pretrained import load_weights
 
 def build_model(experiment: Experiment) -> SAM2Model:
     """The experiment's model, loaded and frozen as it says; random weights come from its seed."""
-    config, trainer = experiment.model, experiment.trainer
-    torch.manual_seed(trainer.seed)
+    config = experiment.model
+    torch.manual_seed(experiment.weights_seed)
     return SAM2Model(
         config.checkpoint_path,
         config.config_path,
         config.trainable_modules,
-        choose_device(trainer.device),
+        choose_device(experiment.trainer.device),
         config.image_size,
         config.num_maskmem,
         max_obj_ptrs_in_encoder=config.max_obj_ptrs_in_encoder,
@@ -48,6 +48,7 @@ class Loaded:
     sha256: str
     step: int | None  # of the run; None for a file that does not say
     notes: tuple[str, ...]  # where the run's settings and the experiment's differ
+    untrained_rows: tuple[int, ...]  # temporal rows that no training has reached, as far as known
 
 
 # What a run may have changed in the model without changing the shape of most weights.
@@ -58,7 +59,7 @@ def as_trained(experiment: Experiment, source: Path) -> Experiment:
     """The experiment with the model as the run of a checkpoint had it; as it is for other files."""
     if not checkpoint.is_checkpoint(source):
         return experiment
-    trained = yaml.safe_load(checkpoint.load(source)["config"])["model"]
+    trained = read_yaml(checkpoint.load(source)["config"], f"{source}, its settings")["model"]
     model = experiment.model.model_copy(update={name: trained[name] for name in _SHAPING})
     return experiment.model_copy(update={"model": model})
 
@@ -72,20 +73,30 @@ def load_checkpoint(model: SAM2Model, experiment: Experiment, source: Path) -> L
     """
     if not checkpoint.is_checkpoint(source):
         try:
-            load_weights(model.sam2, source)
+            untrained = load_weights(model.sam2, source)
         except UserError as problem:
             raise UserError(str(problem).removeprefix("model.checkpoint_path: ")) from None
-        return Loaded(str(source), file_hash(source), None, ())
+        return Loaded(str(source), file_hash(source), None, (), tuple(untrained))
     content = checkpoint.load(source)
     checkpoint.apply_weights(model.sam2, content, base_hash(experiment), source)
-    trained = yaml.safe_load(content["config"])["model"]
+    trained = read_yaml(content["config"], f"{source}, its settings")["model"]
     now = experiment.model.model_dump(mode="json")
     notes = [
         f"model.{name} is {now[name]!r}; {source} was trained with {trained[name]!r}"
         for name in _SHAPING
         if trained[name] != now[name]
     ]
-    return Loaded(str(source), file_hash(source), content["step"], tuple(notes))
+    # Checkpoints from before this key: rows that were trained lie in them, others are the base's.
+    untrained = [] if "maskmem_tpos_enc" in content["model"] else list(model.untrained_rows)
+    if trained["num_maskmem"] == model.num_maskmem:
+        untrained = content.get("untrained_rows", untrained)
+    return Loaded(
+        str(source),
+        file_hash(source),
+        content["step"],
+        tuple(notes),
+        tuple(untrained),
+    )
 
 
 def uses_bf16(experiment: Experiment, device: torch.device) -> bool:

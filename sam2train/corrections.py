@@ -5,13 +5,16 @@ conditioning frames always among them; on each, several clicks follow one anothe
 drawn from what the decoder got wrong after the one before; the decoder sees all clicks so far and
 its own last logits as a mask prompt. The loss counts every pass. Objects prompted with their mask
 are not corrected.
+
+What is drawn for an object follows from the seed, the clip's number in the run, the object's place
+in it, the frame and the click: it is the same in whatever batch the clip comes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,10 +27,18 @@ from sam2train.losses import mask_iou
 # Keeps these random numbers apart from those of the clips.
 _STREAM = 3
 
-# SAM 2's `_forward_sam_heads`: candidates at low and at full resolution, IoU predictions, the mask
-# of highest predicted IoU at low and at full resolution, object pointer, object score.
-DecoderOutputs = tuple[torch.Tensor, ...]
-LOW_RES_LOGITS, MASK_LOGITS = 3, 4
+
+class DecoderPass(NamedTuple):
+    """What one run of SAM 2's mask decoder gives for n objects, in the order of its
+    `_forward_sam_heads`; M is 3 where it offers a choice of masks, else 1."""
+
+    low_res_candidates: torch.Tensor  # (n, M, H / 4, W / 4) logits
+    candidates: torch.Tensor  # (n, M, H, W) logits
+    iou_predictions: torch.Tensor  # (n, M)
+    low_res_logits: torch.Tensor  # (n, 1, H / 4, W / 4) of the candidate of highest predicted IoU
+    mask_logits: torch.Tensor  # (n, 1, H, W) of the same
+    obj_ptr: torch.Tensor  # (n, C) object pointer of the same
+    object_score_logits: torch.Tensor  # (n, 1)
 
 
 class InteractionConfig(Section):
@@ -61,50 +72,84 @@ class SimulatedUser:
     """The simulated user of a run: its settings, its random numbers, how much its clicks helped.
 
     Args:
-        seed: of the run.
+        seed: of the clips.
+        num_clips: clips of the run before the next batch; a resumed run goes on from there.
     """
 
-    def __init__(self, config: InteractionConfig, seed: int):
+    def __init__(self, config: InteractionConfig, seed: int, num_clips: int = 0):
         self.config = config
-        self.rng = np.random.default_rng([seed, _STREAM])
+        self.seed = seed
+        self.num_clips = num_clips
         self._ious: list[torch.Tensor] = []  # each (2, n): before and after the clicks of a frame
 
-    def state_dict(self) -> dict[str, Any]:
-        """The place in the stream of random numbers, for a checkpoint."""
-        return self.rng.bit_generator.state
+    def _rng(self, clip: int, *where: int) -> np.random.Generator:
+        """A stream of its own for each clip of the batch, and for each place in it."""
+        entropy = [self.seed, self.num_clips + clip]
+        return np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(_STREAM, *where)))
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.rng.bit_generator.state = state
-
-    def draw_frames(self, conditioning: Collection[int], num_frames: int) -> set[int]:
+    def draw_frames(self, clip: int, conditioning: Collection[int], num_frames: int) -> set[int]:
         """The frames to correct: the conditioning ones, and some that are tracked after the first.
 
         Args:
+            clip: of the batch.
             num_frames: of the clip, without padding.
         """
-        config = self.config
+        config, rng = self.config, self._rng(clip)
         wanted = config.num_frames_to_correct
         if config.rand_frames_to_correct and wanted > len(conditioning):
-            wanted = int(self.rng.integers(len(conditioning), wanted, endpoint=True))
+            wanted = int(rng.integers(len(conditioning), wanted, endpoint=True))
         others = [t for t in range(min(conditioning), num_frames) if t not in conditioning]
         num_more = min(max(wanted - len(conditioning), 0), len(others))
-        more = self.rng.choice(others, num_more, replace=False).tolist() if num_more else []
+        more = rng.choice(others, num_more, replace=False).tolist() if num_more else []
         return {*conditioning, *more}
 
+    def correct(
+        self, frame_idx: int, objects: Sequence[tuple[int, int]], truth: torch.Tensor
+    ) -> Correction:
+        """What is corrected on one frame of n objects.
+
+        Args:
+            objects: clip of the batch and place in the clip of each.
+            truth: (n, H, W) bool.
+        """
+        draws, ignores = (
+            torch.from_numpy(drawn).to(truth.device)
+            for drawn in self._draw_clicks(frame_idx, objects)
+        )
+        return Correction(self, truth, draws, ignores)
+
+    def _draw_clicks(
+        self, frame_idx: int, objects: Sequence[tuple[int, int]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`Correction.draws` and `.ignores`. Of a clip, all objects ignore the prediction or none,
+        as in SAM 2."""
+        shape = len(objects), self.config.num_correction_pt_per_frame
+        draws, ignores = np.empty(shape), np.empty(shape, bool)
+        for clip in {clip for clip, _ in objects}:
+            rows = [row for row, (owner, _) in enumerate(objects) if owner == clip]
+            places = [objects[row][1] for row in rows]
+            for click in range(shape[1]):
+                rng = self._rng(clip, frame_idx, click)
+                ignores[rows, click] = rng.random() < self.config.prob_to_sample_from_gt
+                draws[rows, click] = rng.random(max(places) + 1)[places]
+        return draws, ignores
+
     def next_click(
-        self, truth: torch.Tensor, predicted: torch.Tensor
+        self,
+        truth: torch.Tensor,
+        predicted: torch.Tensor,
+        draws: torch.Tensor,
+        ignores: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One more click for each of n objects: points (n, 1, 2) float32, labels (n, 1) int32.
 
         Args:
             truth, predicted: (n, H, W) bool.
+            draws, ignores: (n,), of `Correction`.
         """
-        chance = self.config.prob_to_sample_from_gt
-        if chance and self.rng.random() < chance:
-            predicted = torch.zeros_like(predicted)
+        predicted = predicted & ~ignores[:, None, None]
         if self.config.point_sampling == "center":
             return center_clicks(truth, predicted)
-        draws = torch.from_numpy(self.rng.random(len(truth))).to(truth.device)
         return uniform_clicks(truth, predicted, draws)
 
     def take_scalars(self) -> dict[str, torch.Tensor]:
@@ -129,10 +174,12 @@ class Correction:
 
     user: SimulatedUser
     truth: torch.Tensor  # (n, H, W) bool
+    draws: torch.Tensor  # (n, clicks) float64 in [0, 1): which pixel
+    ignores: torch.Tensor  # (n, clicks) bool: whether the click ignores the prediction
 
     def select(self, rows: torch.Tensor) -> Correction:
         """The part of some of the n objects."""
-        return Correction(self.user, self.truth[rows])
+        return Correction(self.user, self.truth[rows], self.draws[rows], self.ignores[rows])
 
     @property
     def becomes_conditioning(self) -> bool:
@@ -141,26 +188,27 @@ class Correction:
     def run(
         self,
         points: dict[str, torch.Tensor] | None,
-        outputs: DecoderOutputs,
-        decode: Callable[[dict[str, torch.Tensor], torch.Tensor], DecoderOutputs],
-    ) -> tuple[dict[str, torch.Tensor], list[DecoderOutputs]]:
+        first: DecoderPass,
+        decode: Callable[[dict[str, torch.Tensor], torch.Tensor], DecoderPass],
+    ) -> tuple[dict[str, torch.Tensor], list[DecoderPass]]:
         """Click and decode, again and again.
 
         Args:
             points: the prompt that the frame began with, None on a tracked frame.
-            outputs: of the pass with that prompt.
-            decode: (points, mask prompt at low resolution) -> outputs.
+            first: the pass with that prompt.
+            decode: (points, mask prompt at low resolution) -> the next pass.
 
         Returns:
-            All points at the end, and the outputs of each pass, the first one included.
+            All points at the end, and all passes, the first one included.
         """
-        passes = [outputs]
-        for _ in range(self.user.config.num_correction_pt_per_frame):
-            predicted = passes[-1][MASK_LOGITS][:, 0] > 0
-            points = add_clicks(points, *self.user.next_click(self.truth, predicted))
-            passes.append(decode(points, passes[-1][LOW_RES_LOGITS]))
-        first, last = passes[0][MASK_LOGITS][:, 0], passes[-1][MASK_LOGITS][:, 0]
-        self.user.keep_ious(self.truth, first, last)
+        passes = [first]
+        for click in range(self.draws.shape[1]):
+            predicted = passes[-1].mask_logits[:, 0] > 0
+            drawn = self.draws[:, click], self.ignores[:, click]
+            points = add_clicks(points, *self.user.next_click(self.truth, predicted, *drawn))
+            passes.append(decode(points, passes[-1].low_res_logits))
+        before, after = first.mask_logits[:, 0], passes[-1].mask_logits[:, 0]
+        self.user.keep_ious(self.truth, before, after)
         return points, passes
 
 

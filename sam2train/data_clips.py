@@ -14,7 +14,7 @@ import torch
 from sam2train.clips import Clip, Prompt
 from sam2train.data_source import ClipPixels, Video, VideoSource
 from sam2train.errors import UserError
-from sam2train.prompts import PROMPT_TYPES, PromptGenerator
+from sam2train.prompts import PromptGenerator, types_like
 from sam2train.transforms import AugmentConfig, augment, normalise, resize_image, resize_mask
 
 # A process that was killed while it held the lock must not stop the others.
@@ -258,12 +258,12 @@ def sample_prompts(
     for place, object_id in enumerate(object_ids):
         shows = masks[:, place].any(axis=(1, 2))  # (T',)
         first = int(shows.argmax())
-        among: Sequence[str] = PROMPT_TYPES
+        among: list[str] | None = None
         for t in [first, *(t for t in more if t > first and shows[t])]:
             prompt = settings.prompts.generate(
                 masks[t, place], rng, object_id=object_id, frame_index=t, among=among
             )
-            among = ("mask",) if prompt["type"] == "mask" else ("point", "bbox")
+            among = types_like(prompt["type"])
             prompts.append(prompt)
     return prompts
 

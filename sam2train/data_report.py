@@ -21,7 +21,7 @@ from sam2train.data_clips import ClipDataset
 from sam2train.data_source import DataError, Video, VideoSource, listed
 from sam2train.datasets import DatasetConfig, build_dataset
 from sam2train.errors import UserError
-from sam2train.machine import num_cores
+from sam2train.machine import cell, num_cores
 from sam2train.transforms import AugmentConfig
 
 if TYPE_CHECKING:
@@ -304,9 +304,11 @@ def batch_table(batch: BatchedVideoDatapoint) -> Table:
     for clip, prompts in zip(batch.names, batch.prompts, strict=True):
         for prompt in prompts:
             table.add_row(
-                clip,
-                f"object {prompt['object_id']}: {prompt['type']} on frame {prompt['frame_index']}"
-                f" {prompt['points'].round(1).tolist() or ''}",
+                cell(clip),
+                cell(
+                    f"object {prompt['object_id']}: {prompt['type']} on frame "
+                    f"{prompt['frame_index']} {prompt['points'].round(1).tolist() or ''}"
+                ),
             )
     return table
 

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -21,11 +21,17 @@ from sam2train.data_source import VideoSource
 from sam2train.data_synthetic import SyntheticConfig
 from sam2train.data_videos import MadeUpVideos
 from sam2train.data_vos import VosVideos
+from sam2train.prompts import (
+    DEFAULT_TYPES,
+    BoxJitter,
+    Clicks,
+    TypeName,
+    Weight,
+    check_prompts,
+)
 from sam2train.transforms import AugmentConfig
 
 _SHOWN_WARNINGS = 5
-
-Clicks = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,15 @@ class DatasetConfig(Section):
     batch_size: int = Field(1, ge=1)
     num_workers: int = Field(0, ge=0, description="processes that load data; 0 loads in line")
     shuffle: bool = True
-    prompt_types: tuple[Literal["point", "bbox", "mask"], ...] = ("point", "bbox", "mask")
-    prompt_weights: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+    seed: int | None = Field(
+        None,
+        ge=0,
+        lt=2**63,
+        description="of the order of clips, and of all that is drawn for a clip: frames, objects, "
+        "augmentation, prompts, correction clicks; null: trainer.seed",
+    )
+    prompt_types: tuple[TypeName, ...] = Field(DEFAULT_TYPES, min_length=1)
+    prompt_weights: tuple[Weight, ...] | None = Field(
         None, description="how often each of the prompt types is drawn; null draws all alike"
     )
     num_of_pos_points: Clicks | tuple[Clicks, Clicks] = Field(
@@ -92,8 +105,8 @@ class DatasetConfig(Section):
         "where it is not given, 1, and [1, 3] for video",
     )
     include_center: bool = Field(False, alias="include_center_point")
-    num_of_neg_points: int = Field(0, ge=0)
-    box_jitter: float = Field(0.0, ge=0, le=0.5, description="noise of boxes, share of their side")
+    num_of_neg_points: Clicks = 0
+    box_jitter: BoxJitter = Field(0.0, description="noise of boxes, share of their side")
     max_conditioning_frames: int = Field(
         1, ge=1, description="a clip has 1 to this many; objects get a prompt on each"
     )
@@ -107,7 +120,7 @@ class DatasetConfig(Section):
     @field_validator("dataset_type", mode="before")
     @classmethod
     def _known_format(cls, name: Any) -> Any:
-        if name not in FORMATS:
+        if not isinstance(name, str) or name not in FORMATS:
             near = difflib.get_close_matches(str(name), FORMATS, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"expected one of {', '.join(FORMATS)}{hint}")
@@ -115,15 +128,7 @@ class DatasetConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> DatasetConfig:
-        clicks = self.num_of_pos_points
-        if isinstance(clicks, tuple) and clicks[0] > clicks[1]:
-            raise ValueError(f"num_of_pos_points is {list(clicks)}; expected [lowest, highest]")
-        weights = self.prompt_weights
-        if weights is not None and len(weights) != len(self.prompt_types):
-            raise ValueError(
-                f"prompt_weights has {len(weights)} numbers for {len(self.prompt_types)} "
-                "prompt_types; expected one for each"
-            )
+        check_prompts(self, self.prompt_types, self.prompt_weights)
         return self
 
     @model_validator(mode="after")

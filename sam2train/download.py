@@ -12,6 +12,7 @@ from rich.progress import Progress
 from sam2train import pretrained
 from sam2train.errors import UserError
 from sam2train.files import resolve_path
+from sam2train.machine import say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,7 +37,7 @@ def fetch_checkpoint(config: ModelConfig, console: Console) -> Path:
     target = resolve_path(config.checkpoint_path)
     if target.is_file():
         _verify(config, target)
-        console.print(f"{target} is there, and loads", highlight=False)
+        say(console, f"{target} is there, and loads")
         return target
     if target.name not in pretrained.PUBLISHED:
         raise UserError(
@@ -57,7 +58,7 @@ def fetch_checkpoint(config: ModelConfig, console: Console) -> Path:
         ) from None
     finally:
         partial.unlink(missing_ok=True)
-    console.print(f"{target} is complete, and loads", highlight=False)
+    say(console, f"{target} is complete, and loads")
     return target
 
 

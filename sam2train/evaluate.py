@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from sam2train.clips import Prompt
 from sam2train.config import Section
 from sam2train.data_clips import ClipDataset as Videos
 from sam2train.data_source import Video
+from sam2train.memory import FrameOutput, track_clip
 from sam2train.metrics import (
     FramePolicy,
     Measures,
@@ -26,8 +27,8 @@ from sam2train.metrics import (
     measure,
     score_measures,
 )
-from sam2train.model import MemoryBank, SAM2Model
-from sam2train.prompts import PromptGenerator
+from sam2train.model import SAM2Model
+from sam2train.prompts import PromptGenerator, TypeName
 from sam2train.transforms import normalise, resize_image
 
 # Keeps the random numbers of evaluation prompts apart from those of training clips.
@@ -37,10 +38,17 @@ _PROMPT_STREAM = (1,)
 class EvaluationConfig(Section):
     """The `evaluation:` section."""
 
-    prompt_types: tuple[Literal["point", "bbox", "mask"], ...] | None = Field(
+    prompt_types: tuple[TypeName, ...] | None = Field(
         None,
         min_length=1,
         description="prompts of the objects; null takes those of the training data",
+    )
+    seed: int | None = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        description="draws the prompts, the same ones in every run; null: trainer.seed, so that "
+        "each run has its own",
     )
     frame_policy: FramePolicy = Field("after_prompt", description="frames that count")
     max_videos: int | None = Field(None, ge=1, description="the first so many; null scores all")
@@ -267,37 +275,31 @@ def track_frames(
     was_training = model.training
     model.eval()
     num_frames = len(video.frames)
-    reach = max(model.num_maskmem, model.max_obj_ptrs_in_encoder)
-    groups: list[tuple[list[int | str], MemoryBank]] = []
+    trackers: list[tuple[list[int | str], Iterator[FrameOutput]]] = []
+
+    def begin(starting: list[Prompt], t: int) -> Iterator[FrameOutput]:
+        everyone = torch.zeros(len(starting), dtype=torch.long, device=model.device)
+        # All trackers advance together: `features` are those of the frame whose turn it is.
+        return track_clip(
+            model.sam2, lambda _: features.select(everyone), num_frames, {t: starting}
+        )
+
     try:
         for t in range(num_frames):
             starting = [prompt for prompt in prompts if prompt["frame_index"] == t]
             if starting:
-                groups.append(([prompt["object_id"] for prompt in starting], MemoryBank()))
-            if not groups:
+                trackers.append(([p["object_id"] for p in starting], begin(starting, t)))
+            if not trackers:
                 continue
             frame = resize_image(dataset.read_frame(video, t), dataset.image_size)
             with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
                 features = model.encode_images(normalise(frame[None]).to(model.device))
-                outputs = []
-                for place, (object_ids, bank) in enumerate(groups):
-                    begins = bool(starting) and place == len(groups) - 1
-                    everyone = torch.zeros(len(object_ids), dtype=torch.long, device=model.device)
-                    current, _ = model.track_frame(
-                        t,
-                        features.select(everyone),
-                        bank,
-                        num_frames,
-                        starting if begins else None,
-                        encode_memory=t + 1 < num_frames,
-                    )
-                    bank.forget_before(t + 1 - reach)
-                    outputs.append(current)
+                outputs = [next(tracker) for _, tracker in trackers]
             yield (
                 t,
-                [o for object_ids, _ in groups for o in object_ids],
+                [o for object_ids, _ in trackers for o in object_ids],
                 {
-                    name: torch.cat([current[name].float() for current in outputs])
+                    name: torch.cat([getattr(output, name).float() for output in outputs])
                     for name in ("low_res_logits", "object_score_logits")
                 },
             )

@@ -1,12 +1,13 @@
 """SAM 2's training loss: focal, dice, IoU and object score, on the best of the mask candidates.
 
 Formulas and conventions follow `MultiStepMultiMasksAndIous` in facebookresearch/sam2, which sums
-over frames and decoder passes and divides by the number of objects of the batch.
+over frames and decoder passes and divides by the number of objects of the whole optimiser step, on
+all its devices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ from pydantic import Field
 
 from sam2train.clips import NO_OBJECT_LOGIT, FramePrediction
 from sam2train.config import Section
+
+SUMS = ("focal", "dice", "iou", "object_score", "visible", "gated", "gated_loss")
 
 
 class LossConfig(Section):
@@ -70,32 +73,61 @@ def compute_losses(
     config: LossConfig,
     valid: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """`loss`, its unweighted terms `loss/focal`, `loss/dice`, `loss/iou`, `loss/object_score`, and
-    the gate: `gate/fraction` of the visible objects that SAM 2 called absent and `gate/loss`, the
-    weighted part of `loss` on their masks, which reaches no weight.
+    """The losses of one batch, see `divide_losses`, divided by the number of its objects.
 
     Args:
         frames: for each of T frames the decoder passes on it.
         targets: (T, O, H, W) bool; all zeros where an object is absent.
         valid: (T, O) bool, False on padding frames; None where all are real.
+
+    Raises:
+        ValueError: no object of the batch has a prompt.
     """
-    num_objects = max(targets.shape[1], 1)
-    terms: dict[str, torch.Tensor] = {}
+    if not any(frames):
+        raise ValueError("no object of the batch has a prompt: there is nothing to learn from")
+    return divide_losses(sum_losses(frames, targets, config, valid), targets.shape[1], config)
+
+
+def sum_losses(
+    frames: Sequence[Sequence[FramePrediction]],
+    targets: torch.Tensor,
+    config: LossConfig,
+    valid: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """Sums over frames, decoder passes and objects, () each and not weighted: `focal`, `dice`,
+    `iou`, `object_score`; `visible` and `gated`, how many; `gated_loss`. Zeros where no object has
+    a prompt. Those of several batches add up to those of one batch of all their clips.
+
+    Args: see `compute_losses`.
+    """
+    sums = {name: torch.zeros((), device=targets.device) for name in SUMS}
     for frame_idx, passes in enumerate(frames):
         for prediction in passes:
             target = targets[frame_idx, prediction.objects]
             weight = None if valid is None else valid[frame_idx, prediction.objects]
             for name, value in _pass_losses(prediction, target, weight, config).items():
-                terms[name] = terms.get(name, 0) + value
-    if not terms:
-        raise ValueError("no object of the batch has a prompt: there is nothing to learn from")
+                sums[name] = sums[name] + value
+    return sums
+
+
+def divide_losses(
+    sums: Mapping[str, torch.Tensor], num_objects: int, config: LossConfig
+) -> dict[str, torch.Tensor]:
+    """`loss`, its unweighted terms `loss/focal`, `loss/dice`, `loss/iou`, `loss/object_score`, and
+    the gate: `gate/fraction` of the visible objects that SAM 2 called absent and `gate/loss`, the
+    weighted part of `loss` on their masks, which reaches no weight.
+
+    Args:
+        sums: of `sum_losses`.
+        num_objects: of the whole optimiser step, in all its batches, with a prompt or without.
+    """
     weights = {name: getattr(config, name) for name in ("focal", "dice", "iou", "object_score")}
-    scaled = {name: terms[name] / num_objects for name in weights}
+    scaled = {name: sums[name] / max(num_objects, 1) for name in weights}
     return {
         "loss": sum(weights[name] * value for name, value in scaled.items()),
         **{f"loss/{name}": value.detach() for name, value in scaled.items()},
-        "gate/fraction": terms["gated"] / terms["visible"].clamp(min=1),
-        "gate/loss": terms["gated_loss"] / num_objects,
+        "gate/fraction": sums["gated"] / sums["visible"].clamp(min=1),
+        "gate/loss": sums["gated_loss"] / max(num_objects, 1),
     }
 
 

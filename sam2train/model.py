@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,18 +20,16 @@ from sam2train.clips import (
     Prompt,
 )
 from sam2train.config import Section
-from sam2train.corrections import Correction, SimulatedUser
+from sam2train.corrections import SimulatedUser
 from sam2train.errors import UserError
 from sam2train.machine import check_available, read_device
-from sam2train.memory import ImageFeatures, MemoryBank
+from sam2train.memory import FrameOutput, ImageFeatures, MemoryGradient, track_clip
 from sam2train.model_inputs import (
     ObjectGroup,
     TrackingInput,
     group_objects,
-    merge_objects,
     read_datapoint,
     read_tensors,
-    split_by_kind,
 )
 from sam2train.pretrained import (
     MODULES,
@@ -50,7 +50,7 @@ class ModelConfig(Section):
     config_path: str = Field("configs/sam2.1_hiera_t.yaml", description="SAM 2 model config")
     trainable_modules: tuple[str, ...] = Field(
         ("memory_attention", "memory_encoder"),
-        description="modules, parameters or patterns to train; all else is frozen",
+        description="modules, `memory`, parameters or patterns to train; all else is frozen",
     )
     image_size: int = Field(512, ge=32, multiple_of=32, description="side of the square input")
     num_maskmem: int = Field(7, ge=0, description="memories: the conditioning one and past frames")
@@ -65,6 +65,9 @@ class ModelConfig(Section):
         ge=0,
         lt=1,
         description="chance to skip a block of a trained image encoder; null: as config_path says",
+    )
+    seed: int | None = Field(
+        None, ge=0, lt=2**63, description="of random initial weights; null: trainer.seed"
     )
 
 
@@ -97,7 +100,7 @@ class SAM2Model(nn.Module):
         num_maskmem: int = 7,
         *,
         max_obj_ptrs_in_encoder: int = 16,
-        memory_gradient: Literal["full", "detached"] | int = "full",
+        memory_gradient: MemoryGradient = "full",
         drop_path_rate: float | None = None,
         **kwargs: Any,
     ):
@@ -133,6 +136,8 @@ class SAM2Model(nn.Module):
         self.drop_path_rate = drop_path_rate
         self.sam2_options = kwargs
         self.sam2: nn.Module | None = None
+        # Temporal rows that hold what no training has reached -> where their values come from.
+        self.untrained_rows: dict[int, str] = {}
 
     @property
     def image_encoder(self) -> nn.Module:
@@ -169,8 +174,9 @@ class SAM2Model(nn.Module):
             drop_path_rate=self.drop_path_rate,
             **self.sam2_options,
         )
+        self.untrained_rows = dict.fromkeys(range(self.num_maskmem), "random values")
         if self.checkpoint_path is not None:
-            load_weights(sam2, Path(self.checkpoint_path))
+            self.untrained_rows = load_weights(sam2, Path(self.checkpoint_path))
         if self.max_obj_ptrs_in_encoder == 0:
             # SAM 2 reads the pointers of conditioning frames whatever the limit: switch them off.
             sam2.use_obj_ptrs_in_encoder = False
@@ -188,7 +194,8 @@ class SAM2Model(nn.Module):
         Args:
             trainable_modules: names of modules (`memory_attention`, `memory_encoder`,
                 `mask_decoder`, `prompt_encoder`, `image_encoder`, or any dotted submodule), of
-                parameters (`maskmem_tpos_enc`), or shell patterns over parameter names.
+                parameters (`maskmem_tpos_enc`), `memory` for all parts of the memory that the
+                config has (`pretrained.MEMORY`), or shell patterns over parameter names.
 
         Raises:
             UserError: a name that matches nothing, with the near ones.
@@ -253,8 +260,8 @@ class SAM2Model(nn.Module):
             prompts: for each clip a list of prompts; a flat list where B is 1. The first prompt
                 of an object sets its place among the N objects.
             batched_video_datapoint: used instead of the above where given.
-            interaction: a simulated user who corrects what comes out, knowing the masks. The frames
-                then have a prediction for each of its clicks.
+            interaction: a simulated user who corrects what comes out, knowing the masks, and counts
+                the clips. The frames then have a prediction for each of its clicks.
 
         Returns:
             `pred_masks` (B, T, N, H, W) float32 logits at the image size, `iou_predictions`
@@ -283,9 +290,14 @@ class SAM2Model(nn.Module):
             raise UserError(
                 "SAM2Model.forward: correction clicks need the masks; give them as well"
             )
-        groups = group_objects(inputs.prompts, inputs.lengths, clicks_apart=interaction is not None)
+        groups = group_objects(
+            inputs.prompts, inputs.lengths, interaction and interaction.draw_frames
+        )
         features = self.encode_images(inputs.images.to(self.device))
-        return self._track(inputs, groups, features, interaction)
+        outputs = self._track_groups(inputs, groups, features, interaction)
+        if interaction is not None:
+            interaction.num_clips += len(inputs.prompts)
+        return outputs
 
     def encode_images(self, images: torch.Tensor) -> ImageFeatures:
         """Features of (images, 3, H, W), without a graph through a frozen image encoder."""
@@ -299,9 +311,10 @@ class SAM2Model(nn.Module):
             maps[0] = sam2.sam_mask_decoder.conv_s0(maps[0])
             maps[1] = sam2.sam_mask_decoder.conv_s1(maps[1])
         _, levels, positions, sizes = sam2._prepare_backbone_features(backbone)
-        return ImageFeatures(levels, positions, sizes)
+        # Memory attention reads the positions of the last level only.
+        return ImageFeatures(levels, positions[-1], sizes)
 
-    def _track(
+    def _track_groups(
         self,
         inputs: TrackingInput,
         groups: Sequence[ObjectGroup],
@@ -314,34 +327,39 @@ class SAM2Model(nn.Module):
         num_frames = len(image_index)
         clip_of_object, slot_of_object = object_valid.nonzero().unbind(1)  # (O,)
         frames: list[list[FramePrediction]] = [[] for _ in range(num_frames)]
-        places, tracked = [], []
+        places: list[torch.Tensor] = []  # each (3, n): where the objects of an output belong
+        outputs: list[FrameOutput] = []
         for group in groups:
             objects = torch.tensor(group.objects, device=self.device)
             corrections = None
-            if interaction is not None and group.takes_clicks:
+            if group.corrected:
                 truth = inputs.masks.to(self.device)[:, objects]  # (T, n, H, W)
                 corrections = {
-                    t: Correction(interaction, truth[t])
-                    for t in interaction.draw_frames(group.prompts, group.num_frames)
+                    t: interaction.correct(t, group.places, truth[t]) for t in group.corrected
                 }
-            for frame_idx, current, passes in self.track_clip(
-                features, image_index[: group.num_frames, objects], group.prompts, corrections
+            for output in track_clip(
+                self._loaded(),
+                partial(_features_of_objects, features, image_index[:, objects]),
+                group.num_frames,
+                group.prompts,
+                corrections=corrections,
+                memory_gradient=self.memory_gradient,
             ):
-                frame = torch.full_like(objects, frame_idx)
+                frame = torch.full_like(objects, output.frame_idx)
                 places.append(
                     torch.stack([clip_of_object[objects], frame, slot_of_object[objects]])
                 )
-                tracked.append(current)
-                frames[frame_idx] += [
-                    FramePrediction(objects[rows], *outputs) for rows, *outputs in passes
+                outputs.append(output)
+                frames[output.frame_idx] += [
+                    replace(step, objects=objects[step.objects]) for step in output.passes
                 ]
 
         def gather(name: str, fill: float, *size: int) -> torch.Tensor:
             shape = (object_valid.shape[0], num_frames, object_valid.shape[1], *size)
             result = torch.full(shape, fill, device=self.device)
-            if tracked:
+            if outputs:
                 # One write for all frames: each would cost a copy of the whole in the backward.
-                values = torch.cat([current[name] for current in tracked]).float()
+                values = torch.cat([getattr(output, name) for output in outputs]).float()
                 result[tuple(torch.cat(places, dim=1))] = values.view(-1, *size)
             return result  # (B, T, N, ...)
 
@@ -352,157 +370,9 @@ class SAM2Model(nn.Module):
             "frames": frames,
         }
 
-    def track_clip(
-        self,
-        features: ImageFeatures,
-        image_index: torch.Tensor,
-        prompts: Mapping[int, Sequence[Prompt]],
-        corrections: Mapping[int, Correction] | None = None,
-    ) -> Iterator[tuple[int, dict[str, Any], list[tuple]]]:
-        """Track objects with common conditioning frames: those first, then the others in order.
 
-        Args:
-            image_index: (T, n) image of each object on each frame.
-            prompts: conditioning frame -> one prompt for each of the n objects.
-            corrections: frame -> what is corrected there.
-
-        Yields:
-            frame_idx, what the memory keeps of the frame, and the decoder passes of the frame.
-        """
-        num_frames = len(image_index)
-        tracked = [t for t in range(min(prompts), num_frames) if t not in prompts]
-        order = sorted(prompts) + tracked
-        bank = MemoryBank()
-        for position, frame_idx in enumerate(order):
-            # Conditioning frames read no memory: together they are the first link of the chain.
-            if self._cuts_graph(position - len(prompts) + 1):
-                bank.detach()
-            yield (
-                frame_idx,
-                *self.track_frame(
-                    frame_idx,
-                    features.select(image_index[frame_idx]),
-                    bank,
-                    num_frames,
-                    prompts.get(frame_idx),
-                    # Nobody reads the memory of the last frame.
-                    encode_memory=position + 1 < len(order),
-                    correction=corrections and corrections.get(frame_idx),
-                ),
-            )
-
-    def _cuts_graph(self, link: int) -> bool:
-        """Whether the memory is cut before this link: a gradient then passes `memory_gradient`
-        links at most, as in truncated back-propagation through time."""
-        if self.memory_gradient == "full" or link < 1:
-            return False
-        span = 0 if self.memory_gradient == "detached" else self.memory_gradient
-        return link % (span + 1) == 0
-
-    def track_frame(
-        self,
-        frame_idx: int,
-        features: ImageFeatures,
-        bank: MemoryBank,
-        num_frames: int,
-        prompts: Sequence[Prompt] | None = None,
-        *,
-        encode_memory: bool = True,
-        correction: Correction | None = None,
-    ) -> tuple[dict[str, Any], list[tuple]]:
-        """Segment n objects on one frame and put the frame into their memory bank.
-
-        Args:
-            features: of the frame, one entry for each of the n objects.
-            bank: read on a tracked frame; written on every frame.
-            num_frames: length of the clip or video; SAM 2 limits the object pointers by it.
-            prompts: one for each object on a conditioning frame, else None.
-            correction: of the n objects on this frame.
-
-        Returns:
-            A dict with `mask_logits` (n, H, W), `low_res_logits` (n, H / 4, W / 4),
-            `iou_predictions` (n,), `object_score_logits` (n, 1), `obj_ptr` (n, C) and the memory;
-            and the decoder passes as tuples (rows, mask_logits (n, M, H, W), iou_predictions
-            (n, M), object_score_logits (n, 1)).
-        """
-        if prompts is None:
-            everyone = torch.arange(features.levels[-1].shape[1], device=self.device)
-            current, decoder_passes = self._run_sam2(
-                frame_idx, features, bank, num_frames, None, None, encode_memory, correction
-            )
-            conditioning = correction is not None and correction.becomes_conditioning
-            (bank.conditioning if conditioning else bank.tracked)[frame_idx] = current
-            return current, [(everyone, *outputs) for outputs in decoder_passes]
-
-        # The decoder takes one kind of prompt and one number of points at a time: padding points
-        # would change both the answer and SAM 2's choice between one and three candidates.
-        parts, passes = [], []
-        for rows, points, masks in split_by_kind(prompts, self.device):
-            current, decoder_passes = self._run_sam2(
-                frame_idx,
-                features.select(rows),
-                bank,
-                num_frames,
-                points,
-                masks,
-                encode_memory,
-                correction and correction.select(rows),
-            )
-            parts.append((rows, current))
-            passes += [(rows, *outputs) for outputs in decoder_passes]
-        bank.conditioning[frame_idx] = merge_objects(parts)
-        return bank.conditioning[frame_idx], passes
-
-    def _run_sam2(
-        self, frame_idx, features, bank, num_frames, points, masks, encode_memory, correction
-    ):
-        """One pass through SAM 2's memory attention and memory encoder; through its decoder as many
-        as there are clicks, and one."""
-        sam2 = self._loaded()
-        prompted = points is not None or masks is not None
-        _, outputs, high_res_features, fused = sam2._track_step(
-            frame_idx=frame_idx,
-            is_init_cond_frame=prompted,
-            current_vision_feats=features.levels,
-            current_vision_pos_embeds=features.positions,
-            feat_sizes=features.sizes,
-            point_inputs=points,
-            mask_inputs=masks,
-            output_dict=bank.for_sam2(),
-            num_frames=num_frames,
-            track_in_reverse=False,
-            prev_sam_mask_logits=None,
-        )
-        passes = [outputs]
-        if correction is not None:
-
-            def decode(points, mask_logits):
-                return sam2._forward_sam_heads(
-                    backbone_features=fused,
-                    point_inputs=points,
-                    mask_inputs=mask_logits,
-                    high_res_features=high_res_features,
-                    multimask_output=sam2._use_multimask(prompted, points),
-                )
-
-            points, passes = correction.run(points, outputs, decode)
-        _, _, ious, low_res_logits, mask_logits, obj_ptr, object_score_logits = passes[-1]
-        current = {
-            "mask_logits": mask_logits[:, 0],
-            "low_res_logits": low_res_logits[:, 0],
-            "iou_predictions": ious.max(dim=1).values.float(),
-            "object_score_logits": object_score_logits,
-            "obj_ptr": obj_ptr,
-        }
-        sam2._encode_memory_in_output(
-            features.levels,
-            features.sizes,
-            points,
-            encode_memory,
-            mask_logits,
-            object_score_logits,
-            current,
-        )
-        return current, [
-            (candidates, ious, score) for _, candidates, ious, _, _, _, score in passes
-        ]
+def _features_of_objects(
+    features: ImageFeatures, image_index: torch.Tensor, frame_idx: int
+) -> ImageFeatures:
+    """Features of one frame, an entry for each object; `image_index` is (T, n)."""
+    return features.select(image_index[frame_idx])

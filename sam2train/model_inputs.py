@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from sam2train.clips import BatchedVideoDatapoint, Prompt, is_empty, make_object_index
+from sam2train.clips import (
+    BatchedVideoDatapoint,
+    Prompt,
+    empty_prompt,
+    is_empty,
+    make_object_index,
+)
 from sam2train.errors import UserError
 
 
@@ -104,37 +110,33 @@ class ObjectGroup:
     """Objects that share conditioning frames and clip length: one memory bank, one batch."""
 
     objects: list[int]  # n positions on the O axis
+    places: list[tuple[int, int]]  # (n,): the clip of the batch, and the place in the clip
     prompts: dict[int, list[Prompt]]  # conditioning frame -> one prompt for each of the n objects
     num_frames: int  # real frames of their clips
-
-    @property
-    def takes_clicks(self) -> bool:
-        """Whether points and boxes are all that its objects were given."""
-        return all(
-            prompt["mask"] is None for on_frame in self.prompts.values() for prompt in on_frame
-        )
+    corrected: Sequence[int]  # frames with correction clicks
 
 
 def group_objects(
     clip_prompts: Sequence[Sequence[Prompt]],
     lengths: Sequence[int],
-    *,
-    clicks_apart: bool = False,
+    draw_corrected: Callable[[int, Collection[int], int], Collection[int]] | None = None,
 ) -> list[ObjectGroup]:
     """Groups of the objects of a batch; one whose prompts are all empty is in none.
 
     Args:
         clip_prompts: of each clip; the objects of the batch are counted in their order.
         lengths: real frames of each clip.
-        clicks_apart: objects that were given a mask are in other groups than those without.
+        draw_corrected: (clip, conditioning frames, length) -> the frames that get correction
+            clicks; it is not asked for objects that were given a mask. Only objects with the same
+            ones share a group.
 
     Raises:
         UserError: a prompt outside its clip, or two for one object on one frame.
     """
-    groups: dict[tuple, list[tuple[int, dict[int, Prompt]]]] = {}
+    groups: dict[tuple, list[tuple[int, tuple[int, int], dict[int, Prompt]]]] = {}
     index = 0
-    for prompts, length in zip(clip_prompts, lengths, strict=True):
-        for object_id, own in by_object(prompts).items():
+    for clip, (prompts, length) in enumerate(zip(clip_prompts, lengths, strict=True)):
+        for place, (object_id, own) in enumerate(by_object(prompts).items()):
             on_frame: dict[int, Prompt] = {}
             for prompt in own:
                 if is_empty(prompt):
@@ -152,17 +154,21 @@ def group_objects(
                     )
                 on_frame[frame_idx] = prompt
             if on_frame:
-                masked = clicks_apart and any(p["mask"] is not None for p in on_frame.values())
-                key = (length, masked, *sorted(on_frame))
-                groups.setdefault(key, []).append((index, on_frame))
+                conditioning, corrected = tuple(sorted(on_frame)), ()
+                if draw_corrected is not None and all(p["mask"] is None for p in on_frame.values()):
+                    corrected = tuple(sorted(draw_corrected(clip, conditioning, length)))
+                key = (length, conditioning, corrected)
+                groups.setdefault(key, []).append((index, (clip, place), on_frame))
             index += 1
     return [
         ObjectGroup(
-            [index for index, _ in members],
-            {t: [on_frame[t] for _, on_frame in members] for t in conditioning},
+            [index for index, _, _ in members],
+            [place for _, place, _ in members],
+            {t: [on_frame[t] for _, _, on_frame in members] for t in conditioning},
             length,
+            corrected,
         )
-        for (length, _, *conditioning), members in groups.items()
+        for (length, conditioning, corrected), members in groups.items()
     ]
 
 
@@ -195,37 +201,11 @@ def split_by_kind(prompts: Sequence[Prompt], device: torch.device):
             )
 
 
-def merge_objects(parts: Sequence[tuple[torch.Tensor, dict[str, Any]]]) -> dict[str, Any]:
-    """Outputs of several passes over one frame as those of one, objects back in order."""
-    if len(parts) == 1:
-        return parts[0][1]
-    order = torch.argsort(torch.cat([rows for rows, _ in parts]))
-
-    def join(values: list[Any]) -> Any:
-        if values[0] is None:
-            return None
-        if isinstance(values[0], torch.Tensor):
-            return torch.cat(values)[order]
-        return [join(list(level)) for level in zip(*values, strict=True)]
-
-    return {name: join([current[name] for _, current in parts]) for name in parts[0][1]}
-
-
 def mask_prompts(batch: Any) -> list[list[Prompt]]:
     """A mask prompt on frame 0 for each object: what SAM 2's own datapoint is understood to say."""
     prompts: list[list[Prompt]] = [[] for _ in range(batch.num_videos)]
     for index, clip in enumerate(batch.obj_to_frame_idx[0, :, 1].tolist()):
-        prompts[clip].append(
-            Prompt(
-                object_id=index,
-                frame_index=0,
-                type="mask",
-                points=torch.zeros(0, 2),
-                labels=torch.zeros(0, dtype=torch.int32),
-                box=None,
-                mask=batch.masks[0, index],
-            )
-        )
+        prompts[clip].append({**empty_prompt(index, 0), "mask": batch.masks[0, index]})
     return prompts
 
 
@@ -287,9 +267,8 @@ def _check_prompt(given: Mapping[str, Any], image_size: int) -> Prompt:
             f"SAM2Model.forward: a prompt without {' and '.join(missing)}; it has "
             f"{', '.join(given) or 'nothing'}"
         )
-    nothing = {"type": "point", "points": np.zeros((0, 2), np.float32), "box": None, "mask": None}
     told = {name: value for name, value in given.items() if value is not None}
-    prompt = {**nothing, "labels": np.zeros(0, np.int32), **told}
+    prompt = {**empty_prompt(given["object_id"], given["frame_index"]), **told}
     who, mask, box = f"object {prompt['object_id']}", prompt["mask"], prompt["box"]
     if isinstance(mask, list | tuple):
         prompt["mask"] = mask = np.asarray(mask)

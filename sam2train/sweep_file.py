@@ -20,9 +20,9 @@ from sam2train.config import (
     Section,
     build,
     flatten,
-    load_yaml,
     parse_overrides,
 )
+from sam2train.config_yaml import load_yaml
 from sam2train.experiment import SMOKE, Experiment, load_experiment
 from sam2train.files import REPOSITORY, resolve_path
 

@@ -10,7 +10,7 @@ import math
 import os
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +24,8 @@ from rich.table import Table
 
 from sam2train.config import Section
 from sam2train.errors import UserError
-from sam2train.files import read_json, write_text
+from sam2train.files import printable, read_json, write_text
+from sam2train.machine import say
 
 if TYPE_CHECKING:
     import torch
@@ -241,7 +242,7 @@ class Tracker:
 
             images = {}
             for picture in pictures:
-                labels = {int(key): text for key, text in picture.class_labels.items()}
+                labels = {int(key): printable(text) for key, text in picture.class_labels.items()}
                 masks = {
                     name: {"mask_data": ids.astype(np.uint8), "class_labels": labels}
                     for name, ids in vars(picture).items()
@@ -274,7 +275,7 @@ class Tracker:
 
     def say(self, text: str) -> None:
         """One line on the console, above the live progress; paths are neither styled nor cut."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(self.console, text)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Merge into `summary.json` (replaced as a whole, never half written) and W&B's summary."""
@@ -344,7 +345,7 @@ class Tracker:
             entity=self._config.entity,
             group=self._config.group,
             tags=self._config.tags,
-            name=self._name,
+            name=printable(self._name),
             id=self._run_id,
             dir=str(self.run_dir),
             config=self._settings,
@@ -421,12 +422,23 @@ class Tracker:
 
 
 def parameter_table(report: Mapping[str, tuple[int, int]]) -> Table:
-    """Trainable and frozen parameters, a row each module and their sum."""
-    trainable, total = (sum(row[part] for row in report.values()) for part in (0, 1))
-    table = Table("module", title="Parameters", title_justify="left")
+    """Trainable and frozen parameters, a row each module and their sum; `memory` is the sum of the
+    indented parts below it."""
+    from sam2train.pretrained import MEMORY  # brings torch
+
+    def total(names: Iterable[str]) -> tuple[int, int]:
+        return tuple(sum(report[name][part] for name in names) for part in (0, 1))
+
+    memory = [name for name in MEMORY if name in report]
+    lines = {name: row for name, row in report.items() if name not in memory}
+    if memory:
+        lines |= {"memory": total(memory)} | {f"  {name}": report[name] for name in memory}
+    table = Table("module", title="Parameters", title_justify="left", caption_justify="left")
+    if memory:
+        table.caption = "memory, a name for model.trainable_modules, is the parts below it"
     for heading in ("trainable", "frozen"):
         table.add_column(heading, justify="right")
-    for module, (learning, size) in [*report.items(), ("total", (trainable, total))]:
+    for module, (learning, size) in [*lines.items(), ("total", total(report))]:
         table.add_row(module, f"{learning:,}", f"{size - learning:,}")
     return table
 

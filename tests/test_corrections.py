@@ -115,14 +115,22 @@ def test_the_same_pixels_as_in_sam2_with_the_same_labels(right):
     assert len(drawn[0]) == (7 if right else 6)
 
 
+def clicks(user, truth, predicted, num_clips):
+    """The labels of the first click on the object of each clip."""
+    found = []
+    for clip in range(num_clips):
+        drawn = user.correct(0, [(clip, 0)], truth)
+        _, label = user.next_click(truth, predicted, drawn.draws[:, 0], drawn.ignores[:, 0])
+        found.append(int(label))
+    return found
+
+
 def test_a_share_of_the_clicks_ignores_the_prediction():
     truth = masks_of("##.. ##.. ....").expand(1, -1, -1)
     predicted = masks_of("##.. ##.. ...#")
-    user = make_user(prob_to_sample_from_gt=0.25)
-    labels = [int(user.next_click(truth, predicted)[1]) for _ in range(400)]
-    assert 70 < sum(labels) < 130  # the only error asks for a negative click
-    user = make_user(prob_to_sample_from_gt=0.0)
-    assert not any(int(user.next_click(truth, predicted)[1]) for _ in range(50))
+    drawn = clicks(make_user(prob_to_sample_from_gt=0.25), truth, predicted, 400)
+    assert 70 < sum(drawn) < 130  # the only error asks for a negative click
+    assert not any(clicks(make_user(prob_to_sample_from_gt=0.0), truth, predicted, 50))
 
 
 def test_clicks_are_added_behind_the_prompt():
@@ -135,6 +143,29 @@ def test_clicks_are_added_behind_the_prompt():
     assert both["point_coords"].tolist() == [[[1, 2], [5, 6], [3, 4]]]
     assert both["point_labels"].tolist() == [[2, 3, 0]]
     assert add_clicks(None, point, label) == {"point_coords": point, "point_labels": label}
+
+
+def test_what_is_drawn_for_a_clip_hangs_on_the_clip_alone():
+    """Not on the clips and objects beside it, nor on how many came before in other batches."""
+    many = [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
+    truth = torch.zeros(5, 2, 2, dtype=torch.bool)
+    settings = {"prob_to_sample_from_gt": 0.5, "num_frames_to_correct": 4}
+    user = make_user(num_correction_pt_per_frame=9, **settings)
+    joint = user.correct(3, many, truth)
+    frames = user.draw_frames(1, [0], 8)
+    assert joint.draws.shape == (5, 9)
+    assert len(joint.draws.unique()) == 45
+    assert torch.equal(joint.ignores[2], joint.ignores[4])  # objects of one clip
+    assert not torch.equal(joint.ignores[1], joint.ignores[2])
+
+    user.num_clips += 1  # a batch of one clip has passed
+    alone = user.correct(3, [(0, 2), (0, 1)], truth[:2])
+    assert torch.equal(alone.draws, joint.draws[[4, 3]])
+    assert torch.equal(alone.ignores, joint.ignores[[4, 3]])
+    assert user.draw_frames(0, [0], 8) == frames
+    assert not torch.equal(alone.draws, user.correct(4, [(0, 2), (0, 1)], truth[:2]).draws)
+    other = make_user(seed=1, num_correction_pt_per_frame=9, **settings)
+    assert not (other.correct(3, many, truth).draws == joint.draws).any()
 
 
 # Which frames are corrected
@@ -155,7 +186,7 @@ def test_conditioning_frames_are_corrected_and_some_more(
     settings, conditioning, num_frames, counts
 ):
     user = make_user(**settings)
-    drawn = [user.draw_frames(conditioning, num_frames) for _ in range(200)]
+    drawn = [user.draw_frames(clip, conditioning, num_frames) for clip in range(200)]
     assert {len(frames) for frames in drawn} == counts
     for frames in drawn:
         assert set(conditioning) <= frames <= set(range(min(conditioning), num_frames))
@@ -230,7 +261,7 @@ def test_a_corrected_frame_becomes_a_conditioning_frame(becomes):
     results = []
     for shift in (0.0, 5.0):
         user = make_user(add_all_frames_to_correct_as_cond=becomes)
-        user.draw_frames = lambda conditioning, num_frames: {0, 1}
+        user.draw_frames = lambda clip, conditioning, num_frames: {0, 1}
         with torch.no_grad():
             model.sam2.maskmem_tpos_enc[0] += shift  # the row of the frame before
             results.append(run(model, user, clip)[0]["pred_masks"][0, 2])
@@ -329,10 +360,9 @@ def test_a_resumed_run_clicks_as_one_that_was_never_stopped(settings, tmp_path):
     assert checkpoint.load(last)["step"] == 2
     make_trainer(settings, parts, resume=last).run()
     ends = [checkpoint.load(d / "checkpoints" / "last.pt") for d in (whole, parts)]
-    assert ends[0]["rng"]["interaction"] == ends[1]["rng"]["interaction"]
     assert_same(ends[0]["model"], ends[1]["model"])
 
-    # The stream matters: with one that starts anew the weights are others.
+    # The place in the run matters: clicks that start anew give other weights.
     replay = make_trainer(settings, other, resume=stopped_at_two(settings, other))
     replay.interaction = SimulatedUser(replay.experiment.interaction, seed=0)
     replay.run()
@@ -356,16 +386,14 @@ def test_off_by_default(settings, tmp_path):
     trainer = make_trainer(settings, tmp_path / "run")
     assert trainer.interaction is None
     trainer.run()
-    content = checkpoint.load(tmp_path / "run" / "checkpoints" / "last.pt")
-    assert content["rng"]["interaction"] is None
 
 
 def test_clicks_that_are_switched_on_later(settings, tmp_path):
-    """Over a checkpoint from before: the stream starts where a run starts."""
+    """Over a checkpoint from before: they are those that the clips would have had."""
     plain = {name: section for name, section in settings.items() if name != "interaction"}
     last = stopped_at_two(plain, tmp_path / "run")
     trainer = make_trainer(settings, tmp_path / "run", resume=last)
-    assert trainer.interaction.state_dict() == make_user().state_dict()
+    assert trainer.interaction.num_clips == 2
 
 
 @pytest.mark.parametrize(

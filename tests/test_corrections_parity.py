@@ -2,7 +2,6 @@
 
 import types
 
-import numpy as np
 import pytest
 import torch
 from test_parity import (
@@ -65,10 +64,6 @@ def test_clicks_outputs_loss_and_gradients(
     ours.train(mode == "train")
     theirs.train(mode == "train")
     batch = collate_fn([make_clip(num_frames, n, 64, seed=k) for k, n in enumerate(objects)])
-    if mode == "train":
-        click_with_our_sampler(theirs, monkeypatch)
-    their_frames = theirs(batch)
-
     user = SimulatedUser(
         InteractionConfig(
             num_correction_pt_per_frame=num_clicks,
@@ -79,10 +74,13 @@ def test_clicks_outputs_loss_and_gradients(
         ),
         seed=0,
     )
-    user.rng = np.random.default_rng(5)
+    if mode == "train":
+        places = [(k, place) for k, n in enumerate(objects) for place in range(n)]
+        click_as_ours(theirs, user, places, monkeypatch)
+    their_frames = theirs(batch)
     corrected = set(theirs.seen["frames_to_add_correction_pt"])
     assert len(corrected) == (0 if prompt == "mask" else num_corrected)
-    user.draw_frames = lambda conditioning, num_frames: corrected
+    user.draw_frames = lambda clip, conditioning, num_frames: corrected
     outputs = ours(batch, prompts=prompts_of(theirs.seen, batch), interaction=user)
 
     for t, frame in enumerate(their_frames):
@@ -109,20 +107,38 @@ def test_clicks_outputs_loss_and_gradients(
     assert_same_gradients(ours, theirs)
 
 
-def click_with_our_sampler(theirs, monkeypatch):
+class Replay:
+    """Random numbers that our user has drawn, in the order in which SAM 2's model asks for them."""
+
+    def __init__(self, user, frames, places):
+        self.numbers = []
+        for t in frames:
+            drawn = user.correct(t, places, torch.zeros(len(places), 1, 1, dtype=torch.bool))
+            for draws, ignores in zip(drawn.draws.T, drawn.ignores.T, strict=True):
+                if user.config.prob_to_sample_from_gt:
+                    assert ignores.all() or not ignores.any()
+                    self.numbers.append(0.0 if ignores.any() else 1.0)
+                self.numbers.append(draws)
+
+    def random(self):
+        return self.numbers.pop(0)
+
+
+def click_as_ours(theirs, user, places, monkeypatch):
     """Once SAM 2's model has drawn its prompts, its clicks come from our function, with the random
-    numbers of a generator that ours can have as well."""
+    numbers that ours will draw."""
     prepare = theirs.prepare_prompt_inputs
 
     def next_point(gt_masks, pred_masks, method):
         assert method == "uniform"
         predicted = torch.zeros_like(gt_masks) if pred_masks is None else pred_masks
-        draws = torch.from_numpy(theirs.rng.random(len(gt_masks)))
-        return uniform_clicks(gt_masks[:, 0], predicted[:, 0], draws)
+        return uniform_clicks(gt_masks[:, 0], predicted[:, 0], theirs.rng.random())
 
     def prepare_and_switch(self, *arguments, **options):
         prepared = prepare(*arguments, **options)
-        self.rng = np.random.default_rng(5)
+        order = prepared["init_cond_frames"] + prepared["frames_not_in_init_cond"]
+        corrected = prepared["frames_to_add_correction_pt"]
+        self.rng = Replay(user, [t for t in order if t in corrected], places)
         monkeypatch.setattr(reference_model, "get_next_point", next_point)
         return prepared
 
@@ -146,12 +162,12 @@ def test_as_many_frames_are_corrected_as_in_sam2():
     )
     batch = collate_fn([make_clip(6, 1, 64, seed=0)])
     counts = {"ours": {}, "theirs": {}}
-    for _ in range(600):
+    for clip in range(600):
         prepared = theirs.prepare_prompt_inputs({}, batch)
         conditioning = prepared["init_cond_frames"]
         for name, frames in (
             ("theirs", set(prepared["frames_to_add_correction_pt"])),
-            ("ours", user.draw_frames(conditioning, 6)),
+            ("ours", user.draw_frames(clip, conditioning, 6)),
         ):
             assert set(conditioning) <= frames <= set(range(6))
             key = (len(conditioning), len(frames))

@@ -9,7 +9,7 @@ from conftest import SIZE, load, make_coco, same
 from sam2train.clips import collate_fn
 from sam2train.data_clips import MaskCache, clip_settings, sample_frames, sample_prompts
 from sam2train.data_source import Annotation, Frame, Video
-from sam2train.model import group_objects
+from sam2train.model_inputs import group_objects
 
 # Which frames
 

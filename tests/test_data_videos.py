@@ -442,7 +442,7 @@ def test_a_picture_that_changed_is_named(folder):
 def test_folders_and_settings_that_do_not_work(folder):
     with pytest.raises(UserError, match="no such folder"):
         load(folder / "nowhere")
-    with pytest.raises(UserError, match="lowest <= highest"):
+    with pytest.raises(UserError, match=r"expected \[lowest, highest\]"):
         load(folder, number_of_points=(3, 1))
     shutil.rmtree(folder / "video_001")
     shutil.rmtree(folder / "video_002")

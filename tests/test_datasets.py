@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 
 from sam2train import cli, data_coco
 from sam2train.clips import collate_fn, is_empty
-from sam2train.config import ConfigError, apply_overrides, build, load_yaml, to_yaml
+from sam2train.config import ConfigError, apply_overrides, build, to_yaml
+from sam2train.config_yaml import load_yaml
 from sam2train.data_source import Annotation, Frame, Video, VideoSource
 from sam2train.data_synthetic import SyntheticConfig
 from sam2train.datasets import (
@@ -336,8 +337,8 @@ def test_what_shows_on_the_last_frame_alone_is_chosen_last(tmp_path):
         ({"image_size": 512}, r"image_size: 512; expected \(height, width\)"),
         ({"max_objects": 0}, "max_objects: 0"),
         ({"seed": -1}, "seed: -1; expected a whole number of at least 0"),
-        ({"num_of_pos_points": "1"}, "num_of_pos_points: '1'; expected a whole number or a range"),
-        ({"prompt_types": "point"}, "prompt_types: 'point' is a text; expected a list"),
+        ({"num_of_pos_points": "1"}, "num_of_pos_points: got .1.; expected a whole number"),
+        ({"prompt_types": "point"}, "prompt_types: got .point.; expected a list"),
     ],
 )
 def test_arguments_that_cannot_be_meant(coco, settings, message):
@@ -535,6 +536,7 @@ def test_a_range_of_clicks_is_drawn_from(coco):
         ("box_jitter", 0.6),
         ("mask_cache_mb", -1),
         ("dataset_type", "yolo"),
+        ("dataset_type", ["coco"]),
     ],
 )
 def test_the_section_refuses_values_out_of_range(key, value):
@@ -576,7 +578,7 @@ def test_the_guides_block_builds(tmp_path):
     [
         ({}, (1, 3)),
         ({"num_of_pos_points": 2}, 2),
-        ({"num_of_pos_points": 0}, 0),
+        ({"num_of_pos_points": 0, "include_center": True}, 0),
         ({"number_of_points": [2, 5]}, (2, 5)),
         ({"num_of_pos_points": [2, 5]}, (2, 5)),
     ],

@@ -26,6 +26,7 @@ from sam2train.evaluate import (
     track_frames,
     track_video,
 )
+from sam2train.memory import MemoryBank
 from sam2train.metrics import measure
 from sam2train.model import SAM2Model
 
@@ -104,13 +105,13 @@ def test_scores_repeat_and_the_model_is_left_as_it_was(model, tmp_path):
 def test_the_memory_of_a_long_video_is_bounded(model, tmp_path, monkeypatch):
     data = dataset(tmp_path, num_frames=30, num_objects=1)
     held = []
-    track_frame = model.track_frame
+    for_sam2 = MemoryBank.for_sam2
 
-    def watch(t, features, bank, *rest, **options):
+    def watch(bank):
         held.append(len(bank.tracked) + len(bank.conditioning))
-        return track_frame(t, features, bank, *rest, **options)
+        return for_sam2(bank)
 
-    monkeypatch.setattr(model, "track_frame", watch)
+    monkeypatch.setattr(MemoryBank, "for_sam2", watch)
     prompts = first_prompts(data, data.videos[0], np.random.default_rng(0))
     deque(track_video(model, data, data.videos[0], prompts), maxlen=0)
     assert len(held) == 30

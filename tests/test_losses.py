@@ -5,8 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from sam2train.clips import FramePrediction
-from sam2train.losses import LossConfig, compute_losses, dice_loss, focal_loss, mask_iou
+from sam2train.clips import NO_OBJECT_LOGIT, FramePrediction
+from sam2train.losses import (
+    LossConfig,
+    compute_losses,
+    dice_loss,
+    divide_losses,
+    focal_loss,
+    mask_iou,
+    sum_losses,
+)
 
 ORACLE = Path(__file__).parents[2] / "shared" / "oracles" / "oracle_losses.pt"
 
@@ -237,6 +245,30 @@ def test_sums_over_frames_and_divides_by_objects():
     one = compute_losses([[predict(torch.ones(1, 1, 8, 8), [0])]], targets[:, :1], LossConfig())
     of_two = compute_losses([[predict(torch.ones(1, 1, 8, 8), [0])]], targets, LossConfig())
     torch.testing.assert_close(of_two["loss"], one["loss"] / 2)
+
+
+def test_the_sums_of_two_batches_are_those_of_one():
+    """With other numbers of objects, one of them gated, and in a third batch none at all."""
+    frames, targets = random_frames(2, 3)
+    frames[0][0].mask_logits[0] = NO_OBJECT_LOGIT
+    parts = [slice(0, 1), slice(1, 3)]
+    batches = [
+        (
+            [[FramePrediction(torch.arange(3)[p], *_rows(one, p)) for one in f] for f in frames],
+            targets,
+        )
+        for p in parts
+    ]
+    batches.append(([[], []], targets[:, :0]))
+    sums = [sum_losses(*batch, LossConfig()) for batch in batches]
+    total = {name: sum(part[name] for part in sums) for name in sums[0]}
+    joint = compute_losses(frames, targets, LossConfig())
+    divided = divide_losses(total, 3, LossConfig())
+    assert divided.keys() == joint.keys()
+    for name, value in joint.items():
+        torch.testing.assert_close(divided[name], value, msg=name)
+    assert 0 < joint["gate/fraction"] < 1
+    assert divide_losses(sums[2], 0, LossConfig())["loss"] == 0
 
 
 def test_bfloat16_predictions_are_summed_in_float32():

@@ -3,18 +3,24 @@
 import inspect
 from fnmatch import fnmatchcase
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from conftest import make_coco
 from omegaconf import OmegaConf
+from rich.console import Console
 
 from sam2train.build import build_model
+from sam2train.corrections import SimulatedUser
 from sam2train.experiment import load_experiment
 from sam2train.files import REPOSITORY
+from sam2train.losses import compute_losses
 from sam2train.optimizer import build_optimizer, set_learning_rates
 from sam2train.pretrained import resolve_config
+from sam2train.trainer import Trainer
 from sam2train.transforms import MEAN, STD
 
 OFFICIAL = "configs/sam2.1_training/sam2.1_hiera_b+_MOSE_finetune.yaml"
@@ -302,6 +308,64 @@ def test_learning_rate_and_weight_decay_of_every_parameter(where):
         assert found[key] == pytest.approx(expected[key], rel=1e-9), name
     rates = {lr for lr, _ in found.values()}
     assert len(rates) == len({lr for lr, _ in expected.values()}) > 24
+
+
+def scaled_down(data, **more):
+    """The experiment on the demo's model and the data of a test, short clips, a CPU in float32.
+    Without dropped paths: what they drop hangs on how images are batched."""
+    changes = {
+        "dataset.dataset_type": "coco",
+        "dataset.data_path": str(data),
+        "dataset.image_size": [64, 64],
+        "dataset.video_clip_length": 4,
+        "dataset.num_workers": 0,
+        "model.checkpoint_path": None,
+        "model.config_path": "sam2train/configs/sam2.1_hiera_demo.yaml",
+        "model.image_size": 64,
+        "model.drop_path_rate": 0.0,
+        "trainer.device": "cpu",
+        "trainer.bf16": False,
+        "tracking.mode": "disabled",
+    }
+    return load_experiment(EXPERIMENT, changes | more)
+
+
+def test_a_step_has_the_gradient_of_one_batch_of_its_clips(tmp_path):
+    """8 clips of one to three objects with the recipe's prompts, clicks, loss and clipping."""
+    few = [(v, t, k) for v in range(1, 9) for t in range(10) for k in (2, 3) if k > 1 + v % 3]
+    data = make_coco(
+        tmp_path / "data", num_videos=8, num_frames=10, num_objects=3, size=(64, 64), absent=few
+    )
+    experiment = scaled_down(data)
+    options = {"run_id": "run", "name": "test", "console": Console(quiet=True)}
+    trainer = Trainer(experiment, tmp_path / "run", **options)
+    score_head = trainer.model.sam2.sam_mask_decoder.pred_obj_score_head
+    with torch.no_grad():  # random weights call every object absent, and such masks learn nothing
+        score_head.layers[-1].bias += 4
+    trainer.model.train()
+    counts = [batch.masks.shape[1] for batch, _ in zip(trainer._batches(), range(8), strict=False)]
+    assert set(counts) == {1, 2, 3}
+    assert experiment.dataset.batch_size == 1
+
+    at_once = {"dataset.batch_size": experiment.trainer.grad_accumulation}
+    at_once |= {"trainer.grad_accumulation": 1}
+    (batch,) = islice(Trainer(scaled_down(data, **at_once), tmp_path, **options)._batches(), 1)
+    assert batch.masks.shape[1] == sum(counts)
+    user = SimulatedUser(experiment.interaction, experiment.trainer.seed)
+    frames = trainer.model(batch, interaction=user)["frames"]
+    losses = compute_losses(frames, batch.masks, experiment.loss, batch.object_frame_valid)
+    losses["loss"].backward()
+    expected = {n: p.grad.clone() for n, p in trainer.parameters.items() if p.grad is not None}
+    norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    assert norm > experiment.trainer.max_grad_norm == 0.1
+
+    scalars = trainer._train_step(trainer._batches())
+    found = {n: p.grad for n, p in trainer.parameters.items() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    apart = [(found[n] - 0.1 / norm * expected[n]).norm() for n in found]
+    assert torch.stack(apart).norm() < 1e-5 * 0.1
+    assert scalars["loss"].item() == pytest.approx(losses["loss"].item(), rel=1e-5)
+    assert scalars["grad_norm"].item() == pytest.approx(norm.item(), rel=1e-5)
 
 
 def test_drop_path_reaches_the_blocks():
