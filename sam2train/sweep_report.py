@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from sam2train.files import write_text
-from sam2train.intervals import seed_difference
 from sam2train.results import over_seeds
+from sam2train.stats import seed_difference
 from sam2train.sweep_file import Sweep, show_value
 from sam2train.sweep_trials import LOG, Trial
 

@@ -18,7 +18,7 @@ LEVELS = [
     {"errors"},
     {"files", "config_yaml"},
     {
-        "intervals",
+        "stats",
         "clips",
         "config",
         "metrics",
