@@ -19,7 +19,7 @@ from sam2train.stats import Interval, mean_interval, paired_bootstrap, seed_diff
 if TYPE_CHECKING:
     import pandas as pd
 
-PROMPTS = "dataset.prompt_types"
+PROMPT_TYPES = "dataset.prompt_types"
 MASKMEM = "model.num_maskmem"
 POINTERS = "model.max_obj_ptrs_in_encoder"
 
@@ -38,7 +38,7 @@ class Question:
 
 # By the name of the sweep. One memory is that of the prompted frame alone.
 QUESTIONS = {
-    "prompts": Question(PROMPTS, "point"),
+    "prompts": Question(PROMPT_TYPES, "point"),
     "num_maskmem": Question(MASKMEM, 1, POINTERS),
 }
 
@@ -46,7 +46,7 @@ QUESTIONS = {
 def compact_results(runs: pd.DataFrame) -> pd.DataFrame:
     """The finished and scored runs of `load_runs` in long form, small enough to be committed.
 
-    Columns: run, seed, every setting that varies, and
+    Columns: run, seed, evaluation_seed, every setting that varies, and
         split, step: what was scored, when.
         metric, value, count: J, F or J_and_F and the number of objects in the mean.
         video_id, object_id: set in the rows of single objects, kept for the last step only.
@@ -64,7 +64,7 @@ def compact_results(runs: pd.DataFrame) -> pd.DataFrame:
             "none of these runs is finished and has validation scores; `python run.py --runs "
             "FOLDER` shows how far they are"
         )
-    settings = ["run", "seed", *varied(runs)]
+    settings = ["run", "seed", "evaluation_seed", *varied(runs)]
     parts = [
         _compact_run(Path(row["path"])).assign(**{name: row[name] for name in settings})
         for row in runs.to_dict("records")
@@ -106,11 +106,13 @@ def validation_curves(results: pd.DataFrame) -> pd.DataFrame:
 
 def settings_in_order(values: Iterable[Any]) -> list[Any]:
     """The values of a setting, each once: numbers by size, prompt types alone before mixtures."""
-    types = ("point", "bbox", "mask")
 
     def place(value: Any) -> tuple:
         if not isinstance(value, str):
             return 0, value
+        from sam2train.prompts import PROMPTS  # here, since torch comes with it
+
+        types = list(PROMPTS)
         words = value.split("+")
         return 1, len(words), [types.index(w) if w in types else len(types) for w in words], value
 

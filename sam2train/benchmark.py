@@ -17,12 +17,12 @@ from rich.table import Table
 from sam2train.build import (
     Loaded,
     base_hash,
-    build_dataset,
     build_model,
     load_checkpoint,
     uses_bf16,
 )
 from sam2train.config import to_yaml
+from sam2train.datasets import build_dataset
 from sam2train.errors import UserError
 from sam2train.evaluate import SeenFrame, TrackedVideo, Videos, copy_first_mask, track_video
 from sam2train.experiment import Experiment
@@ -105,7 +105,8 @@ class Benchmark:
                 f"dataset.{split}_path is null; name the videos to score, or take --split "
                 f"{'test' if split == 'val' else 'val'}"
             )
-        self.data: Videos = build_dataset(experiment, path, training=False, say=self._say)
+        sections = experiment.dataset, experiment.augment, experiment.clips_seed
+        self.data: Videos = build_dataset(*sections, path, training=False, say=self._say)
         model = build_model(experiment)
         self.bf16 = uses_bf16(experiment, model.device)
         self.loaded: Loaded | None = None
@@ -228,7 +229,7 @@ class Benchmark:
             model=contender.key,
             step=contender.step,
             label=contender.label,
-            seed=self.experiment.trainer.seed,
+            seed=self.experiment.prompts_seed,
             on_video=done,
             **options,
         )
@@ -254,6 +255,7 @@ class Benchmark:
                     self.experiment.evaluation.prompt_types or self.experiment.dataset.prompt_types
                 ),
                 "seed": self.experiment.trainer.seed,
+                "evaluation_seed": self.experiment.prompts_seed,
                 "num_videos": len(self.data.videos[: self.experiment.evaluation.max_videos]),
                 "base": {"path": config.checkpoint_path, "sha256": base_hash(self.experiment)},
                 "checkpoint": self.loaded
@@ -383,7 +385,7 @@ def _checkpoint_of(source: Path) -> Path:
 
 
 def horizon_table(rows: Sequence[Scores]) -> Table:
-    """The numbers and curves of `horizon_rows`, a column each model."""
+    """The curves of `horizon_rows` and the share of false positives, a column each model."""
     table = Table("memory", title="Memory horizon", title_justify="left")
     for scores in rows:
         table.add_column(cell(scores.label), justify="right")
@@ -391,7 +393,6 @@ def horizon_table(rows: Sequence[Scores]) -> Table:
         "horizon/J": "J, {} frames on",
         "horizon/recall_after_absence": "found, absent {}",
         "horizon/false_positives": "false positives",
-        "horizon/object_score_auc": "object score AUC",
     }
     cells = [
         {(row["metric"], row["at"]): (row["value"], row["count"]) for row in scores.horizon}

@@ -32,11 +32,24 @@ class Prompt(TypedDict):
 
     object_id: int | str
     frame_index: int  # position in the clip
-    type: str  # point, bbox, mask
+    type: str  # how it was drawn, a name of `prompts.PROMPTS`; the model never asks
     points: np.ndarray  # (P, 2) float32
     labels: np.ndarray  # (P,) int32: 1 positive click, 0 negative, 2 / 3 top-left / bottom-right
     box: np.ndarray | None  # (4,) float32: x_min, y_min, x_max, y_max
     mask: np.ndarray | None  # (H, W) bool
+
+
+def empty_prompt(object_id: int | str, frame_index: int, type: str = "") -> Prompt:
+    """The prompt of an object that is not visible: all its fields, and nothing in them."""
+    return Prompt(
+        object_id=object_id,
+        frame_index=frame_index,
+        type=type,
+        points=np.zeros((0, 2), np.float32),
+        labels=np.zeros(0, np.int32),
+        box=None,
+        mask=None,
+    )
 
 
 def is_empty(prompt: Prompt) -> bool:

@@ -20,7 +20,7 @@ import numpy as np
 from sam2train.ablation import (
     MASKMEM,
     POINTERS,
-    PROMPTS,
+    PROMPT_TYPES,
     last_step,
     read_results,
     settings_in_order,
@@ -122,13 +122,13 @@ def prompt_scores(results: pd.DataFrame, *, title: str = "") -> Figure:
     last = _rows_of_all_videos(last_step(results))
     first = _rows_of_all_videos(results[(results["metric"] == "J_and_F") & (results["step"] == 0)])
     _not_empty(last)
-    order = settings_in_order(last[PROMPTS])
+    order = settings_in_order(last[PROMPT_TYPES])
     with new_figure(6.5, 3.8) as (figure, (axes,)):
         for part, shift, style, label in (
             (first, -0.13, {"color": GREY, "marker": "o"}, "step 0"),
             (last, 0.13, {"color": COLOURS[0], "marker": "s"}, "last step"),
         ):
-            _dots(axes, part, PROMPTS, order, shift, style, label)
+            _dots(axes, part, PROMPT_TYPES, order, shift, style, label)
         names = [name.replace("+", "\n+ ") for name in order]
         _categories(axes, names, "prompts in training and evaluation")
         axes.set(ylabel=JANDF, title=title)
@@ -237,7 +237,7 @@ def presence(masks: pd.DataFrame, *, title: str = "") -> Figure:
     """Where each object shows: a bar for every stretch of frames, the objects of a video together.
 
     Args:
-        masks: as `presence.mask_table` gives it.
+        masks: as `data_report.mask_table` gives it.
     """
     if masks.empty:
         raise UserError("no object in these videos; nothing to draw")
@@ -313,7 +313,7 @@ def draw_results(path: Path) -> list[Path]:
         UserError: no such file, or nothing in it that can be drawn.
     """
     results, drawn = read_results(path), {}
-    if PROMPTS in results:
+    if PROMPT_TYPES in results:
         drawn[""] = prompt_scores(results, title="Score by prompt type")
     if MASKMEM in results:
         drawn[""] = memory_scores(results, title="Score by number of memories")

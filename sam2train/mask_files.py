@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sam2train.data_source import Video
+from sam2train.data_videos import PICTURE_SUFFIXES
 from sam2train.errors import UserError
 from sam2train.evaluate import SeenFrame
 from sam2train.files import file_name, write_text
 from sam2train.overlays import object_colours
-from sam2train.videos import PICTURE_SUFFIXES, Video
 
 
 class MaskFolder:

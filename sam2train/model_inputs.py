@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from sam2train.clips import BatchedVideoDatapoint, Prompt, is_empty, make_object_index
+from sam2train.clips import (
+    BatchedVideoDatapoint,
+    Prompt,
+    empty_prompt,
+    is_empty,
+    make_object_index,
+)
 from sam2train.errors import UserError
 
 
@@ -199,17 +205,7 @@ def mask_prompts(batch: Any) -> list[list[Prompt]]:
     """A mask prompt on frame 0 for each object: what SAM 2's own datapoint is understood to say."""
     prompts: list[list[Prompt]] = [[] for _ in range(batch.num_videos)]
     for index, clip in enumerate(batch.obj_to_frame_idx[0, :, 1].tolist()):
-        prompts[clip].append(
-            Prompt(
-                object_id=index,
-                frame_index=0,
-                type="mask",
-                points=torch.zeros(0, 2),
-                labels=torch.zeros(0, dtype=torch.int32),
-                box=None,
-                mask=batch.masks[0, index],
-            )
-        )
+        prompts[clip].append({**empty_prompt(index, 0), "mask": batch.masks[0, index]})
     return prompts
 
 
@@ -271,9 +267,8 @@ def _check_prompt(given: Mapping[str, Any], image_size: int) -> Prompt:
             f"SAM2Model.forward: a prompt without {' and '.join(missing)}; it has "
             f"{', '.join(given) or 'nothing'}"
         )
-    nothing = {"type": "point", "points": np.zeros((0, 2), np.float32), "box": None, "mask": None}
     told = {name: value for name, value in given.items() if value is not None}
-    prompt = {**nothing, "labels": np.zeros(0, np.int32), **told}
+    prompt = {**empty_prompt(given["object_id"], given["frame_index"]), **told}
     who, mask, box = f"object {prompt['object_id']}", prompt["mask"], prompt["box"]
     if isinstance(mask, list | tuple):
         prompt["mask"] = mask = np.asarray(mask)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
@@ -26,6 +27,23 @@ MODULES = {
     "memory_encoder": "memory_encoder",
     "prompt_encoder": "sam_prompt_encoder",
     "mask_decoder": "sam_mask_decoder",
+}
+# All parts of SAM 2's video memory, which the name `memory` stands for: the two modules, and what
+# lies outside of them. A config may leave some out, as SAM 2.0's do with `no_obj_embed_spatial`.
+MEMORY = (
+    "memory_attention",
+    "memory_encoder",
+    "maskmem_tpos_enc",
+    "no_obj_embed_spatial",
+    "no_obj_ptr",
+    "obj_ptr_proj",
+    "obj_ptr_tpos_proj",
+)
+# sha256 of the float16 values of `maskmem_tpos_enc` -> its untrained rows, for files that were
+# written before they said so themselves. These are the demo's: experiments/demo_base_2.yaml had
+# clips of 3 frames, so that rows 1 to 5 are the first draw of experiments/demo_base_1.yaml.
+_KNOWN_UNTRAINED = {
+    "46444f89849ceabc54d02c71d56d05e406edc5c0427656099f21c7e19aef95c9": (1, 2, 3, 4, 5),
 }
 
 
@@ -132,16 +150,22 @@ def build_sam2(
         raise UserError(f"model.config_path: {config} cannot be built: {problem}") from problem
 
 
-def load_weights(sam2: nn.Module, checkpoint: Path) -> None:
+def load_weights(sam2: nn.Module, checkpoint: Path) -> dict[int, str]:
     """Load `{"model": state_dict}` strictly, the temporal rows fitted to the model's num_maskmem.
+
+    Returns:
+        The model's temporal rows that no training has reached, with the reason; see
+        `fit_untrained_rows`. A file that does not say which these are counts as trained.
 
     Raises:
         UserError: no such file, not such a file, or weights of another architecture.
     """
     path = resolve_path(checkpoint)
-    weights = read_weights(path)
+    weights, untrained = read_weights(path)
     rows = sam2.maskmem_tpos_enc
+    reasons: dict[int, str] = {}
     if "maskmem_tpos_enc" in weights and weights["maskmem_tpos_enc"].shape[1:] == rows.shape[1:]:
+        reasons = fit_untrained_rows(untrained, len(weights["maskmem_tpos_enc"]), len(rows))
         weights["maskmem_tpos_enc"] = fit_temporal_rows(
             weights["maskmem_tpos_enc"], len(rows), rows.detach()
         )
@@ -164,10 +188,14 @@ def load_weights(sam2: nn.Module, checkpoint: Path) -> None:
             "take the config that belongs to the checkpoint"
         )
     sam2.load_state_dict(weights, strict=True)
+    return reasons
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict of a SAM 2 checkpoint file, on the CPU.
+def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
+    """The state dict of a SAM 2 checkpoint file, on the CPU, and its untrained temporal rows.
+
+    The rows are those that the file lists beside the weights, as `untrained_rows`. Files of other
+    programs list none.
 
     Raises:
         UserError: a missing file (with the address of a published one) or another layout.
@@ -194,7 +222,24 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(
             f"model.checkpoint_path: {path} does not hold {{'model': state_dict}} as SAM 2's do"
         )
-    return dict(weights)
+    return dict(weights), _read_untrained_rows(content, path)
+
+
+def _read_untrained_rows(content: Mapping[str, Any], path: Path) -> tuple[int, ...]:
+    rows = content["model"].get("maskmem_tpos_enc")
+    if rows is None:
+        return ()
+    if "untrained_rows" not in content:
+        values = rows.to(torch.float16).contiguous().numpy().tobytes()
+        return _KNOWN_UNTRAINED.get(hashlib.sha256(values).hexdigest(), ())
+    listed = content["untrained_rows"]
+    known = range(len(rows))
+    if not isinstance(listed, list | tuple) or any(row not in known for row in listed):
+        raise UserError(
+            f"model.checkpoint_path: {path} has untrained_rows {listed!r}; expected a list of row "
+            f"numbers of maskmem_tpos_enc, which has {len(rows)} rows; export it again"
+        )
+    return tuple(sorted(listed))
 
 
 def fit_temporal_rows(rows: torch.Tensor, num_maskmem: int, fresh: torch.Tensor) -> torch.Tensor:
@@ -221,8 +266,29 @@ def fit_temporal_rows(rows: torch.Tensor, num_maskmem: int, fresh: torch.Tensor)
     return torch.cat([kept, added, rows[-1:]])
 
 
+def fit_untrained_rows(untrained: Sequence[int], before: int, after: int) -> dict[int, str]:
+    """Rows of `fit_temporal_rows` that no training has reached -> where their values come from.
+
+    Args:
+        untrained: such rows among the `before` rows of the checkpoint.
+        before, after: num_maskmem of the checkpoint and of the model.
+    """
+    if after == 0:
+        return {}
+    kept = min(before, after) - 1  # rows 0 to kept - 1 stay where they are
+    reasons = {row: "random values of the base" for row in untrained if row < kept}
+    if before == 0 or before - 1 in untrained:
+        reasons[after - 1] = "random values of the base" if before else "new random values"
+    for row in range(max(kept, 0), after - 1):
+        reasons[row] = f"copies of row {kept - 1}" if kept > 0 else "new random values"
+    return dict(sorted(reasons.items()))
+
+
 def selects(entry: str, parameter: str, aliases: Mapping[str, str] = MODULES) -> bool:
-    """Whether a module name, a parameter name or a shell pattern covers a parameter of SAM 2."""
+    """Whether a module name, `memory`, a parameter name or a shell pattern covers a parameter of
+    SAM 2."""
+    if entry == "memory":
+        return any(selects(part, parameter, aliases) for part in MEMORY)
     head, dot, tail = entry.partition(".")
     target = aliases.get(head, head) + dot + tail
     return (
@@ -260,9 +326,9 @@ def match_parameters(
     for entry in wanted:
         matched = [name for name in names if selects(entry, name, aliases)]
         if not matched:
-            choices = sorted({*aliases, *modules, *names})
+            choices = sorted({"memory", *aliases, *modules, *names})
             near = difflib.get_close_matches(entry, choices, n=3, cutoff=0.5)
-            top = sorted({*aliases, *(name for name in names if "." not in name)})
+            top = sorted({"memory", *aliases, *(name for name in names if "." not in name)})
             raise UserError(
                 f"model.trainable_modules: {entry!r} matches no parameter; "
                 + (f"did you mean {', '.join(near)}? " if near else "")

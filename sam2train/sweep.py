@@ -219,10 +219,10 @@ class LocalSweep:
 
     def _draw_demo_data(self) -> None:
         """Once, before trials that run at the same time would each do it."""
-        from sam2train.build import draw_demo
+        from sam2train.demo import resolve_data_path
 
         for path in self._data:
-            draw_demo(path, self.console.print)
+            resolve_data_path(path, self.console.print)
 
     def _recall(self, planned: Sequence[Mapping[str, Any]]) -> None:
         """Take over the trials of earlier sittings; UserError if they were of another sweep."""

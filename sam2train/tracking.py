@@ -10,7 +10,7 @@ import math
 import os
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -422,12 +422,23 @@ class Tracker:
 
 
 def parameter_table(report: Mapping[str, tuple[int, int]]) -> Table:
-    """Trainable and frozen parameters, a row each module and their sum."""
-    trainable, total = (sum(row[part] for row in report.values()) for part in (0, 1))
-    table = Table("module", title="Parameters", title_justify="left")
+    """Trainable and frozen parameters, a row each module and their sum; `memory` is the sum of the
+    indented parts below it."""
+    from sam2train.pretrained import MEMORY  # brings torch
+
+    def total(names: Iterable[str]) -> tuple[int, int]:
+        return tuple(sum(report[name][part] for name in names) for part in (0, 1))
+
+    memory = [name for name in MEMORY if name in report]
+    lines = {name: row for name, row in report.items() if name not in memory}
+    if memory:
+        lines |= {"memory": total(memory)} | {f"  {name}": report[name] for name in memory}
+    table = Table("module", title="Parameters", title_justify="left", caption_justify="left")
+    if memory:
+        table.caption = "memory, a name for model.trainable_modules, is the parts below it"
     for heading in ("trainable", "frozen"):
         table.add_column(heading, justify="right")
-    for module, (learning, size) in [*report.items(), ("total", (trainable, total))]:
+    for module, (learning, size) in [*lines.items(), ("total", total(report))]:
         table.add_row(module, f"{learning:,}", f"{size - learning:,}")
     return table
 

@@ -9,18 +9,26 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from rich.console import Console
 from torch.utils.data import DataLoader
 
 from sam2train import checkpoint
-from sam2train.audit import audit_gradients, has_tracked_frame, idle_modules
-from sam2train.build import base_hash, build_dataset, build_model, uses_bf16
+from sam2train.audit import (
+    audit_gradients,
+    has_tracked_frame,
+    idle_modules,
+    row_warnings,
+    rows_left,
+)
+from sam2train.build import base_hash, build_model, uses_bf16
 from sam2train.clips import BatchedVideoDatapoint, collate_fn
 from sam2train.config import to_yaml
 from sam2train.corrections import SimulatedUser
-from sam2train.datasets import ClipSampler
+from sam2train.datasets import ClipSampler, build_dataset
 from sam2train.errors import UserError
 from sam2train.evaluate import (
     OnFrame,
@@ -31,7 +39,7 @@ from sam2train.evaluate import (
     copy_first_mask,
     track_video,
 )
-from sam2train.experiment import Experiment, untrained_rows
+from sam2train.experiment import Experiment, as_begun
 from sam2train.files import write_text
 from sam2train.horizon import numbers
 from sam2train.losses import divide_losses, sum_losses
@@ -84,6 +92,9 @@ class Trainer:
         resume: Path | None = None,
         console: Console | None = None,
     ):
+        content = resume and checkpoint.load(resume)
+        if content:
+            experiment = as_begun(experiment, yaml.safe_load(content["config"]))
         self.experiment = experiment
         self.config = experiment.trainer
         self.run_dir = run_dir
@@ -98,10 +109,12 @@ class Trainer:
         warn = partial(say, console)
         data, val = experiment.dataset.data_path, experiment.dataset.val_path
         test = experiment.dataset.test_path
-        self.train_data = build_dataset(experiment, data, training=True, say=warn)
-        self.val_data = val and build_dataset(experiment, val, training=False, say=warn)
-        self.test_data = test and build_dataset(experiment, test, training=False, say=warn)
+        sections = experiment.dataset, experiment.augment, experiment.clips_seed
+        self.train_data = build_dataset(*sections, data, training=True, say=warn)
+        self.val_data = val and build_dataset(*sections, val, training=False, say=warn)
+        self.test_data = test and build_dataset(*sections, test, training=False, say=warn)
         self.model = build_model(experiment)
+        torch.manual_seed(self.config.seed)  # of dropout and dropped paths
         self.device = self.model.device
         self.parameters = self.model.trainable_parameters()
         if not self.parameters and self.config.num_steps:
@@ -109,13 +122,13 @@ class Trainer:
         self.optimizer = build_optimizer(self.parameters, experiment.optimizer, self.model.sam2)
         self.interaction: SimulatedUser | None = None
         if experiment.interaction.enabled:
-            self.interaction = SimulatedUser(experiment.interaction, self.config.seed)
+            self.interaction = SimulatedUser(experiment.interaction, experiment.clips_seed)
         self.bf16 = uses_bf16(experiment, self.device)
         self.base_hash = base_hash(experiment)
         # What the test videos are scored with beside the best checkpoint.
         self.base_weights = {name: p.detach().clone() for name, p in self.parameters.items()}
-        if resume is not None:
-            run_id = self._restore(resume)
+        if content:
+            run_id = self._restore(content, resume)
         self.run_id = run_id
         self.score_rows = RowsFile(run_dir / "scores.csv", SCORE_COLUMNS, self.step)
         self.horizon_rows = RowsFile(run_dir / "horizon.csv", HORIZON_COLUMNS, self.step)
@@ -145,13 +158,8 @@ class Trainer:
         with self.stop, tracker:
             self._write_run_files()
             tracker.parameters(self.model.parameter_report())
-            if rows := untrained_rows(self.experiment):
-                length, enough = self.experiment.dataset.video_clip_length, rows[-1] + 3
-                tracker.say(
-                    f"clips of {length} frames never reach rows {rows[0]} to {rows[-1]} of "
-                    "maskmem_tpos_enc: nothing is trained on memories so far back. "
-                    f"dataset.video_clip_length={enough} reaches all"
-                )
+            for text in row_warnings(self.model, self.experiment):
+                tracker.say(f"warning: {text}")
             splits = {"train": self.train_data, "val": self.val_data, "test": self.test_data}
             warnings = shared_video_warnings({name: data for name, data in splits.items() if data})
             for warning in warnings:
@@ -161,6 +169,7 @@ class Trainer:
                     "status": "running",
                     "steps": self.step,
                     "frame_policy": self.experiment.evaluation.frame_policy,
+                    "evaluation_seed": self.experiment.prompts_seed,
                     "warnings": warnings,
                 }
             )
@@ -203,19 +212,24 @@ class Trainer:
 
     def _batches(self) -> Iterator[BatchedVideoDatapoint]:
         config = self.experiment.dataset
-        order = {"shuffle": config.shuffle, "seed": self.config.seed, "start": self.num_clips}
+        sampler = ClipSampler(
+            len(self.train_data),
+            shuffle=config.shuffle,
+            seed=self.experiment.clips_seed,
+            start=self.num_clips,
+        )
         return iter(
             DataLoader(
                 self.train_data,
                 batch_size=config.batch_size,
-                sampler=ClipSampler(len(self.train_data), **order),
+                sampler=sampler,
                 # More processes than cores only wait for each other; the clips are the same.
                 num_workers=min(config.num_workers, num_cores()),
                 collate_fn=collate_fn,
                 worker_init_fn=leave_group,
                 pin_memory=self.device.type == "cuda",
                 # Its own generator: the loader must not draw from the one that dropout uses.
-                generator=torch.Generator().manual_seed(self.config.seed),
+                generator=torch.Generator().manual_seed(self.experiment.clips_seed),
             )
         )
 
@@ -307,9 +321,9 @@ class Trainer:
             on_video=drawer.see_video,
         )
         self.latest = scores.means
-        self.horizon_rows.add(scores.horizon)
         values = {f"val/{name}": value for name, value in self.latest.items()}
         self.tracker.record(self.step, values | numbers(scores.horizon))
+        self.tracker.summary(numbers(scores.horizon))
         self.tracker.overlays(self.step, drawer.overlays)
         if not self.baseline:
             self.baseline = self.latest
@@ -331,7 +345,8 @@ class Trainer:
         if not self.test_data:
             return
         # A run that goes on after its end reports again.
-        self.score_rows.rows = [row for row in self.score_rows.rows if row["split"] != "test"]
+        for file in (self.score_rows, self.horizon_rows):
+            file.rows = [row for row in file.rows if row["split"] != "test"]
         path = self.run_dir / "checkpoints" / ("best.pt" if self.val_data else "last.pt")
         content = checkpoint.load(path)
         step, track = content["step"], partial(track_video, self.model, bf16=self.bf16)
@@ -341,7 +356,8 @@ class Trainer:
         with self._weights(self.base_weights):
             base = self._score(track, self.test_data, "test", BASE, 0, **heed)
         copied = self._score(copy_first_mask, self.test_data, "test", COPY, 0)
-        values = {f"test/{name}": value for name, value in scores.means.items()}
+        values = scores.means | numbers(scores.horizon)
+        values = {f"test/{name}": value for name, value in values.items()}
         self.tracker.summary(
             {
                 **values,
@@ -363,7 +379,7 @@ class Trainer:
         on_frame: OnFrame | None = None,
         on_video: OnVideo | None = None,
     ) -> Scores:
-        """Score and keep the rows."""
+        """Score and keep the rows, the curves of models only: the copy has no memory."""
         scores = score(
             track,
             data,
@@ -371,12 +387,14 @@ class Trainer:
             split=split,
             model=model,
             step=step,
-            seed=self.config.seed,
+            seed=self.experiment.prompts_seed,
             label=LABELS.get(model, f"step {step}"),
             on_frame=on_frame,
             on_video=on_video,
         )
         self.score_rows.add(scores.objects)
+        if model != COPY:
+            self.horizon_rows.add(scores.horizon)
         return scores
 
     def _show_scores(self, split: str, step: int, *beside: tuple[str, int]) -> None:
@@ -384,7 +402,14 @@ class Trainer:
         key = {"validation": "val"}.get(split, split)
         kept = {(row["split"], row["model"], int(row["step"])) for row in self.score_rows.rows}
         rows = [
-            read_scores(self.score_rows.rows, key, model, step, LABELS.get(model, f"step {step}"))
+            read_scores(
+                self.score_rows.rows,
+                key,
+                model,
+                step,
+                LABELS.get(model, f"step {step}"),
+                self.horizon_rows.rows,
+            )
             for model, step in ((TRAINED, step), *beside)
             if (key, model, step) in kept  # a file that was deleted comes back without the past
         ]
@@ -423,6 +448,7 @@ class Trainer:
                     "sha256": self.base_hash,
                     "config_path": self.experiment.model.config_path,
                 },
+                "untrained_rows": rows_left(self.model, self.optimizer),
                 "config": to_yaml(self.experiment),
                 "step": self.step,
                 "best": self.best,
@@ -439,8 +465,7 @@ class Trainer:
             },
         )
 
-    def _restore(self, path: Path) -> str:
-        content = checkpoint.load(path)
+    def _restore(self, content: Mapping[str, Any], path: Path) -> str:
         if content["optimizer"] is None:
             raise UserError(f"{path}: has no optimiser state; go on from last.pt of the same run")
         checkpoint.apply_weights(self.model.sam2, content, self.base_hash, path)

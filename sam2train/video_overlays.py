@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from sam2train.clips import Prompt
+from sam2train.data_source import Video
 from sam2train.evaluate import SeenFrame, TrackedVideo, Videos
 from sam2train.files import file_name, printable
 from sam2train.metrics import ObjectScores
 from sam2train.overlays import comparison, id_mask, pick_frames, save_png
 from sam2train.tracking import Overlay
 from sam2train.transforms import resize_mask_smoothly
-from sam2train.videos import Video
 
 MAX_FRAMES = 8  # of a picture
 MAX_TOGGLED = 255  # objects in a mask of W&B's

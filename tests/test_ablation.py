@@ -57,7 +57,7 @@ def results(sweep):
 
 
 def test_what_is_kept(results):
-    assert list(results.columns[:3]) == ["run", "seed", MASKMEM]
+    assert list(results.columns[:4]) == ["run", "seed", "evaluation_seed", MASKMEM]
     whole = results[results["video_id"].isna()]
     # 6 runs, 2 validations, 3 metrics; objects of the last step only, 6 videos each.
     assert (len(whole), len(results)) == (36, 36 + 36)

@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sam2train.clips import FramePrediction
+from sam2train.clips import NO_OBJECT_LOGIT, FramePrediction
 from sam2train.losses import (
-    GATED_LOGIT,
     LossConfig,
     compute_losses,
     dice_loss,
@@ -251,7 +250,7 @@ def test_sums_over_frames_and_divides_by_objects():
 def test_the_sums_of_two_batches_are_those_of_one():
     """With other numbers of objects, one of them gated, and in a third batch none at all."""
     frames, targets = random_frames(2, 3)
-    frames[0][0].mask_logits[0] = GATED_LOGIT
+    frames[0][0].mask_logits[0] = NO_OBJECT_LOGIT
     parts = [slice(0, 1), slice(1, 3)]
     batches = [
         (

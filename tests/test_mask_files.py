@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sam2train.data_source import Frame, Video
 from sam2train.errors import UserError
 from sam2train.evaluate import SeenFrame
 from sam2train.mask_files import MaskFolder
-from sam2train.videos import Frame, Video
 
 
 def write(folder, video_id, masks, *, names=None) -> None:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from sam2train import tracking
 from sam2train.errors import UserError
-from sam2train.tracking import Overlay, Tracker, TrackingConfig, choose_mode
+from sam2train.tracking import Overlay, Tracker, TrackingConfig, choose_mode, parameter_table
 
 KEY = "a" * 40
 OFF, OFFLINE = TrackingConfig(mode="disabled"), TrackingConfig(mode="offline")
@@ -282,6 +282,20 @@ def test_summary_merges_over_processes_and_names_a_broken_file(start, tmp_path):
     path.write_text("{")
     with start() as tracker, pytest.raises(UserError, match=r"summary\.json.*mend or delete"):
         tracker.summary({"a": 2})
+
+
+def test_the_parts_of_the_memory_stand_together(screen):
+    report = {"no_obj_ptr": (0, 64), "mask_decoder": (7, 7), "memory_encoder": (1_000, 1_000)}
+    screen.print(parameter_table(report))
+    lines = [line.split("│")[1:-1] for line in shown(screen).splitlines() if line.startswith("│")]
+    assert [[line[0].rstrip(), *map(str.strip, line[1:])] for line in lines] == [
+        [" mask_decoder", "7", "0"],
+        [" memory", "1,000", "64"],
+        ["   memory_encoder", "1,000", "0"],
+        ["   no_obj_ptr", "0", "64"],
+        [" total", "1,007", "64"],
+    ]
+    assert "a name for model.trainable_modules" in " ".join(shown(screen).split())
 
 
 def test_tables(start, tmp_path, screen):

@@ -12,10 +12,11 @@ from torch.utils.data import DataLoader
 from sam2train.clips import collate_fn, is_empty
 from sam2train.config import ConfigError, apply_overrides, build, to_yaml
 from sam2train.config_yaml import load_yaml
+from sam2train.data_pictures import read_image
+from sam2train.data_synthetic import SyntheticConfig
+from sam2train.data_videos import MadeUpVideos
 from sam2train.datasets import ClipSampler, DatasetConfig, VideoDataset
 from sam2train.errors import UserError
-from sam2train.images import read_image
-from sam2train.synthetic import SyntheticConfig
 from sam2train.transforms import AugmentConfig
 
 
@@ -284,7 +285,7 @@ def test_cutting_a_video_short_changes_no_frame(folder):
 def test_masks_of_whole_videos_are_kept(folder, monkeypatch):
     dataset = load(folder)
     masks = [[dataset.read_mask(v, t, 1) for t in range(8)] for v in dataset.videos]
-    monkeypatch.setattr(VideoDataset, "_stage", None)
+    monkeypatch.setattr(MadeUpVideos, "_stage", None)
     for video, of_video in zip(dataset.videos, masks, strict=True):
         for t, mask in enumerate(of_video):
             assert np.array_equal(dataset.read_mask(video, t, 1), mask)
@@ -313,7 +314,7 @@ def test_a_picture_that_changed_is_named(folder):
 def test_folders_and_settings_that_do_not_work(folder):
     with pytest.raises(UserError, match="no such folder"):
         load(folder / "nowhere")
-    with pytest.raises(UserError, match="lowest <= highest"):
+    with pytest.raises(UserError, match=r"expected \[lowest, highest\]"):
         load(folder, number_of_points=(3, 1))
     shutil.rmtree(folder / "video_001")
     shutil.rmtree(folder / "video_002")
@@ -357,7 +358,7 @@ def test_the_guides_block_builds(tmp_path):
     [
         ({}, (1, 3)),
         ({"num_of_pos_points": 2}, 2),
-        ({"num_of_pos_points": 0}, 0),
+        ({"num_of_pos_points": 0, "include_center": True}, 0),
         ({"number_of_points": [2, 5]}, (2, 5)),
         ({"num_of_pos_points": [2, 5]}, (2, 5)),
     ],
@@ -387,9 +388,12 @@ def test_pasting_is_a_key_of_its_own():
         ({"num_of_pos_points": "two"}, "num_of_pos_points"),
         ({"num_of_pos_points": True}, "num_of_pos_points"),
         ({"num_of_pos_points": -1}, "num_of_pos_points: got -1"),
-        ({"image_root": "frames"}, "image_root is for coco"),
+        ({"image_root": "frames"}, 'image_root is for dataset_type "coco"; remove'),
         ({"synthetic": {"paste": "no"}}, r"synthetic\.paste"),
-        ({"dataset_type": "coco", "synthetic": {"paste": False}}, "synthetic is for"),
+        (
+            {"dataset_type": "coco", "synthetic": {"paste": False}},
+            'synthetic is for dataset_type "video"; remove it',
+        ),
         ({"dataset_type": "coco", "num_of_pos_points": None}, "num_of_pos_points: got null"),
         ({"dataset_type": "films"}, "one of coco, video, vos, sav"),
     ],

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from conftest import edit, make_coco
 from PIL import Image
-from test_vos import make_vos
+from test_data_vos import make_vos
 
+from sam2train.data_clips import ClipDataset, clip_settings
+from sam2train.data_vos import VosVideos
 from sam2train.datasets import COCODataset
 from sam2train.evaluate import EvaluationConfig, copy_first_mask, score_tracks
 from sam2train.video_overlays import MAX_FRAMES, OverlayDrawer
-from sam2train.vos import VOSDataset
 
 SIZE = (48, 64)
 
@@ -73,7 +74,8 @@ def test_a_video_without_objects_is_drawn_all_the_same(tmp_path, empty):
 
 def test_frames_that_nobody_labelled_are_not_drawn(tmp_path):
     """What is right there is not known: a prediction would be painted as an error."""
-    data = VOSDataset(make_vos(tmp_path, names=["bear"], every=3), SIZE)  # of 6 frames, 0 and 3
+    root = make_vos(tmp_path, names=["bear"], every=3)  # of 6 frames, 0 and 3
+    data = ClipDataset(VosVideos(root), clip_settings(SIZE))
     drawer = OverlayDrawer(data, tmp_path / "overlays", "val", 1)
     score_tracks(
         copy_first_mask,

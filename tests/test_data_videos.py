@@ -4,8 +4,8 @@ import pytest
 from conftest import SHARED, make_frames
 from PIL import Image
 
+from sam2train.data_videos import VideoFolders
 from sam2train.errors import UserError
-from sam2train.videos import read_video_folders
 
 FRAME_DIRS = SHARED / "bad" / "frame_dirs"
 
@@ -16,7 +16,7 @@ def names(video):
 
 def fails(path):
     with pytest.raises(UserError) as caught:
-        read_video_folders(path)
+        VideoFolders(path)
     message = str(caught.value)
     assert str(path) in message
     return message
@@ -28,7 +28,8 @@ def fails(path):
 def test_each_folder_is_a_video_of_its_pictures_in_order(tmp_path):
     for number in (1, 2, 10):
         make_frames(tmp_path / f"video_{number}", [f"frame_{t}.png" for t in (1, 2, 10, 11)])
-    videos, warnings = read_video_folders(tmp_path)
+    source = VideoFolders(tmp_path)
+    videos, warnings = source.videos, source.warnings
     assert warnings == []
     assert [video.video_id for video in videos] == ["video_1", "video_2", "video_10"]
     for video in videos:
@@ -41,12 +42,13 @@ def test_each_folder_is_a_video_of_its_pictures_in_order(tmp_path):
 def test_a_folder_of_frames_is_one_video(tmp_path, monkeypatch):
     make_frames(tmp_path / "clip", ["b.png", "a.png"])
     (tmp_path / "clip" / "empty").mkdir()
-    (video,), warnings = read_video_folders(tmp_path / "clip")
+    source = VideoFolders(tmp_path / "clip")
+    (video,), warnings = source.videos, source.warnings
     assert video.video_id == "clip"
     assert names(video) == ["a.png", "b.png"]
     assert warnings == []
     monkeypatch.chdir(tmp_path / "clip")
-    assert read_video_folders(type(tmp_path)("."))[0][0].video_id == "clip"
+    assert VideoFolders(type(tmp_path)(".")).videos[0].video_id == "clip"
 
 
 def test_what_is_no_frame_is_passed_over(tmp_path):
@@ -58,7 +60,8 @@ def test_what_is_no_frame_is_passed_over(tmp_path):
     for junk in (".DS_Store", "._frame_001.jpg", "Thumbs.db", "notes.txt", ".frame_009.png"):
         (folder / junk).write_bytes(b"junk")
     (tmp_path / "readme.txt").write_text("text")
-    (video,), warnings = read_video_folders(tmp_path)
+    source = VideoFolders(tmp_path)
+    (video,), warnings = source.videos, source.warnings
     assert names(video) == ["frame_001.JPG", "frame_002.Png"]
     assert warnings == []
 
@@ -68,7 +71,8 @@ def test_empty_folders_and_single_frames_are_told(tmp_path):
     make_frames(tmp_path / "b", ["1.png"])
     (tmp_path / "c").mkdir()
     (tmp_path / "d").mkdir()
-    videos, warnings = read_video_folders(tmp_path)
+    source = VideoFolders(tmp_path)
+    videos, warnings = source.videos, source.warnings
     assert [video.video_id for video in videos] == ["a", "b"]
     assert warnings == [
         "c, d: no pictures, so no video",
@@ -80,7 +84,7 @@ def test_the_size_is_that_after_the_exif_orientation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     make_frames(tmp_path / "a", ["1.jpg", "2.jpg"], exif=exif)
-    (video,), _ = read_video_folders(tmp_path)
+    (video,) = VideoFolders(tmp_path).videos
     assert video.size == (64, 48)
 
 
@@ -139,7 +143,7 @@ def test_every_problem_of_the_pictures_comes_at_once(tmp_path):
 
 @pytest.mark.skipif(not FRAME_DIRS.is_dir(), reason="needs the awkward folders")
 def test_awkward_real_folders():
-    videos = {video.video_id: video for video in read_video_folders(FRAME_DIRS)[0]}
+    videos = {video.video_id: video for video in VideoFolders(FRAME_DIRS).videos}
     assert all(len(video.frames) == 6 and video.size == (240, 427) for video in videos.values())
     assert names(videos["unpadded"]) == [f"frame_{t}.jpg" for t in range(8, 14)]
     assert names(videos["upper_ext"]) == [f"frame_{t:03d}.JPG" for t in range(1, 7)]
@@ -148,13 +152,14 @@ def test_awkward_real_folders():
     assert names(videos["mixed_ext"])[2:4] == ["frame_003.jpg", "frame_004.png"]
     # Each of them alone is one video of the same frames.
     for video_id, video in videos.items():
-        (alone,), _ = read_video_folders(FRAME_DIRS / video_id)
+        (alone,) = VideoFolders(FRAME_DIRS / video_id).videos
         assert alone == video
 
 
 @pytest.mark.skipif(not (SHARED / "davis_dev").is_dir(), reason="needs the real videos")
 def test_real_videos():
-    videos, warnings = read_video_folders(SHARED / "davis_dev" / "video_data")
+    source = VideoFolders(SHARED / "davis_dev" / "video_data")
+    videos, warnings = source.videos, source.warnings
     assert [(v.video_id, v.size, len(v.frames)) for v in videos] == [
         ("video_001", (480, 854), 40),
         ("video_002", (480, 854), 60),
