@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sam2train.errors import UserError
-from sam2train.intervals import Interval, mean_interval, paired_bootstrap, seed_difference
 from sam2train.metrics import TRAINED
 from sam2train.results import load_metrics, load_scores, read_csv, varied
+from sam2train.stats import Interval, mean_interval, paired_bootstrap, seed_difference
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -24,9 +24,9 @@ from sam2train.ablation import (
 from sam2train.errors import UserError
 from sam2train.figures import draw_results
 from sam2train.files import write_text
-from sam2train.intervals import mean_interval, paired_bootstrap, seed_difference
 from sam2train.machine import cell, say
 from sam2train.results import is_run, labels, load_runs, load_scores, over_seeds, varied
+from sam2train.stats import mean_interval, paired_bootstrap, seed_difference
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -27,9 +27,9 @@ from sam2train.evaluate import (
 )
 from sam2train.files import natural_key, resolve_path, write_rows
 from sam2train.horizon import ABSENCE_RECALL, FALSE_ABSENCES, frame_rows, horizon_rows
-from sam2train.intervals import Interval, paired_bootstrap
 from sam2train.machine import cell
 from sam2train.metrics import BASE, COPY
+from sam2train.stats import Interval, paired_bootstrap
 
 LABELS = {BASE: "untouched base checkpoint", COPY: "copy the first mask"}
 
