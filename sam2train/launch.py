@@ -240,9 +240,10 @@ def launch(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         done = "left out" if key == "dataset.test_path" else "used all the same"
         print(f"{key} is the demo's, beside data of your own: {done}; name yours")
     if arguments.download:
-        from sam2train.download import fetch_checkpoint
+        from sam2train.pretrained import fetch_checkpoint
 
-        fetch_checkpoint(experiment.model, console)
+        model = experiment.model
+        fetch_checkpoint(model.checkpoint_path, model.config_path, console)
         return 0
     if arguments.export:
         from sam2train.export import export_checkpoint

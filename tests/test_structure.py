@@ -42,7 +42,7 @@ LEVELS = [
     {"sampling", "ablation", "memory"},
     {"datasets", "vos", "figures", "model"},
     {"sav", "compare"},
-    {"evaluate", "download"},
+    {"evaluate"},
     {"experiment", "environment", "horizon", "video_overlays", "mask_files", "prompt_cells"},
     {"audit", "build", "scoring", "score_figures", "sweep_file", "sweep_trials"},
     {"trainer", "describe", "export", "check", "benchmark", "sweep_search", "sweep_report"},
