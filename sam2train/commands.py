@@ -212,7 +212,7 @@ class Download(FileCommand):
 
     def run(self) -> int:
         experiment = self.experiment()
-        from sam2train.download import fetch_checkpoint
+        from sam2train.pretrained import fetch_checkpoint
 
         fetch_checkpoint(experiment.model, _console())
         return 0

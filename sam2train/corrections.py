@@ -87,7 +87,7 @@ class SimulatedUser:
         entropy = [self.seed, self.num_clips + clip]
         return np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(_STREAM, *where)))
 
-    def draw_frames(self, clip: int, conditioning: Collection[int], num_frames: int) -> set[int]:
+    def sample_frames(self, clip: int, conditioning: Collection[int], num_frames: int) -> set[int]:
         """The frames to correct: the conditioning ones, and some that are tracked after the first.
 
         Args:
@@ -114,11 +114,11 @@ class SimulatedUser:
         """
         draws, ignores = (
             torch.from_numpy(drawn).to(truth.device)
-            for drawn in self._draw_clicks(frame_idx, objects)
+            for drawn in self._sample_clicks(frame_idx, objects)
         )
         return Correction(self, truth, draws, ignores)
 
-    def _draw_clicks(
+    def _sample_clicks(
         self, frame_idx: int, objects: Sequence[tuple[int, int]]
     ) -> tuple[np.ndarray, np.ndarray]:
         """`Correction.draws` and `.ignores`. Of a clip, all objects ignore the prediction or none,

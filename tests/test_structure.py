@@ -23,7 +23,7 @@ GROUPS = {
         *("transforms", "prompts", "demo", "demo_videos"),
     },
     "model": {
-        *("memory", "model", "model_inputs", "corrections", "pretrained", "download"),
+        *("memory", "model", "model_inputs", "corrections", "pretrained"),
         *("losses", "optimizer"),
     },
     "scores": {
