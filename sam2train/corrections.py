@@ -1,4 +1,4 @@
-"""A user who corrects: clicks where the prediction is wrong, simulated while a clip is tracked.
+"""Correction clicks: a simulated user clicks where the prediction is wrong while a clip is tracked.
 
 As SAM 2 is trained (`SAM2Train` in facebookresearch/sam2): frames are drawn to be corrected, the
 conditioning frames always among them; on each, several clicks follow one another, every one of them
@@ -191,7 +191,7 @@ class Correction:
         first: DecoderPass,
         decode: Callable[[dict[str, torch.Tensor], torch.Tensor], DecoderPass],
     ) -> tuple[dict[str, torch.Tensor], list[DecoderPass]]:
-        """Click and decode, again and again.
+        """Decode once more after each of the correction clicks.
 
         Args:
             points: the prompt that the frame began with, None on a tracked frame.

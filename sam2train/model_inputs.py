@@ -1,4 +1,5 @@
-"""The objects of a batch, from either input layout to groups that SAM 2 can track together."""
+"""What the forward pass is given, in either layout, and its objects in groups that SAM 2 can track
+together."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ class TrackingInput:
     masks: torch.Tensor | None  # (T, O, H, W) bool
     prompts: Sequence[Sequence[Prompt]]  # of each clip
     object_valid: torch.Tensor  # (B, N) bool with O true entries
-    # Real frames of each clip. Padding comes after them: nobody looks at it, not even SAM 2's time
-    # code, so a clip gets the same answer in every batch.
+    # Real frames of each clip. The padding after them is not tracked, and SAM 2's time code does
+    # not count it, so that a clip gets the same masks in every batch.
     lengths: list[int]
 
 
@@ -121,14 +122,14 @@ def group_objects(
     lengths: Sequence[int],
     sample_corrected: Callable[[int, Collection[int], int], Collection[int]] | None = None,
 ) -> list[ObjectGroup]:
-    """Groups of the objects of a batch; one whose prompts are all empty is in none.
+    """Groups of the objects of a batch; an object whose prompts are all empty is in no group.
 
     Args:
         clip_prompts: of each clip; the objects of the batch are counted in their order.
         lengths: real frames of each clip.
         sample_corrected: (clip, conditioning frames, length) -> the frames that get correction
-            clicks; it is not asked for objects that were given a mask. Only objects with the same
-            ones share a group.
+            clicks; it is not called for objects that are prompted with a mask. Objects of one group
+            have the same corrected frames.
 
     Raises:
         UserError: a prompt outside its clip, or two for one object on one frame.
@@ -203,7 +204,7 @@ def split_by_kind(prompts: Sequence[Prompt], device: torch.device):
 
 
 def _mask_prompts(batch: Any) -> list[list[Prompt]]:
-    """A mask prompt on frame 0 for each object: what SAM 2's own datapoint is understood to say."""
+    """A mask prompt on frame 0 for each object: SAM 2's own datapoint carries no prompts."""
     prompts: list[list[Prompt]] = [[] for _ in range(batch.num_videos)]
     for index, clip in enumerate(batch.obj_to_frame_idx[0, :, 1].tolist()):
         prompts[clip].append({**empty_prompt(index, 0), "mask": batch.masks[0, index]})
