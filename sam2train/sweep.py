@@ -27,8 +27,8 @@ from sam2train.config import build, flatten
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment
 from sam2train.files import write_text
-from sam2train.intervals import seed_difference
 from sam2train.results import over_seeds
+from sam2train.stats import seed_difference
 from sam2train.sweep_file import Sweep, check_values, grid, in_grid, load_sweep, show_value
 from sam2train.sweep_search import examples, trials_to_stop
 from sam2train.sweep_trials import (
