@@ -127,6 +127,38 @@ def test_export_gives_weights_that_sam2_loads(experiment, tmp_path, capsys):
     assert half.stat().st_size < 6e6
 
 
+def test_a_run_killed_at_once_writes_the_same_rows(experiment, tmp_path):
+    words = ["trainer.num_steps=9", "trainer.log_every=5", "trainer.save_every=3"]
+    words += ["evaluation.max_frames=2", "evaluation.num_overlays=0"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "run.py", experiment, *words, "--run-dir", parts],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (parts / "checkpoints" / "last.pt").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        process.kill()
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    assert launch.main([str(experiment), *words, "--run-dir", str(parts), "--resume"]) == 0
+    assert launch.main([str(experiment), *words, "--run-dir", str(whole)]) == 0
+
+    timed = ("seconds", "clips_per_second", "memory_gb")
+    found = []
+    for run_dir in (whole, parts):
+        lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+        found.append([{k: v for k, v in row.items() if k not in timed} for row in lines])
+    assert found[0] == found[1]
+    assert [row["step"] for row in found[0] if "loss" in row] == [5, 9]
+    for name in ("scores.csv", "horizon.csv"):
+        assert (parts / name).read_text() == (whole / name).read_text()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_whole_group_saves_first(experiment, tmp_path, number):
     """What `timeout` and some job schedulers send; processes that load data get it, too."""
