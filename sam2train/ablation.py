@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sam2train.errors import UserError
-from sam2train.intervals import (
+from sam2train.metrics import BASE, TRAINED
+from sam2train.results import load_metrics, load_scores, read_csv, varied
+from sam2train.stats import (
     Interval,
     crossed_difference,
     crossed_mean,
@@ -22,13 +24,11 @@ from sam2train.intervals import (
     paired_bootstrap,
     seed_difference,
 )
-from sam2train.metrics import BASE, TRAINED
-from sam2train.results import load_metrics, load_scores, read_csv, varied
 
 if TYPE_CHECKING:
     import pandas as pd
 
-PROMPTS = "dataset.prompt_types"
+PROMPT_TYPES = "dataset.prompt_types"
 MASKMEM = "model.num_maskmem"
 POINTERS = "model.max_obj_ptrs_in_encoder"
 JANDF = "J&F"
@@ -52,7 +52,7 @@ class Question:
 
 # By the name of the table. One memory is that of the prompted frame alone.
 QUESTIONS = {
-    "prompts": (Question(PROMPTS, "point"),),
+    "prompts": (Question(PROMPT_TYPES, "point"),),
     "num_maskmem": (Question(MASKMEM, 1, POINTERS), Question(POINTERS, 0, MASKMEM)),
     "memory_stride3": (Question(MASKMEM, 1),),
 }
@@ -62,7 +62,7 @@ def questions(name: str, results: pd.DataFrame) -> list[Question]:
     """What is asked of the table of this name; of a table of one's own, what its prompt types or
     numbers of memories do, against the first of them."""
     known = [question for question in QUESTIONS.get(name, ()) if question.by in results]
-    for setting, within in ((PROMPTS, None), (MASKMEM, POINTERS)):
+    for setting, within in ((PROMPT_TYPES, None), (MASKMEM, POINTERS)):
         if not known and setting in results:
             known.append(Question(setting, settings_in_order(results[setting])[0], within))
     return known
@@ -71,7 +71,7 @@ def questions(name: str, results: pd.DataFrame) -> list[Question]:
 def compact_results(runs: pd.DataFrame) -> pd.DataFrame:
     """The finished and scored runs of `load_runs` in long form, small enough to be committed.
 
-    Columns: run, seed, every setting that varies, and
+    Columns: run, seed, evaluation_seed, every setting that varies, and
         split, step: what was scored, when; the test videos score the checkpoint that validation
             chose, and the weights of step 0.
         metric, value, count: J, F or J_and_F and the number of objects in the mean.
@@ -90,7 +90,7 @@ def compact_results(runs: pd.DataFrame) -> pd.DataFrame:
             "none of these runs is finished and has validation scores; `python run.py --runs "
             "FOLDER` shows how far they are"
         )
-    settings = ["run", "seed", *varied(runs)]
+    settings = ["run", "seed", "evaluation_seed", *varied(runs)]
     parts = [
         _compact_run(Path(row["path"])).assign(**{name: row[name] for name in settings})
         for row in runs.to_dict("records")
@@ -132,11 +132,13 @@ def validation_curves(results: pd.DataFrame) -> pd.DataFrame:
 
 def settings_in_order(values: Iterable[Any]) -> list[Any]:
     """The values of a setting, each once: numbers by size, prompt types alone before mixtures."""
-    types = ("point", "bbox", "mask")
 
     def place(value: Any) -> tuple:
         if not isinstance(value, str):
             return 0, value
+        from sam2train.prompts import PROMPTS  # here, since torch comes with it
+
+        types = list(PROMPTS)
         words = value.split("+")
         return 1, len(words), [types.index(w) if w in types else len(types) for w in words], value
 

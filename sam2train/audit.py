@@ -1,16 +1,18 @@
-"""The gradient audit: what each trained module got, and why a listed one got nothing."""
+"""The gradient audit: what each trained module got, why a listed one got nothing, and which
+temporal rows stay untrained."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 
 from sam2train.clips import BatchedVideoDatapoint, is_empty
-from sam2train.experiment import Experiment
+from sam2train.experiment import Experiment, read_rows, untrained_rows
 from sam2train.model import SAM2Model
-from sam2train.pretrained import MODULES, match_parameters
+from sam2train.pretrained import MEMORY, MODULES, match_parameters, selects
+from sam2train.prompts import PROMPTS
 
 # Parameters that SAM 2 reads at times only; see its `SAM2Base`.
 _RESTING = {
@@ -39,7 +41,7 @@ def audit_gradients(model: SAM2Model) -> dict[str, float]:
 
 
 class Idle(NamedTuple):
-    """An entry of `model.trainable_modules` that got no gradient at all."""
+    """An entry of `model.trainable_modules`, or a part of `memory`, that got no gradient at all."""
 
     text: str  # what to say of it
     may_come: bool  # another step of this experiment may give it one
@@ -49,27 +51,39 @@ def idle_modules(model: SAM2Model, experiment: Experiment) -> list[Idle]:
     """The entries of `model.trainable_modules` without any gradient, and why.
 
     A single tensor may rest for a step (the embedding of absence does while nothing is absent);
-    what the experiment lists may not, unless it hangs on what is drawn.
+    what the experiment lists may not, unless it hangs on what is drawn. `memory` is looked at part
+    by part: one that rests is no news there, and one that the settings switch off stops nothing.
     """
     parameters = model.trainable_parameters()
+    drawn = _drawn(experiment)
     idle = []
     for entry in model.trainable_modules:
         names = match_parameters(model.sam2, [entry], MODULES)
-        if all(parameters[name].grad is None for name in names):
-            tops = {name.split(".")[0] for name in names}
-            text = f"{entry} got no gradient: {'; '.join(_reasons(tops, experiment))}"
-            idle.append(Idle(text, not tops.isdisjoint(_drawn(experiment))))
+        parts = {entry: names}
+        if entry == "memory":
+            parts = {part: {n for n in names if selects(part, n)} for part in MEMORY}
+        for part, of_part in parts.items():
+            if not of_part or any(parameters[name].grad is not None for name in of_part):
+                continue
+            tops = {name.split(".")[0] for name in of_part}
+            may_come = not tops.isdisjoint(drawn)
+            if part != entry:
+                if may_come:
+                    continue
+                may_come = tops <= _POINTERS and experiment.model.max_obj_ptrs_in_encoder == 0
+                part = f"{part} (of `{entry}`)"
+            text = f"{part} got no gradient: {'; '.join(_reasons(tops, experiment))}"
+            idle.append(Idle(text, may_come))
     return idle
 
 
 def _drawn(experiment: Experiment) -> set[str]:
     """The parameters that are read in some steps of an experiment, by what is drawn."""
-    model, types = experiment.model, set(experiment.dataset.prompt_types)
-    drawn = set()
-    if "mask" in types:
-        drawn.add("mask_downsample")
-    if types - {"mask"}:
-        drawn.add("no_mem_embed")
+    model = experiment.model
+    drawn = {
+        "mask_downsample" if PROMPTS[name].gives_mask else "no_mem_embed"
+        for name in experiment.dataset.prompt_types
+    }
     # What absent objects leave in the memory is read on later frames, like all of it.
     if experiment.dataset.video_clip_length > 1 and model.num_maskmem > 0:
         if model.max_obj_ptrs_in_encoder > 0 and model.memory_gradient != "detached":
@@ -97,6 +111,61 @@ def _reasons(tops: set[str], experiment: Experiment) -> Sequence[str]:
         found.append("model.memory_gradient is `detached`, so that what writes it learns nothing")
     found += dict.fromkeys(_RESTING[top] for top in sorted(tops & _RESTING.keys()))
     return found or ["no frame after a prompt was there to learn from"]
+
+
+def row_warnings(model: SAM2Model, experiment: Experiment) -> list[str]:
+    """What to say of the temporal rows before a training: those that its clips never read, and
+    those that stay at values which no training has reached."""
+    texts = []
+    length, rows = experiment.dataset.video_clip_length, model.num_maskmem
+    if unread := [row for row in range(rows - 1) if row not in read_rows(experiment)]:
+        cure = f"dataset.video_clip_length={rows + 1} reaches all"
+        if length > rows:
+            cure = "All are corrected; interaction.rand_frames_to_correct=true leaves some alone"
+        texts.append(
+            f"clips of {length} frames never reach {_listed_rows(unread)} of maskmem_tpos_enc: "
+            f"nothing is trained on memories so far back. {cure}"
+        )
+    left = [row for row in untrained_rows(experiment) if row in model.untrained_rows]
+    trained = model.trainable_parameters()
+    if left and any(selects("memory", name) for name in trained):
+        reasons = _joined(model.untrained_rows[row] for row in left)
+        text = (
+            f"maskmem_tpos_enc keeps {reasons} in {_listed_rows(left)}, while the memory that is "
+            "read with them is trained"
+        )
+        if "maskmem_tpos_enc" not in trained:
+            text += "; `memory` in model.trainable_modules trains the rows as well"
+        texts.append(text)
+    return texts
+
+
+def rows_left(model: SAM2Model, optimizer: torch.optim.Optimizer) -> list[int]:
+    """The temporal rows that no training has reached, this one with AdamW up to now included: a row
+    whose mean squared gradient is 0 never got one."""
+    parameter = model.trainable_parameters().get("maskmem_tpos_enc")
+    state = {} if parameter is None else optimizer.state.get(parameter, {})
+    if not state:
+        return list(model.untrained_rows)
+    reached = state["exp_avg_sq"].flatten(1).any(1).tolist()
+    return [row for row in model.untrained_rows if not reached[row]]
+
+
+def _listed_rows(rows: Sequence[int]) -> str:
+    """row 3, rows 1 to 5, rows 0 to 2 and 6"""
+    runs: list[list[int]] = []
+    for row in rows:
+        if runs and runs[-1][-1] == row - 1:
+            runs[-1].append(row)
+        else:
+            runs.append([row])
+    texts = [f"{run[0]}" if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
+    return f"row{'s' * (len(rows) > 1)} {_joined(texts)}"
+
+
+def _joined(texts: Iterable[str]) -> str:
+    *most, last = dict.fromkeys(texts)
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def has_tracked_frame(batch: BatchedVideoDatapoint) -> bool:

@@ -17,18 +17,18 @@ from rich.table import Table
 from sam2train.build import (
     Loaded,
     base_hash,
-    build_dataset,
     build_model,
     load_checkpoint,
     uses_bf16,
 )
 from sam2train.config import to_yaml
+from sam2train.datasets import build_dataset
 from sam2train.errors import UserError
 from sam2train.evaluate import SeenFrame, TrackedVideo, Videos, copy_first_mask, track_video
 from sam2train.experiment import Experiment
-from sam2train.files import replacing, write_rows, write_text
+from sam2train.files import file_name, replacing, write_rows, write_text
 from sam2train.horizon import bin_name, numbers
-from sam2train.machine import describe_environment
+from sam2train.machine import cell, describe_environment, say
 from sam2train.mask_files import MaskFolder
 from sam2train.metrics import BASE, COPY, TRAINED
 from sam2train.model import SAM2Model
@@ -105,7 +105,8 @@ class Benchmark:
                 f"dataset.{split}_path is null; name the videos to score, or take --split "
                 f"{'test' if split == 'val' else 'val'}"
             )
-        self.data: Videos = build_dataset(experiment, path, training=False, say=self._say)
+        sections = experiment.dataset, experiment.augment, experiment.clips_seed
+        self.data: Videos = build_dataset(*sections, path, training=False, say=self._say)
         model = build_model(experiment)
         self.bf16 = uses_bf16(experiment, model.device)
         self.loaded: Loaded | None = None
@@ -228,7 +229,7 @@ class Benchmark:
             model=contender.key,
             step=contender.step,
             label=contender.label,
-            seed=self.experiment.trainer.seed,
+            seed=self.experiment.prompts_seed,
             on_video=done,
             **options,
         )
@@ -254,6 +255,7 @@ class Benchmark:
                     self.experiment.evaluation.prompt_types or self.experiment.dataset.prompt_types
                 ),
                 "seed": self.experiment.trainer.seed,
+                "evaluation_seed": self.experiment.prompts_seed,
                 "num_videos": len(self.data.videos[: self.experiment.evaluation.max_videos]),
                 "base": {"path": config.checkpoint_path, "sha256": base_hash(self.experiment)},
                 "checkpoint": self.loaded
@@ -372,7 +374,7 @@ class Benchmark:
         return matrix_figure(names, columns, panels, title=f"J&F on the {self.split} videos")
 
     def _say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(self.console, text)
 
 
 def _checkpoint_of(source: Path) -> Path:
@@ -383,15 +385,14 @@ def _checkpoint_of(source: Path) -> Path:
 
 
 def horizon_table(rows: Sequence[Scores]) -> Table:
-    """The numbers and curves of `horizon_rows`, a column each model."""
+    """The curves of `horizon_rows` and the share of false positives, a column each model."""
     table = Table("memory", title="Memory horizon", title_justify="left")
     for scores in rows:
-        table.add_column(scores.label, justify="right")
+        table.add_column(cell(scores.label), justify="right")
     texts = {
         "horizon/J": "J, {} frames on",
         "horizon/recall_after_absence": "found, absent {}",
         "horizon/false_positives": "false positives",
-        "horizon/object_score_auc": "object score AUC",
     }
     cells = [
         {(row["metric"], row["at"]): (row["value"], row["count"]) for row in scores.horizon}
@@ -408,7 +409,7 @@ def horizon_table(rows: Sequence[Scores]) -> Table:
 
 def matrix_table(label: str, rows: Sequence[dict[str, Any]]) -> Table:
     """J&F of each prompt at each strength of noise, and the change from clean with its interval."""
-    table = Table("prompt", title=f"J&F: {label}", title_justify="left")
+    table = Table("prompt", title=cell(f"J&F: {label}", "table.title"), title_justify="left")
     for noise in NOISE:
         table.add_column(f"noise {noise:g}" if noise else "clean", justify="right")
     lines: dict[str, list[str]] = {}
@@ -437,7 +438,8 @@ def run_benchmark(
 ) -> None:
     """One command; the folder is runs/<name>/evaluations/<run id> unless it is named."""
     kind = "prompt-matrix" if matrix else "evaluate"
-    run_dir = run_dir or Path("runs") / name / "evaluations" / f"{run_id}-{kind}-{split}"
+    folder = Path("runs") / file_name(name) / "evaluations"
+    run_dir = run_dir or folder / f"{run_id}-{kind}-{split}"
     benchmark = Benchmark(
         experiment,
         source,

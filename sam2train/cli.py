@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TextIO
 
 from sam2train.commands import COMMANDS, Command, FileCommand
 from sam2train.errors import UserError
+from sam2train.files import printable
 
 HELP = ("-h", "--help")
 SHARED = tuple(FileCommand.options())  # options of every command on a FILE
@@ -45,7 +46,7 @@ def main(words: Sequence[str]) -> int:
             sys.stdout.flush()
         return code
     except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {printable(problem, lines=True)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -164,7 +165,7 @@ def _sections() -> set[str]:
 
 def _look_into(file: str) -> tuple[Path, str]:
     """The path of a FILE, and what it holds: experiment or sweep."""
-    from sam2train.config import load_yaml
+    from sam2train.config_yaml import load_yaml
     from sam2train.files import resolve_path
     from sam2train.sweep_file import is_sweep
 

@@ -194,9 +194,9 @@ class CheckData(FileCommand):
 
     def run(self) -> int:
         experiment = self.experiment(say=(lambda line: None) if self.json else print)
-        from sam2train.check import check_data
+        from sam2train.data_report import check_data
 
-        report = check_data(experiment, None if self.json else _console())
+        report = check_data(experiment.dataset, None if self.json else _console())
         if self.json:
             print(report.to_json())
         else:
@@ -212,7 +212,7 @@ class Download(FileCommand):
 
     def run(self) -> int:
         experiment = self.experiment()
-        from sam2train.download import fetch_checkpoint
+        from sam2train.pretrained import fetch_checkpoint
 
         fetch_checkpoint(experiment.model, _console())
         return 0

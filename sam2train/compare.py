@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from sam2train.ablation import (
@@ -31,7 +30,9 @@ from sam2train.ablation import (
 from sam2train.errors import UserError
 from sam2train.figures import draw_results
 from sam2train.files import write_text
-from sam2train.intervals import (
+from sam2train.machine import cell, say
+from sam2train.results import compare_groups, is_run, labels, load_runs, object_scores, varied
+from sam2train.stats import (
     Interval,
     crossed_difference,
     crossed_gains,
@@ -41,7 +42,6 @@ from sam2train.intervals import (
     paired_bootstrap,
     seed_difference,
 )
-from sam2train.results import compare_groups, is_run, labels, load_runs, object_scores, varied
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,17 +62,17 @@ def show_runs(folder: Path, console: Console) -> None:
     runs = load_runs(folder)
     for place, part in runs.groupby(runs["path"].map(lambda path: str(Path(path).parent))):
         part = part.sort_values(["last", "run"], ascending=[False, True], na_position="last")
-        _say(console, f"{place} (sweep)" if part["sweep"].notna().any() else place)
+        say(console, f"{place} (sweep)" if part["sweep"].notna().any() else place)
         console.print(_runs_table(part))
         scored = part[part["last"].notna()]
         if table := _groups_table(scored):
             console.print(table)
         for row in part[part["problem"].notna()].itertuples():
-            _say(console, f"unreadable: {row.problem}")
+            say(console, f"unreadable: {row.problem}")
         console.print()
     if (runs["status"] == "crashed").any():
-        _say(console, "crashed: it was running and fell silent; `--resume RUN` goes on with it")
-    _say(console, "J&F on the validation videos; --compare RUN RUN: differences with intervals")
+        say(console, "crashed: it was running and fell silent; `--resume RUN` goes on with it")
+    say(console, "J&F on the validation videos; --compare RUN RUN: differences with intervals")
 
 
 def compare_runs(folders: Sequence[Path], console: Console) -> None:
@@ -108,22 +108,22 @@ def compare_runs(folders: Sequence[Path], console: Console) -> None:
     table = _settings_table(groups)
     console.print(table if table.rows else "The settings are the same.")
     if alone:
-        _say(console, "They differ in nothing but the seed.")
+        say(console, "They differ in nothing but the seed.")
         if len(ended := runs[runs["last"].notna()]):
             (text,) = compare_groups([ended])["text"]
-            _say(console, f"J&F of all: {text}")
+            say(console, f"J&F of all: {text}")
     scored = [name for name in varied(runs) if _shapes_scores(name, runs)]
     if scored:
-        _say(console, f"Careful: they were scored under different {', '.join(scored)}.")
+        say(console, f"Careful: they were scored under different {', '.join(scored)}.")
     scores: dict[str, pd.DataFrame] = {}
     for letter, part in groups.items():
         try:
             scores[letter] = object_scores(part)
         except UserError as problem:
-            _say(console, f"{letter}, nothing over videos: {problem}")
+            say(console, f"{letter}, nothing over videos: {problem}")
     console.print(_gains_table(groups, scores))
     console.print(_differences_table(groups, scores))
-    _say(
+    say(
         console,
         "over both: 95 %, other trainings on other videos of the kind; a claim needs this one\n"
         "over videos: 95 %, paired bootstrap, these weights on other videos of the kind\n"
@@ -162,14 +162,14 @@ def collect_results(folder: Path | None, console: Console) -> None:
         paths = [RESULTS / f"{folder.resolve().name}.csv"]
         write_text(paths[0], results.to_csv(index=False, lineterminator="\n"))
         for row in runs[~is_result(runs)].itertuples():
-            _say(console, f"left out: {row.path}, {row.status} at step {row.step}")
-        _say(console, f"wrote {paths[0]}: {results['run'].nunique()} runs, {len(results)} rows")
+            say(console, f"left out: {row.path}, {row.status} at step {row.step}")
+        say(console, f"wrote {paths[0]}: {results['run'].nunique()} runs, {len(results)} rows")
         asked = questions(paths[0].stem, results)
         if not asked and (table := _groups_table(runs[is_result(runs)])):
             console.print(table)
     for path in paths:
         for picture in draw_results(path):
-            _say(console, f"wrote {picture}")
+            say(console, f"wrote {picture}")
         results = read_results(path)
         for question in questions(path.stem, results):
             _say_answer(results, question, console)
@@ -180,13 +180,13 @@ def _say_answer(results: pd.DataFrame, question: Question, console: Console) -> 
     for what, gain in ((JANDF, False), (GAIN, True)):
         table = differences(results, question, gain=gain)
         if len(table):
-            _say(console, f"\n{markdown(brief(table, question, what))}\n")
+            say(console, f"\n{markdown(brief(table, question, what))}\n")
             console.print(conclusion(table, question, what), markup=False, highlight=False)
     for metric in HORIZON:
         if (results["metric"] == metric).any():
             said = horizon_sentences(results, question, metric)
             console.print(said, markup=False, highlight=False)
-    _say(console, "")
+    say(console, "")
 
 
 def _runs_table(runs: pd.DataFrame) -> Table:
@@ -199,9 +199,9 @@ def _runs_table(runs: pd.DataFrame) -> Table:
         status = row["status"]
         known = status != "unreadable"
         table.add_row(
-            escape(row["run"]),
+            cell(row["run"]),
             f"{row['seed']:.0f}" if known and not _missing(row["seed"]) else "",
-            f"[{_COLOURS.get(status, 'red')}]{status}[/]",
+            cell(status, _COLOURS.get(status, "red")),
             f"{row['step']:.0f}/{row['num_steps']:.0f}" if known else "",
             *(_score(row.get(name)) for name in ("baseline", "last", "best")),
             _millions(row.get("params/trainable")),
@@ -228,7 +228,7 @@ def _groups_table(runs: pd.DataFrame) -> Table | None:
     order = [*means.sort_values(ascending=False).index]
     parts = [runs[runs["settings"] == settings] for settings in order]
     for settings, part, text in zip(order, parts, compare_groups(parts)["text"], strict=True):
-        table.add_row(escape(settings), text, escape(" ".join(part["run"])))
+        table.add_row(cell(settings), text, cell(" ".join(part["run"])))
     return table
 
 
@@ -240,10 +240,10 @@ def _compared_table(groups: dict[str, pd.DataFrame]) -> Table:
         for row in part.to_dict("records"):
             table.add_row(
                 letter,
-                escape(row["path"]),
-                str(row["seed"]),
-                row["status"],
-                str(row["step"]),
+                cell(row["path"]),
+                cell(row["seed"]),
+                cell(row["status"]),
+                cell(row["step"]),
                 _score(row["baseline"]),
                 "" if _missing(row["last"]) else f"{row['last']:.3f} at step {row['scored']:.0f}",
             )
@@ -260,8 +260,8 @@ def _settings_table(groups: dict[str, pd.DataFrame]) -> Table:
     for name in [*varied(firsts), "commit", "device"]:
         values = firsts[name].map(str)
         if values.nunique() > 1:
-            shown = (value[:12] if name == "commit" else escape(value) for value in values)
-            table.add_row(name, *shown)
+            shown = (value[:12] if name == "commit" else value for value in values)
+            table.add_row(cell(name), *map(cell, shown))
     return table
 
 
@@ -354,7 +354,3 @@ def _score(value: float | None) -> str:
 
 def _millions(value: float | None) -> str:
     return "" if _missing(value) else f"{value / 1e6:.2f}M"
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

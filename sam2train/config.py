@@ -2,7 +2,6 @@
 
 import ast
 import difflib
-import json
 import re
 import types
 import warnings
@@ -15,13 +14,27 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, mo
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
+from sam2train.config_yaml import (
+    FLOAT,
+    INT,
+    MAX_DEPTH,
+    dump_yaml,
+    parse_yaml,
+    quote,
+    read_text,
+    shorten,
+)
 from sam2train.errors import UserError
 
-_INT = r"[-+]?(?:0|[1-9][0-9]*)$"
-_FLOAT = r"[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$"
-_NOT_FINITE = r"(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"  # read, so that fields can refuse
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-_WORDS[dict] = "a mapping"
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    dict: "a mapping",
+}
+MAX_PROBLEMS = 50  # lines of one message
+_MAX_WORD = 1 << 16  # characters of a word's value that are parsed; a longer one is text
 _LIMITS = {
     "gt": "above {}",
     "ge": "of at least {}",
@@ -96,94 +109,6 @@ class _Twice(tuple):
     """Both spellings of one field; its field validator reports them beside the other problems."""
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 core scalars, text keys, each key once. 010 and 0x10 stay text, and no int field
-    takes text; merge keys (`<<: *base`) work."""
-
-    yaml_implicit_resolvers: dict = {}  # noqa: RUF012
-
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        # Not in construct_mapping: merged keys stand there next to those that override them.
-        node = super().compose_mapping_node(anchor)
-        seen: dict[str, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
-                name = key.value if isinstance(key, yaml.ScalarNode) else "of several values"
-                raise yaml.YAMLError(f"line {line}: the key {name} is not text; put it in quotes")
-            if key.value in seen:
-                lines = f"lines {seen[key.value]} and {line}"
-                raise yaml.YAMLError(f"{lines}: the key {key.value} is there twice; keep one")
-            seen[key.value] = line
-        return node
-
-
-class _Dumper(yaml.SafeDumper):
-    """What YAML 1.1 and YAML 1.2 readers take for the same values."""
-
-
-def _scalar(dialect: type, tag: str, pattern: str, first: str) -> None:
-    """Plain text that matches is a `tag`; `first` holds the characters that it can begin with."""
-    tag = f"tag:yaml.org,2002:{tag}"
-    dialect.add_implicit_resolver(tag, re.compile(pattern), [*first] or [""])
-
-
-def _flow(dumper: _Dumper, items: Sequence[Any]) -> yaml.Node:
-    return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
-
-
-def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
-    # PyYAML writes U+0085 as it is and reads it back as a space, unless the text is in quotes.
-    quotes = None if text.isprintable() else '"'
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, quotes)
-
-
-_scalar(_Loader, "bool", r"(?:true|True|TRUE|false|False|FALSE)$", "tTfF")
-_scalar(_Loader, "null", r"(?:~|null|Null|NULL)$", "~nN")
-_scalar(_Loader, "null", r"$", "")
-_scalar(_Loader, "int", _INT, "-+0123456789")
-_scalar(_Loader, "float", f"{_FLOAT}|{_NOT_FINITE}", "-+.0123456789")
-_scalar(_Loader, "merge", r"<<$", "<")
-_scalar(_Dumper, "float", _FLOAT, "-+.0123456789")  # text like "1e-5" must come out in quotes
-_Dumper.add_representer(str, _represent_text)
-_Dumper.add_representer(list, _flow)
-_Dumper.add_representer(tuple, _flow)
-
-
-def load_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML 1.2 file (UTF-8); UserError with the path for anything else."""
-    path = Path(path)
-    try:
-        raw = yaml.load(path.read_bytes().decode("utf-8-sig"), _Loader)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such file; {_neighbours(path)}") from error
-    except IsADirectoryError as error:
-        raise UserError(f"{path} is a folder; expected a YAML file") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: byte {error.start} is not UTF-8; save it as UTF-8 text"
-        ) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        where = str(error).replace('in "<unicode string>", ', "")
-        raise UserError(f"{path} is not valid YAML: {where}") from error
-    if not isinstance(raw, dict):
-        what = "is empty" if raw is None else f"holds {_show(raw)}"
-        raise UserError(f"{path} {what}; expected a mapping of sections, such as `model:`")
-    return raw
-
-
-def _neighbours(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f"nor the folder {path.parent}"
-    names = sorted(p.name for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml"))
-    near = [str(path.parent / name) for name in difflib.get_close_matches(path.name, names)]
-    if near:
-        return f"did you mean {' or '.join(near)}?"
-    return f"YAML files in {path.parent}: {', '.join(names) or 'none'}"
-
-
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     """Dotted key -> typed value from `a.b=value` and `--a.b=value`; the last of equal keys wins.
 
@@ -205,6 +130,8 @@ def _parse_value(text: str) -> Any:
     words = {"null": None, "~": None, "true": True, "false": False}
     if text in words:
         return words[text]
+    if len(text) > _MAX_WORD:
+        return text
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes of a quoted path
@@ -216,7 +143,7 @@ def _parse_value(text: str) -> Any:
         pass
     if text[:1] in ("[", "{"):
         try:
-            return yaml.load(text, _Loader)
+            return parse_yaml(text)
         except (yaml.YAMLError, ValueError, RecursionError):
             pass
     return text
@@ -237,7 +164,7 @@ def sweep_parameters(path: Path) -> dict[str, Any]:
     with PyYAML, so PyYAML's own rules are those that give each value the type it had.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        raw = parse_yaml(read_text(Path(path)), yaml.SafeLoader)
         parameters = {k: v["value"] for k, v in raw.items() if k != "wandb_version"}
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"the sweep's parameters cannot be read from {path}: {error}") from error
@@ -262,6 +189,11 @@ def apply_overrides(
     given: dict[tuple[str, ...], str] = {}
     for dotted, value in overrides.items():
         *parents, leaf = dotted.split(".")
+        if len(parents) >= MAX_DEPTH:
+            raise UserError(
+                f"{shorten(dotted)}: {len(parents) + 1} names joined by dots, at most {MAX_DEPTH} "
+                "are read; expected section.key, such as trainer.num_steps"
+            )
         inner = result
         for depth, parent in enumerate(parents, 1):
             if inner.get(parent) is None:
@@ -269,7 +201,7 @@ def apply_overrides(
             inner = inner[parent]
             if not isinstance(inner, dict):
                 raise UserError(
-                    f"cannot set {dotted}: {'.'.join(parents[:depth])} is {_show(inner)}, "
+                    f"cannot set {dotted}: {'.'.join(parents[:depth])} is {quote(inner)}, "
                     "which holds no keys"
                 )
         spellings = _spellings(section, dotted)
@@ -314,18 +246,25 @@ def build(section: type[S], raw: Mapping[str, Any], source: str) -> S:
         return section.model_validate(raw)
     except ValidationError as error:
         # A union reports each of its branches: as one field they give one and the same line.
-        # A default that follows from other fields cannot fail but with them.
+        # A default that follows from other fields cannot fail but with them. For pydantic a list
+        # with a wrong item is too short as well; the message on the item says it all.
+        found = error.errors(include_url=False)
+        parents = {e["loc"][:end] for e in found for end in range(len(e["loc"]))}
         errors = [
-            e for e in error.errors(include_url=False) if e["type"] != "default_factory_not_called"
+            e
+            for e in found
+            if e["type"] != "default_factory_not_called"
+            and not (e["type"] == "too_short" and e["loc"] in parents)
         ]
-        lines = [_problem(section, raw, e) for e in errors]
+        lines = [_problem(section, raw, e) for e in errors[:MAX_PROBLEMS]]
+        if more := len(errors) - MAX_PROBLEMS:
+            lines += [f"and {more:,} more"] if more > 0 else []
         raise ConfigError(source, list(dict.fromkeys(lines))) from None
 
 
 def to_yaml(section: Section) -> str:
     """YAML that `load_yaml` and `build` read back to an equal object; keys in field order."""
-    content = section.model_dump()
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**16)
+    return dump_yaml(section.model_dump())
 
 
 def _branches(kind: Any) -> list[Any]:
@@ -348,7 +287,7 @@ def _convert(value: Any, kind: Any) -> Any:
         return value if any(exact) else next(changed, value)
     if origin is Literal and value in args and type(value) is not type(args[args.index(value)]):
         raise PydanticCustomError("literal_error", "True is not 1")  # for pydantic it is
-    if kind is float and isinstance(value, str) and re.match(f"{_INT}|{_FLOAT}", value):
+    if kind is float and isinstance(value, str) and re.match(f"{INT}|{FLOAT}", value):
         return float(value)
     if origin in (tuple, list) and isinstance(value, (list, tuple)):
         fixed = origin is tuple and args[-1] is not ...
@@ -403,12 +342,13 @@ def _problem(section: type[Section], raw: Mapping[str, Any], error: Any) -> str:
             kind, bounds = (field.annotation, field.metadata) if field else (Any, ())
         elif args := get_args(kind):
             kind, bounds = args[1 if get_origin(kind) is dict else 0], ()
-        path += f"[{key}]" if isinstance(key, int) else f".{key}" if path else key
+        name = key if isinstance(key, int) else shorten(key)
+        path += f"[{name}]" if isinstance(key, int) else f".{name}" if path else name
         try:
             value = value[key]
         except (LookupError, TypeError):  # a default, or a name that was joined from parts
             value = error["input"]
-    got, cause = f"got {_show(value)}", error.get("ctx", {}).get("error")
+    got, cause = f"got {quote(value)}", error.get("ctx", {}).get("error")
     if error["type"] == "extra_forbidden":
         return f"{path}: unknown key, {got}; {_suggest(path, section)}"
     if error["type"] == "missing" and not too_short:
@@ -425,7 +365,7 @@ def _problem(section: type[Section], raw: Mapping[str, Any], error: Any) -> str:
 
 def _way_out(value: Any, branches: Sequence[Any]) -> str:
     choices = [c for b in branches if get_origin(b) is Literal for c in map(str, get_args(b))]
-    if near := difflib.get_close_matches(str(value), choices, n=1):
+    if near := difflib.get_close_matches(shorten(str(value)), choices, n=1):
         return f"; did you mean {near[0]}?"
     lists = [b for b in branches if get_origin(b) in (tuple, list)]
     if lists and isinstance(value, (str, int, float)):
@@ -468,8 +408,3 @@ def _suggest(path: str, section: type[Section]) -> str:
         return f"did you mean {' or '.join(near)}?"
     here = [name for name in known if name.rpartition(".")[0] == parent]
     return f"known here: {', '.join(here)}"
-
-
-def _show(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,4 +1,4 @@
-"""The embedded data set: small synthetic videos on which a memory of past frames pays.
+"""The demo data: small synthetic videos in which a memory of past frames helps.
 
 COCO video JSON plus JPEG frames of 128 x 128 px, drawn on first use and the same on every run of
 one OpenCV build. `easy` and `motion` have short simple scenes to train base weights on; in
@@ -16,28 +16,30 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
 from pycocotools import mask as rle
 
-from sam2train.demo_videos import MIN_AREA, SIZE, Split, make_video
+from sam2train.demo_videos import MIN_AREA, SIZE, DemoSplit, make_video
 from sam2train.errors import UserError
+from sam2train.files import REPOSITORY, read_json, resolve_path
 
-DEFAULT_ROOT = Path(__file__).resolve().parents[1] / "data" / "demo"
-GENERATOR_VERSION = 1  # raise it when the same Split should give other pictures
+_EXPECTED = "expected the manifest that the generator wrote"
+GENERATOR_VERSION = 1  # raise it when the same DemoSplit should give other pictures
 JPEG_QUALITY = 88
 
 
 SPLITS = {
-    "easy": Split(101, 2400, 6, 1, 3, 4.0, 0.05, 1.12, 3, events=False),
-    "motion": Split(105, 600, 6, 1, 3, 4.0, 0.05, 1.12, 0, events=False, vanish_every=2),
-    "train": Split(102, 48, 24, 2, 3, 6.5, 0.12, 1.6, 0, events=True),
-    "val": Split(103, 12, 24, 2, 3, 6.5, 0.12, 1.6, 0, events=True),
-    "test": Split(104, 12, 24, 2, 3, 6.5, 0.12, 1.6, 0, events=True),
-    "absence": Split(106, 20, 32, 2, 3, 6.5, 0.12, 1.6, 0, events=True, only="leaves"),
-    "fresh": Split(107, 96, 24, 2, 3, 6.5, 0.12, 1.6, 0, events=True),
+    "easy": DemoSplit(101, 2400, 6, 1, 3, 4.0, 0.05, 1.12, 3, events=False),
+    "motion": DemoSplit(105, 600, 6, 1, 3, 4.0, 0.05, 1.12, 0, events=False, vanish_every=2),
+    "train": DemoSplit(102, 48, 24, 2, 3, 6.5, 0.12, 1.6, 0, events=True),
+    "val": DemoSplit(103, 12, 24, 2, 3, 6.5, 0.12, 1.6, 0, events=True),
+    "test": DemoSplit(104, 12, 24, 2, 3, 6.5, 0.12, 1.6, 0, events=True),
+    "absence": DemoSplit(106, 20, 32, 2, 3, 6.5, 0.12, 1.6, 0, events=True, only="leaves"),
+    "fresh": DemoSplit(107, 96, 24, 2, 3, 6.5, 0.12, 1.6, 0, events=True),
 }
 
 # sha256 of each split as OpenCV 5.0.0 on x86-64 Linux draws it.
@@ -52,7 +54,7 @@ DIGESTS = {
 }
 
 
-def generate(split: Split, folder: Path) -> None:
+def generate(split: DemoSplit, folder: Path) -> None:
     """Write annotations.json, video_data/ and manifest.json of a split into an empty folder."""
     images, annotations, videos = [], [], []
     for video_index in range(split.num_videos):
@@ -102,10 +104,10 @@ def generate(split: Split, folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 
-def recipe(split: Split) -> dict:
-    """What the pictures follow from; a split on disk with another one is out of date."""
+def recipe(split: DemoSplit) -> dict:
+    """All that the pictures of a split depend on; a split on disk of another recipe is outdated."""
     fields = dataclasses.asdict(split)
-    # Splits that were on disk before `only` existed are still the same.
+    # Without fields that are None: splits written before `only` existed keep their recipe.
     return {"version": GENERATOR_VERSION, **{k: v for k, v in fields.items() if v is not None}}
 
 
@@ -128,20 +130,44 @@ def is_demo_path(path: str | Path) -> bool:
     return Path(path).parts[-3:] in {("demo", name, "annotations.json") for name in SPLITS}
 
 
-def is_intact(path: Path, split: Split) -> bool:
+def is_intact(path: Path, split: DemoSplit) -> bool:
     """Whether the split at .../annotations.json is complete, unchanged and of this recipe."""
     try:
-        manifest = json.loads((path.parent / "manifest.json").read_text())
+        manifest = read_json(path.parent / "manifest.json", _EXPECTED)
         return manifest["recipe"] == recipe(split) and manifest["sha256"] == digest(path.parent)
-    except (OSError, ValueError, KeyError, TypeError):  # any damage has the same cure
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ):  # whatever is damaged, the split is drawn again
         return False
 
 
 def matches_recorded(path: str | Path) -> bool:
-    """Whether an ensured split has the bytes in DIGESTS; other OpenCV builds round otherwise."""
+    """Whether an ensured split has the bytes in DIGESTS; other OpenCV builds round differently."""
     path = Path(path)
-    manifest = json.loads(path.with_name("manifest.json").read_text())
+    manifest = read_json(path.with_name("manifest.json"), _EXPECTED)
     return manifest["sha256"] == DIGESTS.get(path.parent.name)
+
+
+def resolve_data_path(path: str, say: Callable[[str], None] = print) -> Path:
+    """A data set's path, resolved; the demo data is drawn if it belongs there and is missing.
+
+    Args:
+        say: gets a line where the demo data is drawn, or differs from the published one.
+    """
+    path = resolve_path(path)
+    annotations = path.with_name("annotations.json")  # lies beside the folder of frames, too
+    if is_demo_path(annotations) and path.name in ("annotations.json", "video_data"):
+        if not path.is_absolute():
+            path, annotations = REPOSITORY / path, REPOSITORY / annotations
+        if not annotations.exists():
+            say(f"drawing the demo data in {annotations.parent}/, this once")
+        ensure(annotations)
+        if not matches_recorded(annotations):
+            say(f"{path.parent}/ was drawn by another OpenCV: scores may differ in the last digits")
+    return path
 
 
 def ensure(path: str | Path) -> Path:
@@ -184,7 +210,7 @@ def ensure(path: str | Path) -> Path:
     return path
 
 
-def replace(folder: Path, work: Path, split: Split) -> None:
+def replace(folder: Path, work: Path, split: DemoSplit) -> None:
     """Put work/new in the place of folder, unless another process has just put its own there."""
     path = folder / "annotations.json"
     if is_intact(path, split):

@@ -1,7 +1,8 @@
-"""The videos of the embedded data set: textured shapes on paths that a memory of the past pays on.
+"""The videos of the demo data: textured shapes whose paths a memory of past frames helps to follow.
 
-A video starts as a layout of `Layer`s. Layouts are drawn until one keeps what its events promise,
-first by its paths (`promises`), then by its pixels (`holds`); only then is it painted.
+A video starts as a layout of `DemoLayer`s. Layouts are drawn at random until one has the wanted
+events, judged first by its paths (`paths_fit`), then by its pixels (`events_show`). Only that one
+is painted.
 """
 
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from sam2train.shapes import coverage, outline, sway, view
+from sam2train.data_synthetic import coverage, outline, sway, view
 
 SIZE = 128  # px, height and width of every frame
 MIN_AREA = 12  # px; a smaller visible rest of an object gets no annotation
@@ -30,7 +31,7 @@ LATE_EVERY = 10  # every tenth video has an object that is not there on frame 0
 
 
 @dataclass(frozen=True)
-class Split:
+class DemoSplit:
     """What one split contains. Speeds are upper limits; each object draws its own below them."""
 
     seed: int
@@ -48,7 +49,7 @@ class Split:
 
 
 @dataclass(eq=False)
-class Layer:
+class DemoLayer:
     """One moving shape: an object (track_id > 0) or something never annotated (track_id 0)."""
 
     outline: np.ndarray  # (K, 2) float, (x, y), largest distance from the origin is 1
@@ -56,7 +57,7 @@ class Layer:
     radius: np.ndarray  # (T,) px
     angle: np.ndarray  # (T,) radians
     track_id: int = 0
-    double_of: "Layer | None" = None  # wears that layer's texture
+    double_of: "DemoLayer | None" = None  # has that layer's texture
 
     def alpha(self, frame_idx: int) -> np.ndarray:
         """(SIZE, SIZE) float32 coverage of each pixel, 0..1."""
@@ -107,7 +108,7 @@ def texture(rng: np.random.Generator, size: int, colours: np.ndarray, repeats: f
     return np.clip(low + (high - low) * mix[..., None] + rough[..., None], 0, 255)
 
 
-def palette(rng: np.random.Generator, taken: list[np.ndarray], spread: float) -> np.ndarray:
+def two_colours(rng: np.random.Generator, taken: list[np.ndarray], spread: float) -> np.ndarray:
     """(2, 3) colours, 0..255: of five draws the furthest from taken. spread 0: both are equal."""
     draws = rng.uniform(15, 240, (5, 2, 3))
     draws[:, 1] = draws[:, 0] + (draws[:, 1] - draws[:, 0]) * spread
@@ -118,7 +119,7 @@ def palette(rng: np.random.Generator, taken: list[np.ndarray], spread: float) ->
     return draws[int(np.argmax(away))]
 
 
-def draw_layer(rng: np.random.Generator, split: Split, calm: float) -> Layer:
+def sample_layer(rng: np.random.Generator, split: DemoSplit, calm: float) -> DemoLayer:
     """A shape on a free path inside the frame. `calm` scales its motion; 1: as the split says."""
     # Videos with events have longer ways to go, so their shapes are smaller.
     radius = SIZE * np.exp(rng.uniform(*np.log((0.09, 0.2) if split.events else (0.1, 0.33))))
@@ -127,7 +128,7 @@ def draw_layer(rng: np.random.Generator, split: Split, calm: float) -> Layer:
     middle = rng.uniform(margin, SIZE - margin, 2)
     away = np.arange(split.num_frames) - (split.num_frames - 1) / 2  # frames from the middle
     zoom = split.max_zoom ** (calm * rng.uniform(-1, 1) / split.num_frames)  # per frame
-    return Layer(
+    return DemoLayer(
         outline=outline(rng),
         centre=path - (path.min(0) + path.max(0)) / 2 + middle,
         radius=radius * zoom**away,
@@ -136,7 +137,7 @@ def draw_layer(rng: np.random.Generator, split: Split, calm: float) -> Layer:
 
 
 def over_border(
-    layer: Layer, aside: np.ndarray, inside: float, swing: np.ndarray, reach: float
+    layer: DemoLayer, aside: np.ndarray, inside: float, swing: np.ndarray, reach: float
 ) -> None:
     """Move the layer to a border and out over it: furthest where `swing` is 0, home at -1 and 1.
 
@@ -151,10 +152,15 @@ def over_border(
 
 
 def stage(
-    rng: np.random.Generator, split: Split, num_objects: int, events: tuple[str, ...], calm: float
-) -> list[Layer]:
-    """Layers from back to front. Events are aimed at here; `holds` says whether they came about."""
-    objects = [draw_layer(rng, split, calm) for _ in range(num_objects)]
+    rng: np.random.Generator,
+    split: DemoSplit,
+    num_objects: int,
+    events: tuple[str, ...],
+    calm: float,
+) -> list[DemoLayer]:
+    """Layers from back to front, moved so that the events should take place; `events_show` checks
+    whether they do."""
+    objects = [sample_layer(rng, split, calm) for _ in range(num_objects)]
     for track_id, layer in enumerate(objects, start=1):
         layer.track_id = track_id
     if not events:
@@ -164,7 +170,7 @@ def stage(
     peak = int(rng.integers(split.num_frames // 3, 2 * split.num_frames // 3 + 1))
     aside = np.array([(1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.0, -1.0)])[rng.integers(4)]
     if "lookalike_unannotated" in events:
-        partner = draw_layer(rng, split, calm)
+        partner = sample_layer(rng, split, calm)
         layers.append(partner)
     if "lookalike" in events or "lookalike_unannotated" in events:
         partner.double_of = subject
@@ -182,7 +188,7 @@ def stage(
         over_border(objects[-1], aside, rng.uniform(1.0, 1.8), swing, rng.uniform(2.4, 3.2))
     layers = [layers[i] for i in rng.permutation(len(layers))]
     if "occlusion" in events:
-        occluder = draw_layer(rng, split, calm)
+        occluder = sample_layer(rng, split, calm)
         across = aside[::-1] * rng.uniform(6, 12)
         occluder.centre = subject.centre[peak] + np.outer(frames - peak, across)
         occluder.radius = np.full(split.num_frames, rng.uniform(1.1, 1.7) * subject.radius[peak])
@@ -195,14 +201,14 @@ def stage(
     return layers
 
 
-def numbered(layers: list[Layer]) -> list[Layer]:
+def numbered(layers: list[DemoLayer]) -> list[DemoLayer]:
     """The annotated objects in the order of their track ids."""
     return sorted((layer for layer in layers if layer.track_id), key=lambda layer: layer.track_id)
 
 
-def promises(layers: list[Layer], split: Split, events: tuple[str, ...]) -> bool:
-    """What a layout must have whatever its pixels are; cheap, so that few layouts are drawn."""
-    if not events:  # nothing touches by more than tips
+def paths_fit(layers: list[DemoLayer], split: DemoSplit, events: tuple[str, ...]) -> bool:
+    """Whether the paths of a layout allow its events: a cheap test, before that of the pixels."""
+    if not events:  # shapes overlap by a tenth of their radii at most
         return all(
             (np.linalg.norm(a.centre - b.centre, axis=1) > 0.9 * (a.radius + b.radius)).all()
             for i, a in enumerate(layers)
@@ -220,7 +226,7 @@ def promises(layers: list[Layer], split: Split, events: tuple[str, ...]) -> bool
             return False
     pairs = [(layer, layer.double_of) for layer in layers if layer.double_of]
     pairs += [(objects[0], objects[1])] if "crossing" in events else []
-    # A pair that meets later begins well apart, or the first prompt would be unclear.
+    # A pair that meets later is well apart on frame 0, or the first prompt would be ambiguous.
     return all(
         np.linalg.norm(a.centre[0] - b.centre[0]) > 1.2 * (a.radius[0] + b.radius[0])
         for a, b in pairs
@@ -238,7 +244,7 @@ def one_spell(flags: np.ndarray, shortest: int, longest: int) -> bool:
     )
 
 
-def holds(layers: list[Layer], areas: np.ndarray, events: tuple[str, ...]) -> bool:
+def events_show(layers: list[DemoLayer], areas: np.ndarray, events: tuple[str, ...]) -> bool:
     """Whether the listed events take place, and no others. areas: (T, N) visible px of objects."""
     seen = areas / np.stack([layer.full_area() for layer in numbered(layers)], axis=1)
     if not events:
@@ -265,20 +271,22 @@ def holds(layers: list[Layer], areas: np.ndarray, events: tuple[str, ...]) -> bo
     return bool(is_there.all() and not absent[:, steady].any() and (often > 0.75).all())
 
 
-def backdrop(rng: np.random.Generator, split: Split, calm: float) -> tuple[np.ndarray, np.ndarray]:
+def backdrop(
+    rng: np.random.Generator, split: DemoSplit, calm: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Background frames (T, SIZE, SIZE, 3) float32 and its (2, 3) colours.
 
     A larger picture under a slow pan, zoom and turn; the shapes painted on it are never annotated.
     """
     size = SIZE * 7 // 4
-    colours = palette(rng, [], rng.uniform(0.2, 0.6))
+    colours = two_colours(rng, [], rng.uniform(0.2, 0.6))
     ground = texture(rng, size, colours, rng.uniform(1.5, 7))
     for _ in range(rng.integers(1, 6)):
         points = outline(rng) * rng.uniform(0.06, 0.2) * SIZE + rng.uniform(0, size, 2)
         cover = np.zeros((size, size), np.float32)
         cv2.fillPoly(cover, [np.round(points * 16).astype(np.int32)], 1.0, shift=4)
         cover = cv2.GaussianBlur(cover, (3, 3), 0)[..., None]
-        patch = texture(rng, PATCH, palette(rng, [colours], rng.uniform(0.2, 0.6)), 6.0)
+        patch = texture(rng, PATCH, two_colours(rng, [colours], rng.uniform(0.2, 0.6)), 6.0)
         ground += (cv2.resize(patch, (size, size)) - ground) * cover
     pan = SIZE / 2 + sway(rng, split.num_frames, min(2.5, split.max_speed) * calm)
     frames = np.arange(split.num_frames)
@@ -289,7 +297,9 @@ def backdrop(rng: np.random.Generator, split: Split, calm: float) -> tuple[np.nd
     ), colours
 
 
-def make_video(split: Split, video_index: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+def make_video(
+    split: DemoSplit, video_index: int
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """Frames (T, SIZE, SIZE, 3) uint8 BGR, masks (T, N, SIZE, SIZE) bool, names of the events.
 
     A mask is exactly where the object is the topmost layer that covers at least half a pixel.
@@ -307,14 +317,14 @@ def make_video(split: Split, video_index: int) -> tuple[np.ndarray, np.ndarray, 
     frames = range(split.num_frames)
     for _ in range(MAX_ATTEMPTS):
         layers = stage(rng, split, num_objects, events, calm)
-        if not promises(layers, split, events):
+        if not paths_fit(layers, split, events):
             continue
         alphas = np.array([[layer.alpha(t) for layer in layers] for t in frames])  # (T, L, H, W)
         visible = alphas >= 0.5
         for i in reversed(range(1, len(layers))):
             visible[:, :i] &= alphas[:, i : i + 1] < 0.5
         masks = visible[:, [layers.index(layer) for layer in numbered(layers)]]
-        if holds(layers, masks.sum((2, 3)), events):
+        if events_show(layers, masks.sum((2, 3)), events):
             break
     else:
         raise RuntimeError(f"video {video_index} of {split}: no layout with {events} was found")
@@ -328,7 +338,7 @@ def make_video(split: Split, video_index: int) -> tuple[np.ndarray, np.ndarray, 
     for layer in layers:
         if layer.double_of:
             continue
-        taken.append(palette(rng, taken, rng.uniform(0.2, 0.7)))
+        taken.append(two_colours(rng, taken, rng.uniform(0.2, 0.7)))
         textures[id(layer)] = texture(rng, PATCH, taken[-1], rng.uniform(0.7, 3.5))
     for t in frames:
         for i, layer in enumerate(layers):

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ from pydantic import Field
 
 from sam2train.clips import Prompt
 from sam2train.config import Section
-from sam2train.datasets import VideoDataset
+from sam2train.data_clips import ClipDataset as Videos
+from sam2train.data_source import Video
 from sam2train.memory import FrameOutput, track_clip
 from sam2train.metrics import (
     FramePolicy,
@@ -27,10 +28,8 @@ from sam2train.metrics import (
     score_measures,
 )
 from sam2train.model import SAM2Model
-from sam2train.prompts import PromptGenerator
-from sam2train.sampling import AnnotatedVideos
+from sam2train.prompts import PromptGenerator, TypeName
 from sam2train.transforms import normalise, resize_image
-from sam2train.videos import Video
 
 # Keeps the random numbers of evaluation prompts apart from those of training clips.
 _PROMPT_STREAM = (1,)
@@ -39,10 +38,17 @@ _PROMPT_STREAM = (1,)
 class EvaluationConfig(Section):
     """The `evaluation:` section."""
 
-    prompt_types: tuple[Literal["point", "bbox", "mask"], ...] | None = Field(
+    prompt_types: tuple[TypeName, ...] | None = Field(
         None,
         min_length=1,
         description="prompts of the objects; null takes those of the training data",
+    )
+    seed: int | None = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        description="draws the prompts, the same ones in every run; null: trainer.seed, so that "
+        "each run has its own",
     )
     frame_policy: FramePolicy = Field("after_prompt", description="frames that count")
     max_videos: int | None = Field(None, ge=1, description="the first so many; null scores all")
@@ -82,7 +88,6 @@ class TrackedVideo:
     object_scores: dict[int | str, np.ndarray]
 
 
-Videos = AnnotatedVideos | VideoDataset
 # All frames of a video in order.
 Track = Callable[[Videos, Video, list[Prompt]], Iterator[TrackedFrame]]
 DrawPrompts = Callable[[Videos, Video, np.random.Generator], list[Prompt]]

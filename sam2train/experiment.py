@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from sam2train.config import Section, apply_overrides, build, load_yaml, sweep_parameters
+from sam2train.config import Section, apply_overrides, build, sweep_parameters
+from sam2train.config_yaml import load_yaml
 from sam2train.corrections import InteractionConfig
 from sam2train.datasets import DatasetConfig
 from sam2train.demo import is_demo_path
@@ -17,6 +18,8 @@ from sam2train.evaluate import EvaluationConfig
 from sam2train.losses import LossConfig
 from sam2train.model import ModelConfig
 from sam2train.optimizer import OptimizerConfig
+from sam2train.pretrained import selects
+from sam2train.prompts import PROMPTS, check_prompts
 from sam2train.tracking import TrackingConfig
 from sam2train.transforms import AugmentConfig
 
@@ -49,7 +52,13 @@ class TrainerConfig(Section):
     )
     bf16: bool | None = Field(None, description="bfloat16 autocast; null: where CUDA supports it")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        description="of dropout; and of initial weights and of clips, where model.seed and "
+        "dataset.seed say nothing else",
+    )
 
 
 class Experiment(Section):
@@ -77,11 +86,21 @@ class Experiment(Section):
         return self
 
     @model_validator(mode="after")
+    def _evaluation_can_draw_its_prompts(self) -> Experiment:
+        try:
+            check_prompts(self.dataset, self.evaluation.prompt_types or ())
+        except ValueError as problem:
+            raise ValueError(
+                f"evaluation.prompt_types takes the numbers of dataset: {problem}"
+            ) from None
+        return self
+
+    @model_validator(mode="after")
     def _somebody_can_be_corrected(self) -> Experiment:
         interaction, dataset = self.interaction, self.dataset
         if not interaction.enabled:
             return self
-        if set(dataset.prompt_types) == {"mask"}:
+        if all(PROMPTS[name].gives_mask for name in dataset.prompt_types):
             raise ValueError(
                 "interaction corrects objects prompted by points and boxes, and "
                 "dataset.prompt_types has masks only; add one of them, or set "
@@ -95,6 +114,21 @@ class Experiment(Section):
             )
         return self
 
+    @property
+    def weights_seed(self) -> int:
+        """Of random initial weights."""
+        return self.trainer.seed if self.model.seed is None else self.model.seed
+
+    @property
+    def clips_seed(self) -> int:
+        """Of the order of clips and of all that is drawn for them."""
+        return self.trainer.seed if self.dataset.seed is None else self.dataset.seed
+
+    @property
+    def prompts_seed(self) -> int:
+        """Of the prompts that evaluation gives."""
+        return self.trainer.seed if self.evaluation.seed is None else self.evaluation.seed
+
 
 def load_experiment(path: Path, overrides: Mapping[str, Any] | None = None) -> Experiment:
     """The experiment in a YAML file, with `dotted.key -> value` overrides applied.
@@ -105,6 +139,19 @@ def load_experiment(path: Path, overrides: Mapping[str, Any] | None = None) -> E
     return build(
         Experiment, apply_overrides(load_yaml(path), overrides or {}, Experiment), str(path)
     )
+
+
+def as_begun(experiment: Experiment, config: Mapping[str, Any]) -> Experiment:
+    """The experiment as a run goes on with it that began with `config`, nested.
+
+    A run from before `evaluation.seed` was scored with prompts of its trainer.seed. It keeps them,
+    as `evaluation.seed: null`, unless the experiment names a seed.
+    """
+    named = "seed" in experiment.evaluation.model_fields_set
+    if named or (config.get("evaluation") or {}).get("seed") is not None:
+        return experiment
+    evaluation = experiment.evaluation.model_copy(update={"seed": None})
+    return experiment.model_copy(update={"evaluation": evaluation})
 
 
 def prepare_experiment(
@@ -153,8 +200,32 @@ def demo_beside_own(experiment: Experiment, overrides: Mapping[str, Any]) -> lis
     ]
 
 
-def untrained_rows(experiment: Experiment) -> Sequence[int]:
-    """Rows of the temporal encoding that no frame of a clip can use: too few frames before it."""
-    rows = experiment.model.num_maskmem
-    reached = experiment.dataset.video_clip_length - 2  # frames between the prompt and the last
-    return range(max(reached, 0), rows - 1)
+def read_rows(experiment: Experiment) -> list[int]:
+    """Rows of the temporal encoding that training clips read.
+
+    Row r belongs to the memory of the tracked frame r + 1 frames back, the last row to that of
+    every conditioning frame. The frame farthest from its memory is the last of a clip, T - 2 frames
+    after the first tracked one. Further conditioning frames are drawn, and some clips have none, so
+    that they take no row away; corrections do where they make a conditioning frame of every frame.
+    """
+    length, rows = experiment.dataset.video_clip_length, experiment.model.num_maskmem
+    if length < 2 or rows == 0:
+        return []
+    user = experiment.interaction
+    nothing_tracked = (
+        user.enabled
+        and user.add_all_frames_to_correct_as_cond
+        and not user.rand_frames_to_correct
+        and user.num_frames_to_correct >= length
+        and "mask" not in experiment.dataset.prompt_types  # such objects are not corrected
+    )
+    reached = 0 if nothing_tracked else length - 2
+    return [*range(min(reached, rows - 1)), rows - 1]
+
+
+def untrained_rows(experiment: Experiment) -> list[int]:
+    """Rows of the temporal encoding that the experiment leaves as they are: no training clip reads
+    them, or `model.trainable_modules` does not list their parameter."""
+    listed = any(selects(name, "maskmem_tpos_enc") for name in experiment.model.trainable_modules)
+    trained = read_rows(experiment) if listed else []
+    return [row for row in range(experiment.model.num_maskmem) if row not in trained]

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 
 from sam2train.build import as_trained, build_model, load_checkpoint
-from sam2train.clips import Prompt
+from sam2train.clips import Prompt, empty_prompt
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment
 from sam2train.files import replacing
+from sam2train.machine import say
 from sam2train.model import SAM2Model
 from sam2train.pretrained import resolve_config
+from sam2train.prompts import box_fields
 
 # Pixels of the test clip that half precision may move over the edge of a mask. A guess.
 _HALF_TOLERANCE = 0.01
@@ -24,7 +27,8 @@ _HALF_TOLERANCE = 0.01
 def export_checkpoint(
     experiment: Experiment, source: Path, target: Path, *, half: bool, console: Console
 ) -> None:
-    """Write `{"model": state_dict}` with all of SAM 2's weights, trained or not.
+    """Write `{"model": state_dict}` with all of SAM 2's weights, trained or not; beside them, as
+    `untrained_rows`, the temporal rows that no training has reached, if there are any.
 
     Before it gets its name the file is read back into a new model, strictly, which must then find
     the same masks in a small generated clip.
@@ -40,14 +44,17 @@ def export_checkpoint(
     experiment = as_trained(experiment, source)
     _make_room(target)
     model = build_model(experiment)
-    load_checkpoint(model, experiment, source)
+    loaded = load_checkpoint(model, experiment, source)
     weights = {
         name: value.detach().cpu().to(torch.float16 if half else value.dtype)
         for name, value in model.sam2.state_dict().items()
     }
+    content: dict[str, Any] = {"model": weights}
+    if loaded.untrained_rows:
+        content["untrained_rows"] = list(loaded.untrained_rows)
     with replacing(target) as partial:
         with open(partial, "wb") as file:  # torch would store the temporary file's name in it
-            torch.save({"model": weights}, file)
+            torch.save(content, file)
         again = build_model(_with_weights(experiment, partial))
         _compare_weights(again, weights)
         apart, pixels = compare_masks(model, again)
@@ -58,13 +65,12 @@ def export_checkpoint(
             )
     size = target.stat().st_size / 1e6
     same = "the same masks" if apart == 0 else f"masks that differ in {apart:.2%} of the pixels"
-    console.print(
+    say(
+        console,
         f"wrote {target} ({size:.1f} MB); it loads strictly and gives {same} "
         f"({pixels:,} pixels in a test clip)",
-        highlight=False,
-        soft_wrap=True,
     )
-    console.print(f"  {how_to_load(experiment, target)}", markup=False, soft_wrap=True)
+    say(console, f"  {how_to_load(experiment, target)}")
 
 
 def _make_room(target: Path) -> None:
@@ -123,16 +129,7 @@ def _test_clip(side: int) -> tuple[torch.Tensor, Prompt]:
     for t in range(4):
         clip[0, t, :, edge : 2 * edge, edge + 2 * t : 2 * edge + 2 * t] += 2
     box = np.array([edge, edge, 2 * edge - 1, 2 * edge - 1], np.float32)
-    prompt = Prompt(
-        object_id=1,
-        frame_index=0,
-        type="bbox",
-        points=box.reshape(2, 2),
-        labels=np.array([2, 3], np.int32),
-        box=box,
-        mask=None,
-    )
-    return torch.from_numpy(clip), prompt
+    return torch.from_numpy(clip), {**empty_prompt(1, 0), **box_fields(box)}
 
 
 def _with_weights(experiment: Experiment, path: Path) -> Experiment:

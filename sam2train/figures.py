@@ -59,6 +59,7 @@ _STYLE = {
     "axes.axisbelow": True,
     "grid.color": "#e4e4e4",
     "legend.frameon": False,
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
 }
 
 
@@ -243,7 +244,7 @@ def presence(masks: pd.DataFrame, *, title: str = "") -> Figure:
     """Where each object shows: a bar for every stretch of frames, the objects of a video together.
 
     Args:
-        masks: as `presence.mask_table` gives it.
+        masks: as `data_report.mask_table` gives it.
     """
     if masks.empty:
         raise UserError("no object in these videos; nothing to draw")

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,3 +130,59 @@ def file_hash(path: Path) -> str:
     """sha256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def printable(text: object, *, lines: bool = False) -> str:
+    """The text with escapes, such as \\x1b, for what a terminal would act on and nobody would see.
+
+    These are control characters (colours, cursor movements, window titles), marks that turn the
+    direction of writing, spaces of no width and bytes that are not UTF-8. What rich reads in square
+    brackets is left as it is: print it as a `rich.text.Text` or with markup=False.
+
+    Args:
+        lines: keep line breaks, for a message of several lines; an id or a name has none.
+    """
+    return "".join(
+        c if c.isprintable() or (lines and c == "\n") else c.encode("unicode_escape").decode()
+        for c in str(text)
+    )
+
+
+# Windows takes these for devices, whatever suffix they have.
+_DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"}
+_DEVICES |= {f"{port}{number}" for port in ("COM", "LPT") for number in "0123456789¹²³"}
+MAX_FILE_NAME = 120  # bytes in UTF-8: room for a prefix and a suffix within the usual 255
+
+
+def file_name(text: object, taken: set[str] | None = None) -> str:
+    """A name for a file or folder on Linux, macOS and Windows; most texts are it themselves.
+
+    Separators, control characters and what Windows forbids become `_`, and so does a dot or space
+    at an end: a name never hides a file or leads out of its folder. What is longer than
+    `MAX_FILE_NAME` ends in a hash of the text.
+
+    Args:
+        taken: names of the same folder so far, in the form in which file systems compare them; the
+            new one is added. A text whose name is taken, also with other capitals, gets a hash.
+    """
+    text = str(text)
+    name = "".join(c if c.isprintable() and c not in '<>:"/\\|?*' else "_" for c in text)
+    name = re.sub(r"^[. ]|[. ]$", "_", name) or "_"
+    if name.partition(".")[0].rstrip().upper() in _DEVICES:
+        name = f"_{name}"
+    if len(name.encode()) > MAX_FILE_NAME:
+        name = _with_hash(name, text)
+    if taken is None:
+        return name
+    candidate, count = name, 0
+    while (key := unicodedata.normalize("NFC", candidate.casefold())) in taken:
+        # Equal texts, such as the ids 1 and "1", differ by the count.
+        candidate, count = _with_hash(name, f"{text}/{count}" if count else text), count + 1
+    taken.add(key)
+    return candidate
+
+
+def _with_hash(name: str, text: str) -> str:
+    """The name, cut to make room, with 8 digits of the text's sha256."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return name.encode()[: MAX_FILE_NAME - 9].decode(errors="ignore").rstrip(". ") + f"-{digest}"

@@ -1,5 +1,6 @@
 """How long a memory holds: J by frames since the prompt, recall after an absence, false positives
-while an object is absent, and how well the object score tells presence from absence."""
+while an object is absent, and how well the object score tells presence from absence: at any
+threshold (its area under the ROC curve), and at 0, where SAM 2 decides."""
 
 from __future__ import annotations
 
@@ -14,6 +15,8 @@ from sam2train.evaluate import TrackedVideo
 # Frames after a return that decide whether the object was found again. A guess: long enough for
 # one lucky frame not to count as a recovery.
 RETURN_FRAMES = 5
+
+ABSENCE_RECALL, FALSE_ABSENCES = "horizon/absence_recall", "horizon/false_absences"
 
 
 def frame_rows(tracked: TrackedVideo) -> list[dict[str, Any]]:
@@ -88,6 +91,9 @@ def horizon_rows(frames: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         horizon/false_positive_area: that mask's share of the frame, mean over the same frames.
         horizon/object_score_auc: chance that a frame with the object has a higher object score
             than one without; 0.5 knows nothing. Over `count` frames.
+        horizon/absence_recall, horizon/false_absences: share of the `count` frames without the
+            object, and of those that show it, with an object score of 0 or less: there SAM 2
+            takes the object for absent and remembers it so.
 
     `at` is the upper end of a bin that doubles: 8 stands for 5 to 8 frames. None where there is
     none. What these videos do not ask is left out.
@@ -113,6 +119,10 @@ def horizon_rows(frames: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     if all(map(len, scored)):
         count = sum(map(len, scored))
         rows.append(_row("horizon/object_score_auc", None, area_under_roc(*scored), count))
+    for metric, part in zip((FALSE_ABSENCES, ABSENCE_RECALL), scored, strict=True):
+        if part:
+            called_absent = float(np.mean(np.asarray(part) <= 0))
+            rows.append(_row(metric, None, called_absent, len(part)))
     return rows
 
 
@@ -175,5 +185,10 @@ def _row(metric: str, at: int | None, value: float, count: int) -> dict[str, Any
 
 
 def numbers(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Of `horizon_rows` the metrics that are one number each."""
-    return {row["metric"]: row["value"] for row in rows if row["at"] is None}
+    """Of `horizon_rows` the metrics that are one number each, and the frames behind the two shares
+    at an object score of 0: `horizon/num_absent` without the object, `horizon/num_visible`."""
+    single = [row for row in rows if row["at"] is None]
+    counts = {ABSENCE_RECALL: "horizon/num_absent", FALSE_ABSENCES: "horizon/num_visible"}
+    return {row["metric"]: row["value"] for row in single} | {
+        counts[row["metric"]]: row["count"] for row in single if row["metric"] in counts
+    }

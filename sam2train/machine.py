@@ -1,4 +1,4 @@
-"""The machine that a run is on: devices, processor cores, versions, requests to stop."""
+"""The machine that a run is on: devices, processor cores, versions, signals, the terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+from rich.text import Text
+
 from sam2train.errors import UserError
+from sam2train.files import printable
 
 if TYPE_CHECKING:
     import torch
@@ -127,3 +131,13 @@ def leave_group(worker: int) -> None:
     must not end them before the run has saved. One to them alone does, as at exit."""
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
+
+
+def say(console: Console, text: str, style: str = "") -> None:
+    """Print a message of one line or more as it is: nothing in it is read as markup or cut."""
+    console.print(Text(printable(text, lines=True), style), soft_wrap=True)
+
+
+def cell(text: object, style: str = "") -> Text:
+    """What a table shows of a name or value that comes from a file."""
+    return Text(printable(text), style)

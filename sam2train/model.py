@@ -50,7 +50,7 @@ class ModelConfig(Section):
     config_path: str = Field("configs/sam2.1_hiera_t.yaml", description="SAM 2 model config")
     trainable_modules: tuple[str, ...] = Field(
         ("memory_attention", "memory_encoder"),
-        description="modules, parameters or patterns to train; all else is frozen",
+        description="modules, `memory`, parameters or patterns to train; all else is frozen",
     )
     image_size: int = Field(512, ge=32, multiple_of=32, description="side of the square input")
     num_maskmem: int = Field(7, ge=0, description="memories: the conditioning one and past frames")
@@ -65,6 +65,9 @@ class ModelConfig(Section):
         ge=0,
         lt=1,
         description="chance to skip a block of a trained image encoder; null: as config_path says",
+    )
+    seed: int | None = Field(
+        None, ge=0, lt=2**63, description="of random initial weights; null: trainer.seed"
     )
 
 
@@ -133,6 +136,8 @@ class SAM2Model(nn.Module):
         self.drop_path_rate = drop_path_rate
         self.sam2_options = kwargs
         self.sam2: nn.Module | None = None
+        # Temporal rows that hold what no training has reached -> where their values come from.
+        self.untrained_rows: dict[int, str] = {}
 
     @property
     def image_encoder(self) -> nn.Module:
@@ -169,8 +174,9 @@ class SAM2Model(nn.Module):
             drop_path_rate=self.drop_path_rate,
             **self.sam2_options,
         )
+        self.untrained_rows = dict.fromkeys(range(self.num_maskmem), "random values")
         if self.checkpoint_path is not None:
-            load_weights(sam2, Path(self.checkpoint_path))
+            self.untrained_rows = load_weights(sam2, Path(self.checkpoint_path))
         if self.max_obj_ptrs_in_encoder == 0:
             # SAM 2 reads the pointers of conditioning frames whatever the limit: switch them off.
             sam2.use_obj_ptrs_in_encoder = False
@@ -188,7 +194,8 @@ class SAM2Model(nn.Module):
         Args:
             trainable_modules: names of modules (`memory_attention`, `memory_encoder`,
                 `mask_decoder`, `prompt_encoder`, `image_encoder`, or any dotted submodule), of
-                parameters (`maskmem_tpos_enc`), or shell patterns over parameter names.
+                parameters (`maskmem_tpos_enc`), `memory` for all parts of the memory that the
+                config has (`pretrained.MEMORY`), or shell patterns over parameter names.
 
         Raises:
             UserError: a name that matches nothing, with the near ones.
@@ -284,7 +291,7 @@ class SAM2Model(nn.Module):
                 "SAM2Model.forward: correction clicks need the masks; give them as well"
             )
         groups = group_objects(
-            inputs.prompts, inputs.lengths, interaction and interaction.draw_frames
+            inputs.prompts, inputs.lengths, interaction and interaction.sample_frames
         )
         features = self.encode_images(inputs.images.to(self.device))
         outputs = self._track_groups(inputs, groups, features, interaction)

@@ -116,41 +116,67 @@ def paint_prompts(picture: np.ndarray, prompts: Iterable[dict], scale: float = 1
         prompts: dicts of a sample (`object_id`, `points` (P, 2) as (x, y), `labels` (P,), `box`
             (4,) or None, `mask` (h, w) bool or None), in pixels of the frame before scaling.
     """
-    picture, prompts = picture.copy(), list(prompts)
-    height, width = picture.shape[:2]
-    size = max(3, round(min(height, width) / 45))  # px: radius of a click
+    from sam2train.prompts import type_of  # here, since torch comes with it
 
-    def place(xy: np.ndarray, margin: int = 0) -> tuple[int, int]:
+    canvas = PromptCanvas(picture.copy(), scale)
+    for prompt in prompts:
+        canvas.ink = colour(prompt["object_id"])
+        type_of(prompt).paint(prompt, canvas)
+    return canvas.finish()
+
+
+class PromptCanvas:
+    """A picture that prompts are painted on, in `ink`: the colour of their object.
+
+    Args:
+        picture: (H, W, 3) uint8, the frame times `scale`; painted over.
+    """
+
+    def __init__(self, picture: np.ndarray, scale: float):
+        self.picture, self.scale = picture, scale
+        self.ink = WHITE
+        self.size = max(3, round(min(picture.shape[:2]) / 45))  # px: radius of a click
+        self._clicks: list[tuple[np.ndarray, bool, tuple[int, int, int]]] = []
+
+    def place(self, xy: np.ndarray, margin: int = 0) -> tuple[int, int]:
+        """The pixel of the picture of a pixel of the frame, moved inside by at least `margin`."""
+        height, width = self.picture.shape[:2]
         inside = (margin, margin), (width - 1 - margin, height - 1 - margin)
         # + 0.5 - 0.5: from the centre of a pixel of the frame to the centre of its enlargement.
-        x, y = np.clip((np.asarray(xy) + 0.5) * scale - 0.5, *inside)
+        x, y = np.clip((np.asarray(xy) + 0.5) * self.scale - 0.5, *inside)
         return round(float(x)), round(float(y))
 
-    for prompt in prompts:
-        ink = colour(prompt["object_id"])
-        if prompt["mask"] is not None:
-            mask = resize_mask_to_paint(prompt["mask"], (height, width))
-            rows, columns = np.indices(mask.shape)
-            _blend(picture, mask & ((rows + columns) % (3 * size) < size), WHITE, 0.7)
-            picture[_outline(mask)] = ink
-        if prompt["box"] is not None:
-            corners = place(prompt["box"][:2]), place(prompt["box"][2:])
-            for shade, thickness in ((INK, 4), (ink, 2)):
-                cv2.rectangle(picture, *corners, shade, thickness)
-    for prompt in prompts:  # clicks last: they are small and must not be hidden
-        rings = (INK, colour(prompt["object_id"]), WHITE)
-        for point, label in zip(prompt["points"], prompt["labels"], strict=True):
-            if label not in (0, 1):  # 2 and 3 are the corners of the box
-                continue
-            x, y = place(point, margin=size)
-            for shade, rim in zip(rings, (4, 3, 1), strict=True):
-                cv2.circle(picture, (x, y), size + rim, shade, cv2.FILLED, cv2.LINE_AA)
-            if label == 1:
-                cv2.circle(picture, (x, y), size - 1, POSITIVE, cv2.FILLED, cv2.LINE_AA)
+    def paint_mask(self, mask: np.ndarray) -> None:
+        """Hatch a mask (h, w) bool of any size, and outline it."""
+        mask = resize_mask_to_paint(mask, self.picture.shape[:2])
+        rows, columns = np.indices(mask.shape)
+        hatched = mask & ((rows + columns) % (3 * self.size) < self.size)
+        _blend(self.picture, hatched, WHITE, 0.7)
+        self.picture[_outline(mask)] = self.ink
+
+    def paint_box(self, box: np.ndarray) -> None:
+        """A rectangle (4,)."""
+        corners = self.place(box[:2]), self.place(box[2:])
+        for shade, thickness in ((INK, 4), (self.ink, 2)):
+            cv2.rectangle(self.picture, *corners, shade, thickness)
+
+    def paint_click(self, point: np.ndarray, positive: bool) -> None:
+        """A click at (x, y), once all else is painted: it is small and must not be hidden."""
+        self._clicks.append((point, positive, self.ink))
+
+    def finish(self) -> np.ndarray:
+        """The picture, with the clicks on top."""
+        for point, positive, ink in self._clicks:
+            x, y = self.place(point, margin=self.size)
+            for shade, rim in zip((INK, ink, WHITE), (4, 3, 1), strict=True):
+                cv2.circle(self.picture, (x, y), self.size + rim, shade, cv2.FILLED, cv2.LINE_AA)
+            if positive:
+                disc = self.size - 1, POSITIVE, cv2.FILLED, cv2.LINE_AA
+                cv2.circle(self.picture, (x, y), *disc)
             else:
-                cross = cv2.MARKER_TILTED_CROSS, 2 * size - 2, max(2, size // 2), cv2.LINE_AA
-                cv2.drawMarker(picture, (x, y), NEGATIVE, *cross)
-    return picture
+                shape = cv2.MARKER_TILTED_CROSS, 2 * self.size - 2, max(2, self.size // 2)
+                cv2.drawMarker(self.picture, (x, y), NEGATIVE, *shape, cv2.LINE_AA)
+        return self.picture
 
 
 def draw_errors(frame: np.ndarray, prediction: Mapping, ground_truth: Mapping) -> np.ndarray:

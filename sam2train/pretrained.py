@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import urllib.error
+import urllib.request
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from sam2train.errors import UserError
 from sam2train.files import REPOSITORY, resolve_path
+from sam2train.machine import say
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 DOWNLOAD_ADDRESS = "https://dl.fbaipublicfiles.com/segment_anything_2/092824/"
 PUBLISHED = tuple(f"sam2.1_hiera_{size}.pt" for size in ("tiny", "small", "base_plus", "large"))
+_TIMEOUT = 30.0  # seconds without a byte
 
 # The guide's names of SAM 2's parts.
 MODULES = {
@@ -26,6 +34,23 @@ MODULES = {
     "memory_encoder": "memory_encoder",
     "prompt_encoder": "sam_prompt_encoder",
     "mask_decoder": "sam_mask_decoder",
+}
+# All parts of SAM 2's video memory, which the name `memory` stands for: the two modules, and what
+# lies outside of them. A config may leave some out, as SAM 2.0's do with `no_obj_embed_spatial`.
+MEMORY = (
+    "memory_attention",
+    "memory_encoder",
+    "maskmem_tpos_enc",
+    "no_obj_embed_spatial",
+    "no_obj_ptr",
+    "obj_ptr_proj",
+    "obj_ptr_tpos_proj",
+)
+# sha256 of the float16 values of `maskmem_tpos_enc` -> its untrained rows, for files that were
+# written before they said so themselves. These are the demo's: experiments/demo_base_2.yaml had
+# clips of 3 frames, so that rows 1 to 5 are the first draw of experiments/demo_base_1.yaml.
+_KNOWN_UNTRAINED = {
+    "46444f89849ceabc54d02c71d56d05e406edc5c0427656099f21c7e19aef95c9": (1, 2, 3, 4, 5),
 }
 
 
@@ -132,16 +157,22 @@ def build_sam2(
         raise UserError(f"model.config_path: {config} cannot be built: {problem}") from problem
 
 
-def load_weights(sam2: nn.Module, checkpoint: Path) -> None:
+def load_weights(sam2: nn.Module, checkpoint: Path) -> dict[int, str]:
     """Load `{"model": state_dict}` strictly, the temporal rows fitted to the model's num_maskmem.
+
+    Returns:
+        The model's temporal rows that no training has reached, with the reason; see
+        `fit_untrained_rows`. A file that does not say which these are counts as trained.
 
     Raises:
         UserError: no such file, not such a file, or weights of another architecture.
     """
     path = resolve_path(checkpoint)
-    weights = read_weights(path)
+    weights, untrained = read_weights(path)
     rows = sam2.maskmem_tpos_enc
+    reasons: dict[int, str] = {}
     if "maskmem_tpos_enc" in weights and weights["maskmem_tpos_enc"].shape[1:] == rows.shape[1:]:
+        reasons = fit_untrained_rows(untrained, len(weights["maskmem_tpos_enc"]), len(rows))
         weights["maskmem_tpos_enc"] = fit_temporal_rows(
             weights["maskmem_tpos_enc"], len(rows), rows.detach()
         )
@@ -164,10 +195,14 @@ def load_weights(sam2: nn.Module, checkpoint: Path) -> None:
             "take the config that belongs to the checkpoint"
         )
     sam2.load_state_dict(weights, strict=True)
+    return reasons
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict of a SAM 2 checkpoint file, on the CPU.
+def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
+    """The state dict of a SAM 2 checkpoint file, on the CPU, and its untrained temporal rows.
+
+    The rows are those that the file lists beside the weights, as `untrained_rows`. Files of other
+    programs list none.
 
     Raises:
         UserError: a missing file (with the address of a published one) or another layout.
@@ -194,7 +229,24 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(
             f"model.checkpoint_path: {path} does not hold {{'model': state_dict}} as SAM 2's do"
         )
-    return dict(weights)
+    return dict(weights), _read_untrained_rows(content, path)
+
+
+def _read_untrained_rows(content: Mapping[str, Any], path: Path) -> tuple[int, ...]:
+    rows = content["model"].get("maskmem_tpos_enc")
+    if rows is None:
+        return ()
+    if "untrained_rows" not in content:
+        values = rows.to(torch.float16).contiguous().numpy().tobytes()
+        return _KNOWN_UNTRAINED.get(hashlib.sha256(values).hexdigest(), ())
+    listed = content["untrained_rows"]
+    known = range(len(rows))
+    if not isinstance(listed, list | tuple) or any(row not in known for row in listed):
+        raise UserError(
+            f"model.checkpoint_path: {path} has untrained_rows {listed!r}; expected a list of row "
+            f"numbers of maskmem_tpos_enc, which has {len(rows)} rows; export it again"
+        )
+    return tuple(sorted(listed))
 
 
 def fit_temporal_rows(rows: torch.Tensor, num_maskmem: int, fresh: torch.Tensor) -> torch.Tensor:
@@ -221,8 +273,29 @@ def fit_temporal_rows(rows: torch.Tensor, num_maskmem: int, fresh: torch.Tensor)
     return torch.cat([kept, added, rows[-1:]])
 
 
+def fit_untrained_rows(untrained: Sequence[int], before: int, after: int) -> dict[int, str]:
+    """Rows of `fit_temporal_rows` that no training has reached -> where their values come from.
+
+    Args:
+        untrained: such rows among the `before` rows of the checkpoint.
+        before, after: num_maskmem of the checkpoint and of the model.
+    """
+    if after == 0:
+        return {}
+    kept = min(before, after) - 1  # rows 0 to kept - 1 stay where they are
+    reasons = {row: "random values of the base" for row in untrained if row < kept}
+    if before == 0 or before - 1 in untrained:
+        reasons[after - 1] = "random values of the base" if before else "new random values"
+    for row in range(max(kept, 0), after - 1):
+        reasons[row] = f"copies of row {kept - 1}" if kept > 0 else "new random values"
+    return dict(sorted(reasons.items()))
+
+
 def selects(entry: str, parameter: str, aliases: Mapping[str, str] = MODULES) -> bool:
-    """Whether a module name, a parameter name or a shell pattern covers a parameter of SAM 2."""
+    """Whether a module name, `memory`, a parameter name or a shell pattern covers a parameter of
+    SAM 2."""
+    if entry == "memory":
+        return any(selects(part, parameter, aliases) for part in MEMORY)
     head, dot, tail = entry.partition(".")
     target = aliases.get(head, head) + dot + tail
     return (
@@ -260,9 +333,9 @@ def match_parameters(
     for entry in wanted:
         matched = [name for name in names if selects(entry, name, aliases)]
         if not matched:
-            choices = sorted({*aliases, *modules, *names})
+            choices = sorted({"memory", *aliases, *modules, *names})
             near = difflib.get_close_matches(entry, choices, n=3, cutoff=0.5)
-            top = sorted({*aliases, *(name for name in names if "." not in name)})
+            top = sorted({"memory", *aliases, *(name for name in names if "." not in name)})
             raise UserError(
                 f"model.trainable_modules: {entry!r} matches no parameter; "
                 + (f"did you mean {', '.join(near)}? " if near else "")
@@ -270,3 +343,70 @@ def match_parameters(
             )
         selected.update(matched)
     return selected
+
+
+def fetch_checkpoint(
+    checkpoint_path: str | Path | None, config_path: str | Path, console: Console
+) -> Path:
+    """The file at `checkpoint_path`, downloaded unless it is there, and loaded strictly.
+
+    Meta publishes no checksum, so the proof of a good file is that its tensors are those of the
+    model in `config_path`. A download gets a temporary name, and its own once it has passed.
+
+    Raises:
+        UserError: a file that is not published, a failed download, or one that does not load.
+    """
+    if checkpoint_path is None:
+        raise UserError("--download: model.checkpoint_path is null, nothing to fetch")
+    target = resolve_path(checkpoint_path)
+    if target.is_file():
+        _check_loads(target, config_path)
+        say(console, f"{target} is there, and loads")
+        return target
+    if target.name not in PUBLISHED:
+        raise UserError(
+            f"--download: Meta publishes no {target.name}; model.checkpoint_path must end in "
+            + ", ".join(PUBLISHED)
+        )
+    address = DOWNLOAD_ADDRESS + target.name
+    partial = target.with_name(target.name + ".part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _download(address, partial, console)
+        _check_loads(partial, config_path)
+        partial.replace(target)
+    except OSError as problem:  # no network, no such page, a full disk
+        raise UserError(
+            f"--download: {address} could not be fetched to {target}: {problem}. Fetch it on a "
+            "machine with a network and copy it there"
+        ) from None
+    finally:
+        partial.unlink(missing_ok=True)
+    say(console, f"{target} is complete, and loads")
+    return target
+
+
+def _download(address: str, partial: Path, console: Console) -> None:
+    from rich.progress import Progress
+
+    try:
+        with (
+            urllib.request.urlopen(address, timeout=_TIMEOUT) as reply,
+            open(partial, "wb") as file,
+            Progress(console=console, transient=True) as progress,
+        ):
+            size = int(reply.headers.get("Content-Length") or 0)
+            task = progress.add_task(address, total=size or None)
+            while chunk := reply.read(1 << 20):
+                file.write(chunk)
+                progress.advance(task, len(chunk))
+    except urllib.error.HTTPError as problem:
+        problem.close()  # it holds the connection
+        raise OSError(f"the server answers {problem.code} {problem.reason}") from None
+    if size and partial.stat().st_size != size:
+        raise OSError(f"the connection ended after {partial.stat().st_size:,} of {size:,} bytes")
+
+
+def _check_loads(path: Path, config_path: str | Path) -> None:
+    # Neither of the two sizes decides about the shape of a weight: rows are fitted on loading.
+    load_weights(build_sam2(resolve_config(config_path), image_size=512, num_maskmem=7), path)

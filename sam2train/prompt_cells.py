@@ -1,20 +1,19 @@
-"""The prompts of a prompt matrix: point, box and mask, clean and moved, with 1, 3 and 5 clicks."""
+"""The prompts of a prompt matrix: each type, clean and moved, with 1, 3 and 5 clicks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import torch
 
 from sam2train.clips import Prompt, boundary_distance
+from sam2train.data_source import Video
 from sam2train.evaluate import Videos, first_views
 from sam2train.memory import track_clip
 from sam2train.model import SAM2Model
-from sam2train.prompts import PromptGenerator, jitter_box, mask_to_box
+from sam2train.prompts import PROMPTS, PromptGenerator, mask_to_box, move_point, type_of
 from sam2train.transforms import normalise, resize_image
-from sam2train.videos import Video
 
 CLICKS = (1, 3, 5)
 NOISE = (0.0, 0.1, 0.2, 0.4)
@@ -24,8 +23,8 @@ NOISE = (0.0, 0.1, 0.2, 0.4)
 class Cell:
     """One kind of prompt at one strength of noise."""
 
-    prompt: str  # point, bbox, mask
-    clicks: int  # of a point prompt; 0 for the others
+    prompt: str  # a name of `PROMPTS`
+    clicks: int  # of a prompt that is clicked; 0 for the others
     # The share of the sides of the object's box by which a click or a corner is moved at most,
     # uniformly; a mask is stretched as its box is. 0 is clean.
     noise: float
@@ -36,9 +35,13 @@ class Cell:
 
 
 def all_cells() -> list[Cell]:
-    """Row by row: clicks, box, mask; the clean one first."""
-    kinds = [("point", clicks) for clicks in CLICKS] + [("bbox", 0), ("mask", 0)]
-    return [Cell(prompt, clicks, noise) for prompt, clicks in kinds for noise in NOISE]
+    """Row by row, a prompt type with so many clicks each; the clean one first."""
+    return [
+        Cell(name, clicks, noise)
+        for name, kind in PROMPTS.items()
+        for clicks in (CLICKS if kind.is_clicked else (0,))
+        for noise in NOISE
+    ]
 
 
 class CellPrompts:
@@ -60,7 +63,8 @@ class CellPrompts:
             # A stream for each object: the number of clicks must not move what comes after.
             own = np.random.default_rng(rng.integers(2**63))
             prompt = self.generator.generate(mask, own, object_id=object_id, frame_index=t)
-            prompt = move_prompt(prompt, mask, self.cell.noise, own)
+            if self.cell.noise:
+                prompt = type_of(prompt).move(prompt, mask, self.cell.noise, own)
             if self.cell.clicks > 1:
                 self._correct(dataset, video, prompt, mask, own)
             prompts.append(prompt)
@@ -117,42 +121,3 @@ def next_click(mask: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, int
     label = int(missed.max() > wrong.max())
     y, x = np.unravel_index(np.argmax(missed if label else wrong), mask.shape)
     return np.array([x, y], np.float32), label
-
-
-def move_prompt(prompt: Prompt, mask: np.ndarray, noise: float, rng: np.random.Generator) -> Prompt:
-    """A prompt moved by `noise`, see `Cell`; `mask` (H, W) bool is the object it was drawn from."""
-    if noise == 0:
-        return prompt
-    box = mask_to_box(mask)
-    if prompt["type"] == "point":
-        moved = [move_point(point, box, mask.shape, noise, rng) for point in prompt["points"]]
-        return {**prompt, "points": np.stack(moved)}
-    corners = jitter_box(box, mask.shape, noise, rng, most=np.inf)
-    if prompt["type"] == "bbox":
-        return {**prompt, "box": corners, "points": corners.reshape(2, 2)}
-    return {**prompt, "mask": stretch_mask(mask, box, corners)}
-
-
-def move_point(
-    point: np.ndarray,
-    box: np.ndarray,
-    size: tuple[int, int],
-    noise: float,
-    rng: np.random.Generator,
-) -> np.ndarray:
-    """(2,) float32 (x, y): moved by up to `noise` of the box's sides, inside the frame."""
-    reach = noise * (box[2:] - box[:2])
-    limit = np.array([size[1], size[0]]) - 1
-    return np.clip(point + rng.uniform(-1, 1, size=2) * reach, 0, limit).astype(np.float32)
-
-
-def stretch_mask(mask: np.ndarray, box: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """(H, W) bool: the mask moved and stretched so that its box becomes `target`; never empty."""
-    # Boxes name their outermost pixels: a box of one pixel has the side 1.
-    scale = (target[2:] - target[:2] + 1) / (box[2:] - box[:2] + 1)
-    shift = (target[:2] - 0.5) - scale * (box[:2] - 0.5)
-    matrix = np.array([[scale[0], 0, shift[0]], [0, scale[1], shift[1]]], np.float64)
-    moved = cv2.warpAffine(
-        mask.astype(np.uint8), matrix, (mask.shape[1], mask.shape[0]), flags=cv2.INTER_NEAREST
-    ).astype(bool)
-    return moved if moved.any() else mask

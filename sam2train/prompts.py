@@ -1,23 +1,221 @@
-"""Prompts drawn from ground-truth masks: points, bounding boxes, masks."""
+"""Prompts drawn from ground-truth masks: points, bounding boxes, masks.
+
+A prompt type is one class here and one line in `PROMPTS`; nothing else knows it by name. What the
+decoder gets is what the class puts into the fields of a `Prompt`.
+"""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Protocol
 
+import cv2
 import numpy as np
+from pydantic import AfterValidator, Field, model_validator
 
-from sam2train.clips import Prompt, boundary_distance
+from sam2train.clips import Prompt, boundary_distance, empty_prompt
+from sam2train.config import Section, build
 from sam2train.errors import UserError
 
-PROMPT_TYPES = ("point", "bbox", "mask")
+# Where nothing else is said. A new type is no part of it, so that experiments stay what they were.
+DEFAULT_TYPES = ("point", "bbox", "mask")
+
+
+def _known(name: str) -> str:
+    if name in PROMPTS:
+        return name
+    near = difflib.get_close_matches(name, PROMPTS, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"expected one of {', '.join(PROMPTS)}{hint}")
+
+
+TypeName = Annotated[str, AfterValidator(_known)]
+Weight = Annotated[float, Field(gt=0)]
+Clicks = Annotated[int, Field(ge=0)]
+# More would let the corners of a box change places.
+BoxJitter = Annotated[float, Field(ge=0, le=0.5)]
+
+
+class PromptConfig(Section):
+    """What prompts are like; `PromptGenerator` says what each key means."""
+
+    prompt_types: tuple[TypeName, ...] = Field(DEFAULT_TYPES, min_length=1)
+    prompt_weights: tuple[Weight, ...] | None = None
+    num_of_pos_points: Clicks | tuple[Clicks, Clicks] = 1
+    include_center: bool = False
+    num_of_neg_points: Clicks = 0
+    box_jitter: BoxJitter = 0.0
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> PromptConfig:
+        check_prompts(self, self.prompt_types, self.prompt_weights)
+        return self
+
+
+def check_prompts(
+    config: PromptConfig | Any, types: Sequence[str], weights: Sequence[float] | None = None
+) -> None:
+    """Raise ValueError where settings do not fit each other, or leave a type without its points.
+
+    Args:
+        config: has the fields of `PromptConfig`.
+    """
+    low, high = click_range(config.num_of_pos_points)
+    if low > high:
+        raise ValueError(f"num_of_pos_points is {[low, high]}; expected [lowest, highest]")
+    if weights is not None and len(weights) != len(types):
+        raise ValueError(
+            f"prompt_weights has {len(weights)} numbers for {len(types)} prompt_types; expected "
+            "one for each"
+        )
+    for name in types:
+        PROMPTS[name].check(config)
+
+
+def click_range(clicks: int | Sequence[int]) -> tuple[int, int]:
+    """(low, high) of a number of clicks or of their range, both ends included."""
+    low, high = (clicks, clicks) if isinstance(clicks, int) else clicks
+    return low, high
+
+
+class Canvas(Protocol):
+    """What prompts are painted on, in the colour of their object; see `overlays.PromptCanvas`."""
+
+    def paint_mask(self, mask: np.ndarray) -> None: ...
+
+    def paint_box(self, box: np.ndarray) -> None: ...
+
+    def paint_click(self, point: np.ndarray, positive: bool) -> None: ...
+
+
+class PromptType:
+    """One type of prompt: how it is drawn from a mask, checked, moved and painted.
+
+    The decoder gets `points` with `labels`, or else `mask`: whatever `sample` fills.
+    """
+
+    gives_mask = False  # whether `sample` fills `mask`; SAM 2 takes clicks or a mask of an object
+    is_clicked = False  # whether a user makes it click by click, so that further ones correct it
+
+    def check(self, config: PromptConfig) -> None:
+        """Raise ValueError where settings leave nothing to draw."""
+
+    def sample(
+        self, mask: np.ndarray, config: PromptConfig, rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        """The fields of a `Prompt` that the type fills, for an object.
+
+        Args:
+            mask: (H, W) bool, not empty.
+        """
+        raise NotImplementedError
+
+    def move(
+        self, prompt: Prompt, mask: np.ndarray, noise: float, rng: np.random.Generator
+    ) -> Prompt:
+        """The prompt moved by up to `noise` of the sides of the object's box, uniformly.
+
+        Args:
+            mask: (H, W) bool, the object.
+        """
+        box = mask_to_box(mask)
+        moved = [move_point(point, box, mask.shape, noise, rng) for point in prompt["points"]]
+        return {**prompt, "points": np.stack(moved)}
+
+    def paint(self, prompt: Prompt, canvas: Canvas) -> None:
+        """Paint what the decoder gets."""
+        if prompt["mask"] is not None:
+            canvas.paint_mask(prompt["mask"])
+        if prompt["box"] is not None:
+            canvas.paint_box(prompt["box"])
+        for point, label in zip(prompt["points"], prompt["labels"], strict=True):
+            if label in (0, 1):  # 2 and 3 are the corners of the box
+                canvas.paint_click(point, label == 1)
+
+
+class PointPrompt(PromptType):
+    """Clicks: positive ones on the object, its centre first where asked for, then negative ones."""
+
+    is_clicked = True
+
+    def check(self, config: PromptConfig) -> None:
+        if click_range(config.num_of_pos_points)[0] == 0 and not config.include_center:
+            raise ValueError(
+                "num_of_pos_points: 0 with include_center false leaves a point prompt without a "
+                "positive point; ask for at least 1, or take `point` out of prompt_types"
+            )
+
+    def sample(
+        self, mask: np.ndarray, config: PromptConfig, rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        low, high = click_range(config.num_of_pos_points)
+        positive = sample_points(mask, int(rng.integers(low, high + 1)), rng)
+        if config.include_center:
+            positive = np.concatenate([mask_center(mask)[None], positive])
+        negative = sample_points(~mask, config.num_of_neg_points, rng)
+        labels = np.repeat(np.array([1, 0], np.int32), [len(positive), len(negative)])
+        return {"points": np.concatenate([positive, negative]), "labels": labels}
+
+
+class BoxPrompt(PromptType):
+    """The bounding box; the decoder gets it as two points with labels of their own."""
+
+    def sample(
+        self, mask: np.ndarray, config: PromptConfig, rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        return box_fields(jitter_box(mask_to_box(mask), mask.shape, config.box_jitter, rng))
+
+    def move(
+        self, prompt: Prompt, mask: np.ndarray, noise: float, rng: np.random.Generator
+    ) -> Prompt:
+        box = jitter_box(mask_to_box(mask), mask.shape, noise, rng, most=np.inf)
+        return {**prompt, **box_fields(box)}
+
+
+class MaskPrompt(PromptType):
+    """The mask itself; moved, it is stretched as its box is."""
+
+    gives_mask = True
+
+    def sample(
+        self, mask: np.ndarray, config: PromptConfig, rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        return {"mask": mask}
+
+    def move(
+        self, prompt: Prompt, mask: np.ndarray, noise: float, rng: np.random.Generator
+    ) -> Prompt:
+        box = mask_to_box(mask)
+        corners = jitter_box(box, mask.shape, noise, rng, most=np.inf)
+        return {**prompt, "mask": stretch_mask(mask, box, corners)}
+
+
+PROMPTS: dict[str, PromptType] = {
+    "point": PointPrompt(),
+    "bbox": BoxPrompt(),
+    "mask": MaskPrompt(),
+}
+
+
+def type_of(prompt: Prompt) -> PromptType:
+    """The type of a prompt; one without a known name is what its fields say."""
+    return PROMPTS.get(prompt.get("type", ""), PromptType())
+
+
+def types_like(name: str) -> list[str]:
+    """The types that an object can be prompted with after this one: clicks do not follow a mask,
+    nor a mask clicks."""
+    gives_mask = PROMPTS[name].gives_mask
+    return [other for other, kind in PROMPTS.items() if kind.gives_mask == gives_mask]
 
 
 class PromptGenerator:
     """Draws one prompt of a random type from the mask of one object on one frame.
 
     Args:
-        prompt_types: types to draw from, uniformly; all three by default, and where None is given.
+        prompt_types: names of `PROMPTS` to draw from; point, bbox and mask by default, and where
+            None is given.
         num_of_pos_points: positive clicks of a point prompt, or a range (low, high), both included.
         include_center: add the centre of the mask as the first positive click.
         num_of_neg_points: negative clicks of a point prompt, anywhere outside the mask.
@@ -30,7 +228,7 @@ class PromptGenerator:
 
     def __init__(
         self,
-        prompt_types: Sequence[str] | None = PROMPT_TYPES,
+        prompt_types: Sequence[str] | None = DEFAULT_TYPES,
         num_of_pos_points: int | tuple[int, int] = 1,
         include_center: bool = False,
         num_of_neg_points: int = 0,
@@ -38,43 +236,20 @@ class PromptGenerator:
         box_jitter: float = 0.0,
         weights: Sequence[float] | None = None,
     ):
-        if isinstance(prompt_types, str):
-            raise UserError(
-                f"prompt_types: {prompt_types!r} is a text; expected a list, [{prompt_types!r}]"
-            )
-        self.prompt_types = list(PROMPT_TYPES if prompt_types is None else prompt_types)
-        unknown = [name for name in self.prompt_types if name not in PROMPT_TYPES]
-        if unknown or not self.prompt_types:
-            raise UserError(
-                f"prompt_types: {self.prompt_types!r} must be one or more of "
-                f"{', '.join(PROMPT_TYPES)}"
-            )
-        if weights is not None and (len(weights) != len(self.prompt_types) or min(weights) <= 0):
-            raise UserError(
-                f"prompt_weights: {list(weights)} for prompt_types {self.prompt_types}; "
-                "expected a number above 0 for each of them"
-            )
-        self.weights = weights
-        self.num_of_pos_points = _as_range(num_of_pos_points)
-        self.include_center = include_center
-        self.num_of_neg_points = num_of_neg_points
-        self.box_jitter = box_jitter
-        low, high = self.num_of_pos_points
-        num_of_neg_points = _whole("num_of_neg_points", num_of_neg_points)
-        if not 0 <= low <= high or num_of_neg_points < 0:
-            raise UserError(
-                f"points: {low} to {high} positive and {num_of_neg_points} negative ones asked "
-                "for; expected 0 <= lowest <= highest, and no number below 0"
-            )
-        if not 0 <= box_jitter <= 0.5:
-            raise UserError(
-                f"box_jitter: {box_jitter}; expected 0 to 0.5, beyond which corners change places"
-            )
-        if "point" in self.prompt_types and low == 0 and not include_center:
-            raise UserError(
-                "num_of_pos_points: 0 with include_center false leaves a point prompt without a "
-                "positive point; ask for at least 1, or take `point` out of prompt_types"
-            )
+        given = {
+            "prompt_types": DEFAULT_TYPES if prompt_types is None else prompt_types,
+            "prompt_weights": weights,
+            "num_of_pos_points": num_of_pos_points,
+            "include_center": include_center,
+            "num_of_neg_points": num_of_neg_points,
+            "box_jitter": box_jitter,
+        }
+        raw = {name: _without_numpy(value) for name, value in given.items()}
+        self.config = build(PromptConfig, raw, "PromptGenerator")
+        self.prompt_types = list(self.config.prompt_types)
+        self.num_of_pos_points = click_range(self.config.num_of_pos_points)
+        self.include_center = self.config.include_center
+        self.num_of_neg_points = self.config.num_of_neg_points
 
     def generate(
         self,
@@ -83,7 +258,7 @@ class PromptGenerator:
         *,
         object_id: int | str = 1,
         frame_index: int = 0,
-        among: Sequence[str] = PROMPT_TYPES,
+        among: Sequence[str] | None = None,
     ) -> Prompt:
         """One prompt for one object.
 
@@ -91,68 +266,38 @@ class PromptGenerator:
             mask: (H, W) bool, or numbers of which those above 0 are the object; an empty one gives
                 a prompt without points, box and mask.
             rng: draws the type and the points.
-            among: types to draw from where they are some of the generator's own.
+            among: types to draw from where they are some of the generator's own; None: all of them.
         """
         mask = np.asarray(mask) > 0  # 0 and 1, or 0 and 255, will do
         if mask.ndim != 2:
             raise UserError(f"a mask of shape {mask.shape}; expected that of one object, (H, W)")
-        kind = self._draw_type(among, rng)
-        prompt = Prompt(
-            object_id=object_id,
-            frame_index=frame_index,
-            type=kind,
-            points=np.zeros((0, 2), np.float32),
-            labels=np.zeros(0, np.int32),
-            box=None,
-            mask=None,
-        )
-        if not mask.any():
-            return prompt
-        if kind == "point":
-            prompt["points"], prompt["labels"] = self._sample_points(mask, rng)
-        elif kind == "bbox":
-            prompt["box"] = jitter_box(mask_to_box(mask), mask.shape, self.box_jitter, rng)
-            prompt["points"] = prompt["box"].reshape(2, 2)
-            prompt["labels"] = np.array([2, 3], np.int32)
-        else:
-            prompt["mask"] = mask
+        name = self._sample_type(among, rng)
+        prompt = empty_prompt(object_id, frame_index, name)
+        if mask.any():
+            prompt.update(PROMPTS[name].sample(mask, self.config, rng))
         return prompt
 
-    def _draw_type(self, among: Sequence[str], rng: np.random.Generator) -> str:
-        places = [place for place, name in enumerate(self.prompt_types) if name in among]
-        if self.weights is None:
-            return self.prompt_types[places[rng.integers(len(places))]]
-        weights = np.array([self.weights[place] for place in places])
-        return self.prompt_types[places[rng.choice(len(places), p=weights / weights.sum())]]
-
-    def _sample_points(
-        self, mask: np.ndarray, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
-        low, high = self.num_of_pos_points
-        positive = sample_points(mask, int(rng.integers(low, high + 1)), rng)
-        if self.include_center:
-            positive = np.concatenate([mask_center(mask)[None], positive])
-        negative = sample_points(~mask, self.num_of_neg_points, rng)
-        labels = np.repeat(np.array([1, 0], np.int32), [len(positive), len(negative)])
-        return np.concatenate([positive, negative]), labels
+    def _sample_type(self, among: Sequence[str] | None, rng: np.random.Generator) -> str:
+        types, weights = self.prompt_types, self.config.prompt_weights
+        places = [k for k, name in enumerate(types) if among is None or name in among]
+        if weights is None:
+            return types[places[rng.integers(len(places))]]
+        own = np.array([weights[place] for place in places])
+        return types[places[rng.choice(len(places), p=own / own.sum())]]
 
 
-def _as_range(clicks: int | Sequence[int]) -> tuple[int, int]:
-    """(low, high) from a number or a range; whole numbers of NumPy will do."""
-    ends = list(clicks) if np.ndim(clicks) == 1 else [clicks, clicks]
-    if isinstance(clicks, str) or len(ends) != 2:
-        raise UserError(
-            f"num_of_pos_points: {clicks!r}; expected a whole number or a range of two, (1, 3)"
-        )
-    low, high = (_whole("num_of_pos_points", end) for end in ends)
-    return low, high
+def _without_numpy(value: Any) -> Any:
+    """The value, or list of values, as Python's own numbers."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return [_without_numpy(item) for item in value]
+    return value
 
 
-def _whole(name: str, number: int) -> int:
-    try:
-        return operator.index(number)
-    except TypeError:
-        raise UserError(f"{name}: {number!r}; expected a whole number") from None
+def box_fields(box: np.ndarray) -> dict[str, np.ndarray]:
+    """The fields of a `Prompt` with a box (4,): SAM 2 takes its corners as points labelled 2, 3."""
+    return {"box": box, "points": box.reshape(2, 2), "labels": np.array([2, 3], np.int32)}
 
 
 def sample_points(region: np.ndarray, num_points: int, rng: np.random.Generator) -> np.ndarray:
@@ -213,3 +358,28 @@ def jitter_box(
     moved = box + rng.uniform(-1, 1, size=4) * reach
     limit = np.array([size[1], size[0], size[1], size[0]]) - 1
     return np.clip(moved, 0, limit).astype(np.float32)
+
+
+def move_point(
+    point: np.ndarray,
+    box: np.ndarray,
+    size: tuple[int, int],
+    noise: float,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """(2,) float32 (x, y): moved by up to `noise` of the box's sides, inside the frame."""
+    reach = noise * (box[2:] - box[:2])
+    limit = np.array([size[1], size[0]]) - 1
+    return np.clip(point + rng.uniform(-1, 1, size=2) * reach, 0, limit).astype(np.float32)
+
+
+def stretch_mask(mask: np.ndarray, box: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """(H, W) bool: the mask moved and stretched so that its box becomes `target`; never empty."""
+    # Boxes name their outermost pixels: a box of one pixel has the side 1.
+    scale = (target[2:] - target[:2] + 1) / (box[2:] - box[:2] + 1)
+    shift = (target[:2] - 0.5) - scale * (box[:2] - 0.5)
+    matrix = np.array([[scale[0], 0, shift[0]], [0, scale[1], shift[1]]], np.float64)
+    moved = cv2.warpAffine(
+        mask.astype(np.uint8), matrix, (mask.shape[1], mask.shape[0]), flags=cv2.INTER_NEAREST
+    ).astype(bool)
+    return moved if moved.any() else mask

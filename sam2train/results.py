@@ -12,10 +12,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sam2train.config import flatten, load_yaml
+from sam2train.config import flatten
+from sam2train.config_yaml import load_yaml
 from sam2train.errors import UserError
 from sam2train.files import read_json
-from sam2train.intervals import (
+from sam2train.metrics import TRAINED
+from sam2train.stats import (
     Interval,
     crossed_difference,
     crossed_mean,
@@ -23,7 +25,6 @@ from sam2train.intervals import (
     mean_interval,
     seed_difference,
 )
-from sam2train.metrics import TRAINED
 from sam2train.tracking import STEP_AXIS
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ EVALUATIONS = "evaluations"  # the folder beside runs that `--evaluate` writes t
 _ID_COLUMNS = ("video_id", "object_id")
 _SCORES = ("step", "split", "model", "video_id", "object_id", "J", "F", "J_and_F", "num_frames")
 _COUNTS = ("params/", "trainable/")
-_RUN_COLUMNS = ("group", "seed", "step", "num_steps", "baseline", "last", "best", "scored", "gain")
-_RUN_COLUMNS += ("seconds", "written", "commit", "device")
+_RUN_COLUMNS = ("group", "seed", "evaluation_seed", "step", "num_steps", "baseline", "last", "best")
+_RUN_COLUMNS += ("scored", "gain", "seconds", "written", "commit", "device")
 _WANDB_STATES = {"killed": "interrupted", "preempted": "interrupted", "preempting": "interrupted"}
 
 
@@ -88,7 +89,9 @@ def load_runs(folder: Path) -> pd.DataFrame:
         source, path: "disk" and the run's folder; "wandb" and entity/project/id.
         experiment, run, sweep: the folder the run lies in, its own name, the sweep's name or None.
         group: the same text for runs that differ only in `trainer.seed` (and in what moves no
-            result, such as the number of workers); `seed` tells them apart.
+            result, such as the number of workers); `seed` tells them apart. A model.seed or
+            dataset.seed of its own is a setting like any other, and so is evaluation.seed.
+        evaluation_seed: what drew the prompts that were scored.
         status: finished; interrupted (saved, can be resumed); failed (stopped by an error);
             running; crashed (it says running and has been silent for long: killed); unreadable,
             see `problem`.
@@ -288,7 +291,9 @@ def labels(runs: pd.DataFrame) -> pd.Series:
     if not names:
         return runs["experiment"].map(str)
     leaves = [name.split(".")[-1] for name in names]
-    words = leaves if len({*leaves}) == len(leaves) else names
+    # "seed" alone means trainer.seed, in every table.
+    clear = len({*leaves}) == len(leaves) and "seed" not in leaves
+    words = leaves if clear else names
     # As text: a run without one of the settings, from an older version, is a group of its own.
     columns = [word + "=" + runs[name].map(str) for word, name in zip(words, names, strict=True)]
     return columns[0].str.cat(columns[1:], sep=" ")
@@ -471,9 +476,12 @@ def _numbers(
     text = json.dumps(settings, sort_keys=True, default=str)
     # The summary learns its numbers at the end of a run, the metrics know them all along.
     seconds = metrics["seconds"].max() if "seconds" in metrics else 0
+    of_prompts = config.get("evaluation.seed")
     return {
         "group": hashlib.sha256(text.encode()).hexdigest()[:8],
         "seed": config.get("trainer.seed"),
+        # None, and in runs from before the key: that of the training.
+        "evaluation_seed": config.get("trainer.seed") if of_prompts is None else of_prompts,
         "step": int(max(summary.get("steps") or 0, metrics.index.max() if len(metrics) else 0)),
         "num_steps": config.get("trainer.num_steps"),
         **scores,

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sam2train.figures import COLOURS, GREY, JANDF, MARKERS, new_figure
-from sam2train.horizon import area_under_roc, object_scores, roc
+from sam2train.horizon import (
+    ABSENCE_RECALL,
+    FALSE_ABSENCES,
+    area_under_roc,
+    object_scores,
+    roc,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +60,8 @@ def horizon_figure(
     *,
     title: str = "",
 ) -> Figure:
-    """J by frames since the prompt, recall by length of an absence, ROC of the object score.
+    """J by frames since the prompt, recall by length of an absence, ROC of the object score with
+    what it says at 0.
 
     Args:
         horizon: label -> rows of `horizon_rows`.
@@ -70,29 +77,40 @@ def horizon_figure(
             present, absent = object_scores(frames[label])
             if present and absent:
                 false, true = roc(present, absent)
-                area = area_under_roc(present, absent)
                 colour = style["color"]
-                all_axes[2].plot(false, true, color=colour, label=f"{label}: AUC {area:.2f}")
+                text = f"{label}: AUC {area_under_roc(present, absent):.2f}\n"
+                text += _at_the_gate(rows)
+                all_axes[2].plot(false, true, color=colour, label=text)
                 gate = [np.mean(np.asarray(part) > 0) for part in (absent, present)]
                 all_axes[2].plot(*gate, color=colour, marker=style["marker"], markersize=8)
+            elif present or absent:  # no curve, but frames of one kind have their share
+                text = f"{label}\n{_at_the_gate(rows)}"
+                all_axes[2].plot([], [], color=style["color"], label=text)
         all_axes[2].plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1)
         all_axes[0].set(xlabel="frames since the prompt, up to", title="J while visible")
         all_axes[1].set(xlabel="frames of absence, up to", title="found again: J > 0.5")
         all_axes[2].set(
             xlabel="called visible while absent",
             ylabel="called visible while visible",
-            title="object score; the mark is SAM 2's gate",
+            title="object score; the mark is at 0, SAM 2's gate",
         )
         all_axes[0].set(ylim=(-0.02, 1.02))
         for axes in all_axes:
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(loc="best", fontsize=8)
-            else:
+            if not any(len(line.get_xdata()) for line in axes.lines if line.get_color() != GREY):
                 note = "nothing vanishes in these videos"
                 axes.text(0.5, 0.5, note, ha="center", color=GREY, transform=axes.transAxes)
         if title:
             figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     return figure
+
+
+def _at_the_gate(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the object score says at 0, for a legend: a line for each kind of frame."""
+    words = {ABSENCE_RECALL: "recall of absence", FALSE_ABSENCES: "false absences"}
+    shares = {row["metric"]: f"{row['value']:.3f} (n={row['count']})" for row in rows}
+    return "\n".join(f"{words[name]} {shares[name]}" for name in words if name in shares)
 
 
 def _draw_bins(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from sam2train.data_source import listed
 from sam2train.datasets import DatasetConfig
 from sam2train.errors import UserError
 from sam2train.evaluate import (
@@ -25,10 +26,10 @@ from sam2train.evaluate import (
     score_tracks,
 )
 from sam2train.files import natural_key, resolve_path, write_rows
-from sam2train.horizon import frame_rows, horizon_rows
-from sam2train.intervals import Interval, paired_bootstrap
+from sam2train.horizon import ABSENCE_RECALL, FALSE_ABSENCES, frame_rows, horizon_rows
+from sam2train.machine import cell
 from sam2train.metrics import BASE, COPY
-from sam2train.videos import listed
+from sam2train.stats import Interval, paired_bootstrap
 
 LABELS = {BASE: "untouched base checkpoint", COPY: "copy the first mask"}
 
@@ -169,11 +170,20 @@ def difference(one: Scores, other: Scores, metric: str = "J_and_F") -> Interval:
     return paired_bootstrap(*frames, metric)
 
 
+# What the tables say of the object score, a number each: metric of `horizon_rows` -> heading.
+_OBJECT_SCORE = {
+    "horizon/object_score_auc": "object score AUC",
+    ABSENCE_RECALL: "recall of absence",
+    FALSE_ABSENCES: "false absences",
+}
+
+
 def scores_table(title: str, rows: Sequence[Scores]) -> Table:
-    """Scores, a column each model, and how far the first is from each other, with intervals."""
-    table = Table("", title=title, title_justify="left")
+    """Scores, a column each model, how far the first is from each other, with intervals, and how
+    well the object score tells absence where there is one, over n frames."""
+    table = Table("", title=title, title_justify="left", caption_justify="left")
     for scores in rows:
-        table.add_column(scores.label, justify="right")
+        table.add_column(cell(scores.label), justify="right")
     lines = {"J&F": "J_and_F", "J": "J", "F": "F", "mIoU": "mIoU"}
     lines |= {"J recall": "J_recall", "J decay": "J_decay"}
     lines |= {"F recall": "F_recall", "F decay": "F_decay"}
@@ -181,22 +191,50 @@ def scores_table(title: str, rows: Sequence[Scores]) -> Table:
         table.add_row(heading, *(f"{scores.means[name]:.3f}" for scores in rows))
     apart = [difference(scores, rows[0]).text(sign=True) for scores in rows[1:]]
     table.add_row("J&F, first - this", "", *(text.replace(" (", "\n(") for text in apart))
+    for metric, heading in _OBJECT_SCORE.items():
+        found = [[row for row in scores.horizon if row["metric"] == metric] for scores in rows]
+        if any(found):
+            texts = (f"{r[0]['value']:.3f} (n={r[0]['count']})" if r else "" for r in found)
+            table.add_row(heading, *texts)
+            table.caption = (
+                "recall of absence, false absences: of the n frames without and with the object, "
+                "those with an object score of 0 or less"
+            )
     return table
 
 
 def read_scores(
-    rows: Iterable[Mapping[str, Any]], split: str, model: str, step: int, label: str
+    rows: Iterable[Mapping[str, Any]],
+    split: str,
+    model: str,
+    step: int,
+    label: str,
+    horizon: Iterable[Mapping[str, Any]] = (),
 ) -> Scores:
-    """Scores again from the rows of `scores.csv`, of which means are made; without frames."""
-    wanted = (split, model, step)
-    chosen = [r for r in rows if (r["split"], r["model"], int(r["step"])) == wanted]
+    """Scores again from the rows of `scores.csv`, of which means are made, and of `horizon.csv`;
+    without frames."""
+
+    def of_this(row: Mapping[str, Any]) -> bool:
+        return (row["split"], row["model"], int(row["step"])) == (split, model, step)
+
+    chosen = [row for row in rows if of_this(row)]
+    curves = [
+        {
+            **row,
+            "at": None if row["at"] in (None, "") else int(row["at"]),
+            "value": float(row["value"]),
+            "count": int(row["count"]),
+        }
+        for row in horizon
+        if of_this(row)
+    ]
     means = {
         name: float(np.mean([float(row[name]) for row in chosen]))
         for name in ("J", "F", "J_and_F", "J_recall", "J_decay", "F_recall", "F_decay", "mIoU")
     }
     ids = [{name: str(row[name]) for name in ("video_id", "object_id")} for row in chosen]
     objects = [{**row, **names} for row, names in zip(chosen, ids, strict=True)]
-    return Scores(label, model, step, means, objects, [], [])
+    return Scores(label, model, step, means, objects, [], curves)
 
 
 def shared_split_warning(config: DatasetConfig) -> str | None:
@@ -249,21 +287,21 @@ class RowsFile:
     """A CSV that grows with a run and is whole at any time.
 
     Args:
-        first_step: a resumed run's; rows of later steps are dropped, they come again. 0 starts
-            anew.
+        last_step: of a resumed run, the last that was scored; rows of later steps are dropped, they
+            come again. None starts anew.
 
     Raises:
         UserError: a file that is no such CSV.
     """
 
-    def __init__(self, path: Path, columns: Sequence[str], first_step: int = 0):
+    def __init__(self, path: Path, columns: Sequence[str], last_step: int | None = None):
         self.path, self.columns = path, tuple(columns)
         self.rows: list[Mapping[str, Any]] = []
-        if first_step and path.is_file():
+        if last_step is not None and path.is_file():
             with open(path, encoding="utf-8", newline="") as file:
                 found = list(csv.DictReader(file))
             try:
-                self.rows = [row for row in found if int(row["step"]) <= first_step]
+                self.rows = [row for row in found if int(row["step"]) <= last_step]
             except (KeyError, TypeError, ValueError):
                 raise UserError(
                     f"{path}: expected the columns {', '.join(columns)}, as this run wrote them; "

@@ -1,43 +1,53 @@
 """A W&B sweep file run here, trial by trial, without a server: `python run.py sweeps/prompts.yaml`.
 
 A trial is the process that `wandb agent` would start, with a folder of its own. What was decided
-stands in `sweep.json` beside the trials, so that the same command goes on with it.
+stands in `sweep.json` beside the trials, so that the same command goes on with it. A table shows
+the trials while they run; `results.csv` and a ranking with intervals show what came out.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
 
-from sam2train import sweep_search
 from sam2train.config import build, flatten
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment
-from sam2train.files import read_json, write_text
-from sam2train.sweep_file import Sweep, check_values, grid, load_sweep
-from sam2train.sweep_report import (
-    live_table,
-    say_failure,
-    say_plainly,
-    show_results,
-    trial_line,
-    write_results,
+from sam2train.files import write_text
+from sam2train.results import compare_groups
+from sam2train.sweep_file import Sweep, check_values, grid, in_grid, load_sweep, show_value
+from sam2train.sweep_search import examples, trials_to_stop
+from sam2train.sweep_trials import (
+    LOG,
+    RECORD,
+    Trial,
+    claim,
+    read_record,
+    record_row,
+    stop_all,
+    trial_environment,
 )
-from sam2train.sweep_trials import Trial, read_summary, stop_all, trial_environment
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 POLL = 0.5  # seconds between looks at the processes
 LOOK = 2.0  # seconds between looks at what they wrote
-# Settings that move no result: they may change from one sitting of a sweep to the next.
+# Settings that change no result: they may change from one sitting of a sweep to the next.
 _FREE = (
     "dataset.mask_cache_mb",
     "dataset.num_workers",
@@ -47,6 +57,8 @@ _FREE = (
     "trainer.log_every",
     "trainer.save_every",
 )
+_SEED = "trainer.seed"
+_STYLES = {"running": "cyan", "finished": "green", "failed": "red", "interrupted": "yellow"}
 
 
 def run_sweep(
@@ -74,18 +86,18 @@ def run_sweep(
     """
     sweep = load_sweep(path, extra)
     folder = folder or Path("runs/sweeps") / sweep.name
-    return LocalSweep(sweep, folder, count, jobs, console or Console()).run()
+    return _LocalSweep(sweep, folder, count, jobs, console or Console()).run()
 
 
-class LocalSweep:
+class _LocalSweep:
     """The trials of a sweep, and the loop that runs them."""
 
     def __init__(
         self, sweep: Sweep, folder: Path, count: int | None, jobs: int, console: Console
     ) -> None:
         self.sweep, self.folder, self.jobs, self.console = sweep, folder, jobs, console
-        planned = grid(sweep) if sweep.config.method == "grid" else []
-        experiments = check_values(sweep, planned or sweep_search.examples(sweep))
+        planned = grid(sweep, count) if sweep.config.method == "grid" else []
+        experiments = check_values(sweep, planned or examples(sweep.specs))
         limits = [limit for limit in (count, sweep.config.run_cap, len(planned)) if limit]
         if not limits:
             raise UserError(
@@ -93,23 +105,17 @@ class LocalSweep:
                 "`run_cap: N` in the file"
             )
         self.total = min(limits)
-        self._data = dict.fromkeys(
-            path
-            for experiment in experiments
-            for path in (
-                experiment.dataset.data_path,
-                experiment.dataset.val_path,
-                experiment.dataset.test_path,
-            )
-            if path
-        )
+        sections = [experiment.dataset for experiment in experiments]
+        paths = [p for d in sections for p in (d.data_path, d.val_path, d.test_path) if p]
+        self._data = dict.fromkeys(paths)
         self._base = experiments[0].model_dump(mode="json")
         self.sweep_id = os.environ.get("WANDB_SWEEP_ID")
         self.trials: list[Trial] = []
-        self._recall(planned)
-        known = {_text(trial.values) for trial in self.trials}
+        self._recall()
+        # As text: to Python 1, 1.0 and True are the same value.
+        known = {json.dumps(trial.values) for trial in self.trials}
         for values in planned[: self.total]:
-            if _text(values) not in known:
+            if json.dumps(values) not in known:
                 self._add(values)
 
     def run(self) -> int:
@@ -117,7 +123,7 @@ class LocalSweep:
         self.folder.mkdir(parents=True, exist_ok=True)
         before = signal.signal(signal.SIGTERM, _exit)
         code = 0
-        with _lock(self.folder) as lock:
+        with claim(self.folder) as lock:
             try:
                 self._draw_demo_data()
                 self._loop(lock)
@@ -127,11 +133,12 @@ class LocalSweep:
                 stop_all(self.trials)
                 signal.signal(signal.SIGTERM, before)
                 for trial in self.trials:
-                    trial.look(self.sweep.config.metric.name)
+                    if trial.state != "failed":  # of these all is known
+                        trial.look(self.sweep.config.metric.name)
                 self._keep()
-        show_results(self.sweep, self.trials, self.folder, self.console)
+        _show_results(self.sweep, self.trials, self.folder, self.console)
         if code:
-            say_plainly("stopped; the same command goes on from here", self.console)
+            _say("stopped; the same command goes on from here", self.console)
             return code
         return int(any(not trial.over for trial in self.trials[: self.total]))
 
@@ -153,10 +160,7 @@ class LocalSweep:
                         self._ended(trial)
                 while self._running() < self.jobs and (trial := self._next(tried)):
                     tried.add(trial.name)
-                    trial.write_values(self.sweep.arguments(trial.values))
-                    trial.start(self.sweep.command(trial.values), environment, lock)
-                    self._keep()
-                    self._say(trial)
+                    self._start(trial, environment, lock)
                 if not self._running():
                     show()
                     return
@@ -165,6 +169,16 @@ class LocalSweep:
                     looked = time.monotonic()
                 show()
                 time.sleep(POLL)
+
+    def _start(self, trial: Trial, environment: Mapping[str, str], lock: int) -> None:
+        try:
+            trial.write_values(self.sweep.arguments(trial.values))
+            trial.start(self.sweep.command(trial.values), environment, lock)
+        except OSError as error:  # the others still run
+            trial.state, trial.problem = "failed", f"{trial.folder}: cannot start: {error}"
+            _say_failure(trial, self.console)
+        self._keep()
+        self._say(trial)
 
     def _next(self, tried: set[str]) -> Trial | None:
         """The trial to start now, None if there is none. Nothing is tried twice in one sitting."""
@@ -175,8 +189,7 @@ class LocalSweep:
                 return trial
         if self.sweep.config.method == "grid" or len(self.trials) >= self.total:
             return None
-        values = sweep_search.next_values(self.sweep, self.trials)
-        return self._add(values)
+        return self._add(self.sweep.next_values(self.trials))
 
     def _add(self, values: dict[str, Any]) -> Trial:
         name = f"{len(self.trials) + 1:03d}"
@@ -186,25 +199,26 @@ class LocalSweep:
         return trial
 
     def _set_up(self, trial: Trial) -> None:
-        with contextlib.suppress(UserError):  # a value drawn out of range: the trial will say it
+        with contextlib.suppress(UserError):  # a value drawn out of range: the trial names it
             settings = self.sweep.experiment(trial.values).trainer
             trial.seed, trial.num_steps = settings.seed, settings.num_steps
 
     def _ended(self, trial: Trial) -> None:
         trial.look(self.sweep.config.metric.name)
+        if trial.state == "finished" and trial.problem:
+            trial.state = "failed"  # its result cannot be read
         self._keep()
         self._say(trial)
         if trial.state == "failed":
-            say_failure(trial, self.console)
+            _say_failure(trial, self.console)
 
     def _look(self) -> None:
         """Read what the running trials wrote; end those that hyperband gives up."""
         running = [trial for trial in self.trials if trial.state == "running"]
         for trial in running:
             trial.look(self.sweep.config.metric.name)
-        if self.sweep.config.early_terminate is None:
-            return
-        for trial in sweep_search.trials_to_stop(self.sweep, self.trials):
+        rule, goal = self.sweep.config.early_terminate, self.sweep.config.metric.goal
+        for trial in trials_to_stop(rule, goal, self.trials) if rule else ():
             trial.stop_early()
 
     def _running(self) -> int:
@@ -219,32 +233,23 @@ class LocalSweep:
 
     def _draw_demo_data(self) -> None:
         """Once, before trials that run at the same time would each do it."""
-        from sam2train.build import draw_demo
+        from sam2train.demo import resolve_data_path
 
         for path in self._data:
-            draw_demo(path, self.console.print)
+            resolve_data_path(path, self.console.print)
 
-    def _recall(self, planned: Sequence[Mapping[str, Any]]) -> None:
+    def _recall(self) -> None:
         """Take over the trials of earlier sittings; UserError if they were of another sweep."""
-        path = self.folder / "sweep.json"
-        expected = (
-            "expected what an earlier sitting of this sweep wrote; move "
-            f"{self.folder} away to start again"
-        )
-        if not path.exists():
+        known = read_record(self.folder)
+        if known is None:
             return
-        known = read_json(path, expected)
-        try:
-            trials, base = known["trials"], build(Experiment, known["experiment"], str(path))
-            before = known["sweep"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: {error!r}; {expected}") from error
-        changed = _changes(before, self._identity())
+        base = build(Experiment, known["experiment"], str(self.folder / RECORD))
+        changed = _changes(flatten(known["sweep"]), flatten(self.sweep.fixed_settings()))
         changed += _changes(*map(self._moving, (base.model_dump(mode="json"), self._base)))
         changed += [
-            f"trial {trial['name']} with {trial['values']} is not in the sweep any more"
-            for trial in trials
-            if planned and _text(trial["values"]) not in map(_text, planned)
+            f"trial {trial.name} with {trial.values} is not in the sweep any more"
+            for trial in known["trials"]
+            if self.sweep.config.method == "grid" and not in_grid(self.sweep, trial.values)
         ]
         if changed:
             raise UserError(
@@ -253,41 +258,30 @@ class LocalSweep:
                 + "\nrestore the settings, move the folder away, or name another with --run-dir"
             )
         self.sweep_id = self.sweep_id or known["sweep_id"]
-        for row in trials:
-            trial = Trial(**row, folder=self.folder / row["name"])
+        for trial in known["trials"]:
             self.trials.append(trial)
             self._set_up(trial)
-            trial.look(self.sweep.config.metric.name)
-            if not trial.folder.is_dir():
-                trial.state = "waiting"
-            elif read_summary(trial.folder).get("status") == "finished":
-                trial.state = "finished"
-            elif trial.state in ("running", "finished"):  # the sweep was killed with it
-                trial.state = "interrupted"
-
-    def _identity(self) -> dict[str, Any]:
-        """What must not change while a sweep goes on. A grid may grow."""
-        config = self.sweep.config.model_dump(mode="json")
-        free = ("description", "project", "entity", "run_cap", "name")
-        free += ("parameters",) if config["method"] == "grid" else ()
-        fixed = {name: value for name, value in config.items() if name not in free}
-        return {**fixed, "extra": list(self.sweep.extra)}
+            trial.recall(self.sweep.config.metric.name)
+            if trial.problem:
+                _say_failure(trial, self.console)
 
     def _moving(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings by dotted name that can move a result, without those that are varied."""
+        """The settings by dotted name that can change a result, without those that are varied."""
         skipped = (*_FREE, *self.sweep.specs)
         return {name: v for name, v in flatten(config).items() if not name.startswith(skipped)}
 
     def _keep(self) -> None:
         """Write `sweep.json` and `results.csv`."""
-        rows = [
-            {"name": t.name, "run_id": t.run_id, "values": t.values, "state": t.state}
-            for t in self.trials
-        ]
-        content = {"sweep": self._identity(), "experiment": self._base, "sweep_id": self.sweep_id}
+        content = {
+            "sweep": self.sweep.fixed_settings(),
+            "experiment": self._base,
+            "sweep_id": self.sweep_id,
+        }
+        rows = [record_row(trial) for trial in self.trials]
         text = json.dumps({**content, "trials": rows}, indent=1)
-        write_text(self.folder / "sweep.json", text + "\n")
-        write_results(self.sweep, self.trials, self.folder)
+        write_text(self.folder / RECORD, text + "\n")
+        table = _results_frame(self.sweep, self.trials).to_csv(index=False, lineterminator="\n")
+        write_text(self.folder / "results.csv", table)
 
     @contextlib.contextmanager
     def _live(self) -> Iterator[Any]:
@@ -298,20 +292,16 @@ class LocalSweep:
         with Live(console=self.console, auto_refresh=False, vertical_overflow="crop") as live:
             rows = self.console.height - 8
             yield lambda: live.update(
-                live_table(self.sweep, self.trials, self.total, self.jobs, rows), refresh=True
+                _live_table(self.sweep, self.trials, self.total, self.jobs, rows), refresh=True
             )
 
     def _say(self, trial: Trial) -> None:
         if not self.console.is_terminal:
-            say_plainly(trial_line(self.sweep, trial), self.console)
+            _say(_trial_line(self.sweep, trial), self.console)
 
 
 def _exit(number: int, _: Any) -> None:
     raise SystemExit(128 + number)
-
-
-def _text(values: Mapping[str, Any]) -> str:
-    return json.dumps(values)  # to Python 1, 1.0 and True are the same value
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -322,23 +312,175 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[int]:
-    """Hold the folder through a file, whose number comes out.
+def _live_table(sweep: Sweep, trials: Sequence[Trial], total: int, jobs: int, rows: int) -> Table:
+    """Trials with parameters, state, step, metric and time left; those that matter now if not all
+    fit into `rows`."""
+    left = _time_left(trials, total, jobs)
+    counts = ", ".join(
+        f"{sum(trial.state == state for trial in trials)} {state}"
+        for state in ("finished", "stopped", "running", "failed", "interrupted")
+        if any(trial.state == state for trial in trials)
+    )
+    title = f"{sweep.name}: {counts or 'nothing yet'} of {total}"
+    table = Table(title=title + (f"; about {left} left" if left else ""), title_justify="left")
+    table.add_column("trial")
+    for name in _varying(sweep):
+        table.add_column(_short_names(sweep)[name], overflow="fold")
+    for heading in ("state", "step", sweep.config.metric.name, "left"):
+        table.add_column(heading, justify="right")
+    order = {"running": 0, "failed": 1, "interrupted": 1, "finished": 2, "stopped": 2}
+    shown = sorted(trials, key=lambda trial: (order.get(trial.state, 3), trial.name))[
+        : max(rows, 3)
+    ]
+    for trial in sorted(shown, key=lambda trial: trial.name):
+        style = _STYLES.get(trial.state, "dim")
+        table.add_row(
+            trial.name,
+            *(escape(show_value(trial.values.get(name))) for name in _varying(sweep)),
+            f"[{style}]{trial.state}[/{style}]",
+            f"{trial.step}/{trial.num_steps}",
+            "" if trial.score is None else f"{trial.score:.3f}",
+            _show_seconds(_left(trial)) if trial.state == "running" else "",
+        )
+    return table
 
-    Trials get it, too: those that outlive a sweep that was killed must not be started twice.
 
-    Raises:
-        UserError: another process runs this sweep.
+def _trial_line(sweep: Sweep, trial: Trial) -> str:
+    """One trial in one line, for a log."""
+    names = _short_names(sweep)
+    values = " ".join(f"{names[n]}={show_value(trial.values.get(n))}" for n in _varying(sweep))
+    score = "" if trial.score is None else f"  {sweep.config.metric.name} {trial.score:.3f}"
+    after = f"  {_show_seconds(trial.seconds)}" if trial.state != "running" else ""
+    return f"trial {trial.name}  {values}  {trial.state}{score}{after}"
+
+
+def _varying(sweep: Sweep) -> list[str]:
+    """The parameters that are no constants; all of them if every one is."""
+    names = [name for name, spec in sweep.specs.items() if spec.distribution != "constant"]
+    return names or list(sweep.specs)
+
+
+def _short_names(sweep: Sweep) -> dict[str, str]:
+    """Dotted name -> its last part, where that says which one is meant."""
+    leaves = [name.split(".")[-1] for name in sweep.specs]
+    clear = len({*leaves}) == len(leaves)
+    return dict(zip(sweep.specs, leaves if clear else sweep.specs, strict=True))
+
+
+def _time_left(trials: Sequence[Trial], total: int, jobs: int) -> str:
+    """For the whole sweep, from what finished trials took and running ones take; "" if unknown."""
+    known = [trial.seconds for trial in trials if trial.state == "finished"]
+    running = [left for trial in trials if trial.state == "running" and (left := _left(trial))]
+    known = known or [
+        t.seconds + (_left(t) or 0) for t in trials if t.state == "running" and _left(t)
+    ]
+    if not known:
+        return ""
+    waiting = total - sum(trial.over or trial.state == "running" for trial in trials)
+    return _show_seconds((sum(running) + waiting * sum(known) / len(known)) / jobs)
+
+
+def _left(trial: Trial) -> float | None:
+    if not trial.step:
+        return None
+    return trial.seconds / trial.step * (trial.num_steps - trial.step)
+
+
+def _show_seconds(seconds: float | None) -> str:
+    return "" if seconds is None else str(timedelta(seconds=round(min(seconds, 1e9))))
+
+
+def _results_frame(sweep: Sweep, trials: Sequence[Trial]) -> pd.DataFrame:
+    """One row a trial: trial, state, each parameter, seed, the metric, and more."""
+    import pandas as pd
+
+    rows = []
+    for trial in trials:
+        values = {name: trial.values.get(name) for name in sweep.specs if name != _SEED}
+        for name, value in values.items():
+            if not (value is None or isinstance(value, (bool, int, float))):
+                values[name] = show_value(value)
+        row = {"trial": trial.name, "state": trial.state, **values, "seed": trial.seed}
+        row[sweep.config.metric.name] = trial.score
+        row |= {"baseline/J_and_F": trial.baseline, "step": trial.step}
+        row |= {"num_steps": trial.num_steps, "seconds": round(trial.seconds, 1)}
+        rows.append({**row, "run_id": trial.run_id, "path": str(trial.folder)})
+    return pd.DataFrame(rows)
+
+
+def _ranking(sweep: Sweep, trials: Sequence[Trial]) -> pd.DataFrame:
+    """Finished trials with a score, grouped over seeds, best first.
+
+    Columns: the parameters as text; mean; text, difference and p of `compare_groups`, the
+    difference from the best.
     """
-    import fcntl
+    import pandas as pd
 
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"{folder}: this sweep is running already, or one of its trials still is; wait for "
-                "it, or end it"
-            ) from error
-        yield file.fileno()
+    names = [name for name in _varying(sweep) if name != _SEED]
+    groups: dict[str, list[dict[str, Any]]] = {}  # the values -> their runs
+    shown: dict[str, dict[str, str]] = {}
+    for trial in trials:
+        if trial.state == "finished" and trial.score is not None:
+            values = {name: trial.values.get(name) for name in names}
+            group = json.dumps(values)
+            row = {"path": str(trial.folder), "seed": trial.seed, "last": trial.score}
+            groups.setdefault(group, []).append(row)
+            shown[group] = {name: show_value(value) for name, value in values.items()}
+    if not groups:
+        return pd.DataFrame()
+    frames = {group: pd.DataFrame(rows) for group, rows in groups.items()}
+    means = {g: frame.groupby("seed")["last"].mean().mean() for g, frame in frames.items()}
+    order = sorted(means, key=means.get, reverse=sweep.config.metric.goal != "minimize")
+    parameters = pd.DataFrame([shown[group] for group in order], columns=names)
+    parameters["mean"] = [means[group] for group in order]
+    metric = sweep.config.metric.name.removeprefix("val/")
+    compared = compare_groups([frames[group] for group in order], metric)
+    return pd.concat([parameters, compared], axis=1)
+
+
+def _show_results(sweep: Sweep, trials: Sequence[Trial], folder: Path, console: Console) -> None:
+    """Print the ranking, what failed and why, and where everything is."""
+    metric = sweep.config.metric.name
+    table = _ranking(sweep, trials)
+    if len(table):
+        num = int(table["p"].notna().sum())
+        title = f"{metric}, mean and 95 % interval"
+        shown = Table(title=title, title_justify="left")
+        names = [name for name in _varying(sweep) if name != _SEED]
+        headings = ["", *(_short_names(sweep)[name] for name in names), "score", "to the best"]
+        for heading in headings + [f"p, Holm of {num}"] * (num > 0):
+            shown.add_column(heading)
+        for rank, row in enumerate(table.to_dict("records"), start=1):
+            cells = [escape(row[name]) for name in names]
+            cells += [row["text"], row["difference"]]
+            if num:
+                cells.append("" if math.isnan(row["p"]) else f"{row['p']:.3f}")
+            shown.add_row(str(rank), *cells)
+        console.print(shown)
+        if num:
+            _say("the best was chosen by these scores: its lead is an optimistic one", console)
+    elif any(trial.state == "finished" and not trial.diverged for trial in trials):
+        _say(f"no trial logged {metric}; `metric: name:` takes names of metrics.jsonl", console)
+    if early := [trial.name for trial in trials if trial.state == "stopped"]:
+        _say(f"stopped early, not ranked: {', '.join(early)}", console)
+    if broken := [trial.name for trial in trials if trial.state == "finished" and trial.diverged]:
+        _say(f"the last {metric} is no finite number, not ranked: {', '.join(broken)}", console)
+    for trial in trials:
+        if trial.state == "failed":
+            _say_failure(trial, console)
+    _say(f"wrote {folder / 'results.csv'}; the runs: python run.py --runs {folder}", console)
+
+
+def _say_failure(trial: Trial, console: Console) -> None:
+    """What is wrong with a failed trial, or what it printed last, and where all of it stands."""
+    if trial.problem:
+        _say(f"trial {trial.name} failed: {trial.problem}", console)
+    if words := trial.last_words():
+        _say(f"trial {trial.name} failed; its log {trial.folder / LOG} ends:", console)
+    for line in words:
+        _say(f"  {line}", console)
+
+
+def _say(text: str, console: Console) -> None:
+    """One line; paths are neither styled nor cut."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,66 +1,58 @@
-"""A W&B sweep file -> its trials as `wandb agent` would run them, checked before the first one."""
+"""A W&B sweep file: read, checked, and turned into the words that run a trial.
+
+A sweep file may come from anybody. Here a trial is always this Python and this repository's run.py;
+the file chooses an experiment and settings, and each is checked before the first trial.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from sam2train.config import (
     ConfigError,
     Section,
     build,
     flatten,
-    load_yaml,
     parse_overrides,
 )
+from sam2train.config_yaml import load_yaml
+from sam2train.errors import UserError
 from sam2train.experiment import SMOKE, Experiment, load_experiment
 from sam2train.files import REPOSITORY, resolve_path
+from sam2train.sweep_search import (
+    MAX_GRID_TRIALS,
+    HyperbandConfig,
+    MetricConfig,
+    Spec,
+    bayes_values,
+    grid_values,
+    random_values,
+    read_spec,
+    value_key,
+)
+from sam2train.sweep_trials import Trial
 
 # What `wandb agent` puts in the place of a whole item of `command:`.
 _ARGS = {"${args}": "--{}={}", "${args_no_hyphens}": "{}={}"}
-_FORMS = (
-    "`values: [...]`, `value: ...`, `min:` and `max:` with or without a `distribution:`, or "
-    "`parameters:` of its own"
-)
-
-
-class MetricConfig(Section):
-    """The `metric:` section; a trial's score is the last value that it logged."""
-
-    name: str
-    goal: Literal["minimize", "maximize"] = "minimize"
-    target: float | None = Field(None, description="no trial starts once one has reached it")
-    impute: Literal["latest", "best", "worst"] | None = None
-
-
-class HyperbandConfig(Section):
-    """The `early_terminate:` section; iterations are the scores a trial has logged, from 0."""
-
-    type: Literal["hyperband"]
-    min_iter: int | None = Field(None, ge=1)
-    max_iter: int | None = Field(None, ge=1)
-    s: int | None = Field(None, ge=1)
-    eta: float = Field(3.0, gt=1)
-
-    @model_validator(mode="after")
-    def _one_form(self) -> HyperbandConfig:
-        if self.min_iter is None and (self.max_iter is None or self.s is None):
-            raise ValueError("hyperband needs min_iter, or both max_iter and s")
-        return self
+_MACROS = ("${env}", "${interpreter}", "${program}", *_ARGS)
+_REFERENCE = re.compile(r"\$[{(A-Za-z_]")  # ${envvar:NAME}, ${NAME}, $(command), $NAME
+_UNPRINTABLE = "holds a character that does not print, such as a line break; take it out"
 
 
 class SweepConfig(Section):
-    """A sweep file: W&B's keys, those that this project can follow."""
+    """A sweep file: the keys of W&B that this project can follow."""
 
     name: str | None = None
     description: str | None = None
@@ -77,11 +69,11 @@ class SweepConfig(Section):
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file that has been read; `values` of a trial are by dotted name."""
+    """A sweep file that has been read and checked. The `values` of a trial are by dotted name."""
 
     path: Path
     config: SweepConfig
-    specs: Mapping[str, Mapping[str, Any]]  # dotted name -> what W&B draws it from, sorted
+    specs: Mapping[str, Spec]  # by dotted name, sorted
     nesting: Mapping[str, tuple[str, ...]]  # dotted name -> the keys that lead to it in the file
     extra: tuple[str, ...] = ()  # words behind each trial's command
 
@@ -90,9 +82,10 @@ class Sweep:
         return self.path.stem
 
     @property
-    def experiment_path(self) -> Path:
-        words = [word for word in self.config.command if word.endswith((".yaml", ".yml"))]
-        return resolve_path(words[0])
+    def _words(self) -> tuple[str, ...]:
+        """What follows run.py in each trial, macros as they stand in the file."""
+        command = self.config.command
+        return (*command[command.index("${program}") + 1 :], *self.extra)
 
     def arguments(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The parameters as W&B hands them to a trial: top name -> value, nested ones a mapping."""
@@ -106,24 +99,35 @@ class Sweep:
         return nested
 
     def command(self, values: Mapping[str, Any]) -> list[str]:
-        """The words that run a trial: `wandb agent`'s, but for `python`, which is this one."""
-        words = []
-        for item in self.config.command:
+        """The words that run a trial: those of `wandb agent`, with this Python and this run.py."""
+        words = [sys.executable, str(REPOSITORY / "run.py")]
+        for item in self._words:
             if item in _ARGS:
                 pairs = self.arguments(values).items()
                 words += [_ARGS[item].format(name, value) for name, value in pairs]
-            elif item != "${env}":  # /usr/bin/env finds `python`; this one is found
-                words.append(_macro(item))
-        return words + list(self.extra)
+            else:
+                words.append(item)
+        return words
 
     def experiment(self, values: Mapping[str, Any]) -> Experiment:
         """The settings of a trial; UserError for what is wrong with them."""
-        words = (*map(_macro, self.config.command), *self.extra)
-        fixed = [word for word in words if "=" in word]
-        settings = parse_overrides(fixed) | flatten(values)
-        return load_experiment(
-            self.experiment_path, SMOKE | settings if "--smoke" in words else settings
-        )
+        path = resolve_path(next(filter(_is_experiment, self._words)))
+        settings = parse_overrides([w for w in self._words if "=" in w]) | flatten(values)
+        return load_experiment(path, SMOKE | settings if "--smoke" in self._words else settings)
+
+    def fixed_settings(self) -> dict[str, Any]:
+        """What must not change while the sweep goes on; a grid may grow. JSON can hold it."""
+        config = self.config.model_dump(mode="json")
+        free = ("description", "project", "entity", "run_cap", "name")
+        free += ("parameters",) if config["method"] == "grid" else ()
+        fixed = {name: value for name, value in config.items() if name not in free}
+        return {**fixed, "extra": list(self.extra)}
+
+    def next_values(self, trials: Sequence[Trial]) -> dict[str, Any]:
+        """The values of the trial that a random or Bayesian search makes after these."""
+        if self.config.method == "random":
+            return random_values(self.specs, len(trials))
+        return bayes_values(self.specs, self.config.metric, trials)
 
 
 def is_sweep(raw: Mapping[str, Any]) -> bool:
@@ -138,40 +142,71 @@ def load_sweep(path: Path, extra: Sequence[str] = ()) -> Sweep:
         extra: further words for every trial, such as trainer.num_steps=20.
 
     Raises:
-        UserError: what is wrong with it; its values are looked at by `check_values`.
+        UserError: what is wrong with it. `check_values` checks the values of its parameters.
     """
-    raw = load_yaml(path)
-    # W&B reads YAML 1.1: what differs from 1.2 would reach the trials as something else.
+    load_yaml(path)  # refuses what is no mapping of text keys, and keys that are there twice
     try:
-        problems = list(_differences(raw, yaml.safe_load(path.read_text("utf-8-sig"))))
-    except (ValueError, yaml.YAMLError) as error:
-        problems = [f"W&B cannot read it: {error}; put the value in quotes"]
-    if problems:
+        # With PyYAML's own rules, YAML 1.1, as W&B reads it: the same values for both.
+        raw = yaml.safe_load(path.read_text("utf-8-sig"))
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        line = f"W&B cannot read it: {error}; put the value in quotes"
+        raise ConfigError(str(path), [line]) from error
+    if problems := list(_value_problems(raw)):
         raise ConfigError(str(path), problems)
     config = build(SweepConfig, raw, str(path))
-    problems = list(_command_problems(config))
-    specs: dict[str, Any] = {}
+    problems = [*_command_problems(config)]
+    specs: dict[str, Spec] = {}
     nesting: dict[str, tuple[str, ...]] = {}
-    for keys, spec in _leaves(config.parameters):
+    for keys, given in _leaves(config.parameters):
         name = ".".join(keys)
-        if name in specs:
+        if name in nesting:
             problems.append(f"parameters: {name} is there twice, dotted and nested; keep one")
-        elif problem := _spec_problem(spec, config.method):
-            problems.append(f"parameters.{name}: {problem}")
-        specs[name], nesting[name] = spec, keys
-    if not specs:
+        nesting[name] = keys
+        try:
+            specs[name] = read_spec(given)
+            if config.method == "grid":
+                grid_values(specs[name])
+        except ValueError as error:
+            problems.append(f"parameters.{name}: {error}")
+    if not nesting:
         problems.append("parameters: nothing is varied; expected dotted names of settings")
-    clashes = specs.keys() & parse_overrides([w for w in extra if "=" in w]).keys()
+    problems += [f"{word!r}: {_UNPRINTABLE}" for word in extra if not word.isprintable()]
+    clashes = nesting.keys() & parse_overrides([w for w in extra if "=" in w]).keys()
     problems += [f"{name} is varied by the sweep; leave it out here" for name in sorted(clashes)]
     if problems:
         raise ConfigError(str(path), problems)
     return Sweep(path, config, specs, nesting, tuple(extra))
 
 
-def grid(sweep: Sweep) -> list[dict[str, Any]]:
-    """All trials of a grid, in W&B's order: names sorted, the last one varies fastest."""
-    choices = [_distinct(_grid_values(spec)) for spec in sweep.specs.values()]
-    return [dict(zip(sweep.specs, values, strict=True)) for values in itertools.product(*choices)]
+def grid(sweep: Sweep, count: int | None = None) -> list[dict[str, Any]]:
+    """The trials of a grid in W&B's order: names sorted, the last one varies fastest.
+
+    Args:
+        count: trials that the user asked for. Where the grid has more than MAX_GRID_TRIALS, only
+            these are made.
+
+    Raises:
+        UserError: more than MAX_GRID_TRIALS, and nobody said how many of them.
+    """
+    choices = [grid_values(spec) for spec in sweep.specs.values()]
+    size = math.prod(map(len, choices))
+    if size > MAX_GRID_TRIALS:
+        size = min(filter(None, (size, count, sweep.config.run_cap)))
+        if size > MAX_GRID_TRIALS and not count:
+            raise UserError(
+                f"{sweep.path}: the grid has {math.prod(map(len, choices)):,} trials; expected up "
+                f"to {MAX_GRID_TRIALS:,}; take values out, or say with --count N how many to run"
+            )
+    trials = itertools.islice(itertools.product(*choices), size)
+    return [dict(zip(sweep.specs, values, strict=True)) for values in trials]
+
+
+def in_grid(sweep: Sweep, values: Mapping[str, Any]) -> bool:
+    """Whether a trial with these values is one of the grid's."""
+    return values.keys() == sweep.specs.keys() and all(
+        value_key(values[name]) in map(value_key, grid_values(spec))
+        for name, spec in sweep.specs.items()
+    )
 
 
 def check_values(sweep: Sweep, trials: Sequence[Mapping[str, Any]]) -> list[Experiment]:
@@ -189,8 +224,7 @@ def check_values(sweep: Sweep, trials: Sequence[Mapping[str, Any]]) -> list[Expe
         for name, value in values.items():
             if isinstance(value, str) and isinstance(settings.get(name), (int, float)):
                 number = yaml.safe_dump(settings[name]).split("\n")[0]
-                line = f"{name}: {value!r} is text; W&B would keep it so: write {number}"
-                problems[line] = None
+                problems[f"{name}: {value!r} is text to W&B; write {number}"] = None
     if problems:
         raise ConfigError(str(sweep.path), list(problems))
     return experiments
@@ -205,43 +239,78 @@ def show_value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _macro(item: str) -> str:
-    fixed = {"${interpreter}": sys.executable, "${program}": str(REPOSITORY / "run.py")}
-    if item in fixed:
-        return fixed[item]
-    # As in wandb, a variable that is not set leaves its name.
-    return re.sub(r"\$\{envvar:([A-Z0-9_]*)\}", lambda m: os.environ.get(m[1], m[1]), item)
+def _value_problems(raw: Any) -> Iterator[str]:
+    """The texts that no sweep file may hold, wherever they stand; `load_yaml` has limited how many
+    values there are."""
+    waiting: list[tuple[str, Any]] = [("", raw)]
+    while waiting:
+        path, value = waiting.pop()
+        if isinstance(value, dict):
+            for key in value:
+                yield from _text_problems(f"the key {key!r:.60}", key, keys=True)
+            pairs = [(f"{path}.{key}" if path else str(key), v) for key, v in value.items()]
+            waiting += [pair for pair in reversed(pairs) if pair[0] != "description"]
+        elif isinstance(value, list):
+            waiting += [(f"{path}[{k}]", v) for k, v in reversed(list(enumerate(value)))]
+        elif not (re.fullmatch(r"command\[\d+\]", path) and value in _MACROS):
+            yield from _text_problems(path, value)
 
 
-def _differences(ours: Any, theirs: Any, path: str = "") -> Iterator[str]:
-    """A line for each value that YAML 1.2 and PyYAML's 1.1 read differently."""
-    if isinstance(ours, dict) and isinstance(theirs, dict) and len(ours) == len(theirs):
-        for (key, value), (other, their_value) in zip(ours.items(), theirs.items(), strict=True):
-            if key != other:
-                yield f"{path or 'the top'}: W&B reads the key {key} as {other}; put it in quotes"
-            yield from _differences(value, their_value, f"{path}.{key}" if path else key)
-    elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
-        for k, (value, their_value) in enumerate(zip(ours, theirs, strict=True)):
-            yield from _differences(value, their_value, f"{path}[{k}]")
-    elif type(ours) is not type(theirs) or ours != theirs:
-        kind = "the text" if isinstance(theirs, str) else type(theirs).__name__
-        cure = yaml.safe_dump(ours, default_flow_style=True).split("\n")[0]
-        if isinstance(theirs, bool):
-            cure += f", or {str(theirs).lower()} where a switch is meant"
-        yield f"{path}: W&B reads YAML 1.1, and this as {kind} {theirs}; write {cure}"
+def _text_problems(path: str, value: Any, *, keys: bool = False) -> Iterator[str]:
+    if isinstance(value, str):
+        if not value.isprintable():
+            yield f"{path}: {value!r:.60} {_UNPRINTABLE}"
+        elif path.startswith("command[") and value.startswith("${") and "envvar" not in value:
+            yield f"{path}: {value} is not known here; run.py reads {' or '.join(_ARGS)}"
+        elif _REFERENCE.search(value):
+            yield (
+                f"{path}: {value!r:.60} refers to the environment; a trial's words stand in logs "
+                "and in W&B, so nothing is filled in here; write the value, or leave it out"
+            )
+    elif keys or not (value is None or isinstance(value, (bool, int, float))):
+        kind = "a date" if isinstance(value, date) else f"a {type(value).__name__}"
+        yield f"{path}: W&B reads {value!s:.60} as {kind}; put it in quotes"
 
 
 def _command_problems(config: SweepConfig) -> Iterator[str]:
-    known = ("${env}", "${interpreter}", "${program}", *_ARGS)
-    for item in config.command:
-        if item.startswith("${") and item not in known and "envvar:" not in item:
-            yield f"command: {item} is not known here; run.py reads {' or '.join(_ARGS)}"
-    if not any(item in _ARGS for item in config.command):
-        yield f"command: no {' or '.join(_ARGS)}; without it no trial would get its parameters"
-    if not any(item.endswith((".yaml", ".yml")) for item in config.command):
+    """What makes `command:` and `program:` anything else than run.py with an experiment."""
+    ours = "expected `${env}, ${interpreter}, ${program}, experiments/NAME.yaml, ${args}`"
+    if Path(config.program) != Path("run.py") and (
+        Path(config.program).resolve() != (REPOSITORY / "run.py").resolve()
+    ):
+        yield f"program: got {config.program}; a trial is this project's own: expected run.py"
+    command = list(config.command)
+    start = command.index("${program}") if "${program}" in command else 0
+    for item in command[:start]:
+        if item not in ("${env}", "${interpreter}"):
+            yield (
+                f"command: {item!r} before ${{program}}; a trial is this Python and this run.py, "
+                f"with nothing around them: {ours}"
+            )
+    if command[:start] not in (["${env}", "${interpreter}"], ["${interpreter}"]):
+        yield f"command: got {' '.join(command[: start + 1])!r:.80} at its start; {ours}"
+    words = command[start + 1 :]
+    for word in words:
+        if word in _ARGS or word == "--smoke" or _is_experiment(word):
+            continue
+        try:
+            parse_overrides([word])
+        except UserError:
+            yield (
+                f"command: {word!r:.60} behind ${{program}}; expected an experiment, "
+                f"{' or '.join(_ARGS)}, --smoke or settings as key=value; leave it out"
+            )
+    if sum(word in _ARGS for word in words) != 1:
+        yield f"command: expected {' or '.join(_ARGS)} once; it gives a trial its parameters"
+    named = [word for word in words if _is_experiment(word)]
+    if not named:
         yield "command: no experiment; put experiments/NAME.yaml before ${args}"
-    if Path(config.program).name != "run.py" or "${program}" not in config.command:
-        yield f"program: got {config.program}; expected run.py, and ${{program}} in the command"
+    elif len(named) > 1:
+        yield f"command: {' and '.join(named)} are two experiments; keep one"
+
+
+def _is_experiment(word: str) -> bool:
+    return word.endswith((".yaml", ".yml")) and "=" not in word and not word.startswith("-")
 
 
 def _leaves(parameters: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[Any]:
@@ -251,44 +320,3 @@ def _leaves(parameters: Mapping[str, Any], above: tuple[str, ...] = ()) -> Itera
             yield from _leaves(spec["parameters"], (*above, key))
         else:
             yield (*above, key), spec
-
-
-def _spec_problem(spec: Any, method: str) -> str | None:
-    if not isinstance(spec, Mapping):
-        return f"got {json.dumps(spec, default=str)}; expected {_FORMS}"
-    if "values" in spec and not (isinstance(spec["values"], list) and spec["values"]):
-        return "values: expected a list with one value or more"
-    if method == "grid":
-        try:
-            _grid_values(spec)
-        except (KeyError, TypeError, ValueError):
-            return (
-                f"got {json.dumps(dict(spec), default=str)}; a grid takes `values: [...]`, "
-                "`value: ...`, or whole `min:` and `max:`; for anything else set method: random"
-            )
-    return None
-
-
-def _grid_values(spec: Mapping[str, Any]) -> list[Any]:
-    """The values of one parameter; KeyError or TypeError for what has no finite number of them."""
-    kind = spec.get("distribution")
-    keys = spec.keys() - {"distribution"}
-    if keys == {"value"} and kind in (None, "constant"):
-        return [spec["value"]]
-    if keys == {"values"} and kind in (None, "categorical"):
-        return spec["values"]
-    if kind == "q_uniform" and keys <= {"min", "max", "q"}:
-        import numpy as np
-
-        return np.arange(spec["min"], spec["max"], spec.get("q", 1.0)).tolist()
-    if keys == {"min", "max"} and kind in (None, "int_uniform") and spec["min"] < spec["max"]:
-        return list(range(spec["min"], spec["max"] + 1))
-    raise KeyError(kind)
-
-
-def _distinct(values: Sequence[Any]) -> list[Any]:
-    seen: dict[str, Any] = {}
-    for value in values:
-        # As W&B's engine tells values apart: 1, 1.0 and true are three.
-        seen.setdefault(yaml.safe_dump(value), value)
-    return list(seen.values())

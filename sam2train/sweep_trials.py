@@ -1,20 +1,25 @@
-"""One trial of a local sweep: its values, its process, and how far its run has come on disk."""
+"""One trial of a local sweep: its values, its process, and how far its run has come on disk; what
+an earlier sitting decided about all trials; and the claim on the folder of a sweep."""
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from sam2train.errors import UserError
 from sam2train.files import read_json, write_text
 from sam2train.machine import num_cores
 from sam2train.results import load_metrics
@@ -22,6 +27,9 @@ from sam2train.results import load_metrics
 LOG = "log.txt"  # all that a trial printed
 VALUES = "sweep_parameters.yaml"  # what an agent's trial finds through WANDB_SWEEP_PARAM_PATH
 KILL_DELAY = 60.0  # seconds between SIGTERM, upon which a trial saves, and SIGKILL
+RECORD = "sweep.json"  # beside the trials: what was decided about them
+_RECORDED = ("name", "run_id", "values", "state")  # of each trial, in the record
+_STATES = ("waiting", "running", "finished", "failed", "interrupted", "stopped")
 _STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
 
 
@@ -40,26 +48,32 @@ class Trial:
     step: int = 0
     seconds: float = 0.0
     baseline: float | None = None  # J&F before training
-    history: list[float] = field(default_factory=list)  # of the sweep's metric, each time logged
+    history: list[float] = field(default_factory=list)  # of the sweep's metric, finite numbers
+    diverged: bool = False  # whether the last value of the metric is no finite number
+    problem: str | None = None  # what is wrong with its files, or why it could not start
     process: subprocess.Popen | None = None
     early: float | None = None  # when hyperband asked for its end, time.monotonic()
 
     @property
     def score(self) -> float | None:
-        return self.history[-1] if self.history else None
+        """The last value of the metric; None without one, or where it is no finite number."""
+        return self.history[-1] if self.history and not self.diverged else None
 
     @property
     def over(self) -> bool:
-        """Whether it is never run again."""
+        """Whether the trial is never run again."""
         return self.state in ("finished", "stopped")
 
     def start(self, command: Sequence[str], environment: Mapping[str, str], lock: int) -> None:
-        """Start its process, or go on from its last checkpoint; it prints to its log.
+        """Start the process, which prints to the trial's log, or let it go on from its checkpoint.
 
         Args:
-            command: `wandb agent`'s; the folder, and `--resume` if need be, are added.
+            command: that of `wandb agent`; the folder, and `--resume` if need be, are added.
             environment: that of the process.
             lock: an open file that the process keeps open.
+
+        Raises:
+            OSError: the folder cannot be written, or the process not started.
         """
         checkpoint = self.folder / "checkpoints" / "last.pt"
         if not checkpoint.exists():
@@ -84,7 +98,7 @@ class Trial:
                 start_new_session=True,
                 pass_fds=(lock,),
             )
-        self.state, self.early = "running", None
+        self.state, self.early, self.problem = "running", None, None
 
     def write_values(self, arguments: Mapping[str, Any]) -> None:
         """Write the values with their types as wandb 0.31 does for an agent's trial."""
@@ -115,28 +129,52 @@ class Trial:
             self.process.kill()
 
     def look(self, metric: str) -> None:
-        """Read how far its run has come."""
-        if not (self.folder / "metrics.jsonl").is_file():
+        """Read how far the run has come. Where a file cannot be read, `problem` names it, and what
+        was known before stays."""
+        self.problem = None
+        try:
+            summary = read_summary(self.folder)
+            written = (self.folder / "metrics.jsonl").is_file()
+            metrics = load_metrics(self.folder) if written else None
+        except UserError as error:
+            self.problem = str(error)
             return
-        metrics, summary = load_metrics(self.folder), read_summary(self.folder)
-        if len(metrics):
+        except (OSError, ValueError) as error:
+            self.problem = f"{self.folder}: its files cannot be read: {error}"
+            return
+        rows = {} if metrics is None else {name: metrics[name].tolist() for name in metrics}
+        if rows:
             self.step = int(metrics.index[-1])
-            self.seconds = float(metrics["seconds"].max()) if "seconds" in metrics else 0.0
-        self.seconds = max(self.seconds, summary.get("seconds", 0.0))
-        self.baseline = summary.get("baseline/J_and_F")
-        if metric in metrics:
-            self.history = metrics[metric].dropna().tolist()
-        elif summary.get(metric) is not None:
-            self.history = [summary[metric]]
+        seconds = [*rows.get("seconds", ()), summary.get("seconds")]
+        self.seconds = max(filter(is_finite, seconds), default=0.0)
+        baseline = summary.get("baseline/J_and_F")
+        self.baseline = baseline if is_finite(baseline) else None
+        logged = rows.get(metric) or [summary[name] for name in (metric,) if name in summary]
+        self.history = [value for value in logged if is_finite(value)]
+        # NaN and infinity are written as null; a row without the metric reads as NaN, too.
+        last = [v for v in logged if not (isinstance(v, float) and math.isnan(v))][-1:]
+        self.diverged = not all(map(is_finite, [*last, summary.get(metric, 0.0)]))
+
+    def recall(self, metric: str) -> None:
+        """Set the state of a trial of an earlier sitting by what lies in its folder."""
+        self.look(metric)
+        if not self.folder.is_dir():
+            self.state = "waiting"
+        elif self.problem:
+            self.state = "failed"  # it is run again
+        elif read_summary(self.folder).get("status") == "finished":
+            self.state = "finished"
+        elif self.state in ("running", "finished"):  # the sweep was killed with it
+            self.state = "interrupted"
 
     def last_words(self, most: int = 6) -> list[str]:
-        """The last lines of its log."""
+        """The last lines of the trial's log."""
         path = self.folder / LOG
         lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
         return [line for line in lines if line.strip()][-most:]
 
     def _clear(self) -> None:
-        """Without a checkpoint it starts again: remove what it wrote, but for the log."""
+        """Remove what the trial wrote, except its log: without a checkpoint it starts again."""
         if not self.folder.is_dir():
             return
         for path in self.folder.iterdir():
@@ -165,22 +203,83 @@ def stop_all(trials: Sequence[Trial]) -> None:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """`summary.json` of a run, empty if there is none yet."""
+    """`summary.json` of a run, empty if there is none yet; UserError if it holds anything else."""
     way_out = f"expected the JSON that the run wrote; delete the folder {folder} to run it again"
     return read_json(folder / "summary.json", way_out, optional=True)
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What an earlier sitting of a sweep wrote to RECORD; None if there was none.
+
+    Returns:
+        `sweep`, its settings; `experiment`, those of its first trial; `sweep_id`; `trials`, a list
+        of `Trial`.
+
+    Raises:
+        UserError: the file is not what a sweep writes.
+    """
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    expected = (
+        f"expected what an earlier sitting of this sweep wrote; move {folder} away to start again"
+    )
+    content = read_json(path, expected)
+    try:
+        trials = [_read_trial(folder, row) for row in content["trials"]]
+        if not (isinstance(content["sweep"], dict) and isinstance(content["experiment"], dict)):
+            raise ValueError("`sweep` and `experiment` are no JSON objects")
+        return {**content, "sweep_id": content["sweep_id"], "trials": trials}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: {error!r}; {expected}") from error
+
+
+def _read_trial(folder: Path, row: Mapping[str, Any]) -> Trial:
+    if not (re.fullmatch(r"\d{3,}", row["name"]) and re.fullmatch(r"\w+", row["run_id"])):
+        raise ValueError(f"trial {row['name']!r}: expected a number as its name, and a run id")
+    if row["state"] not in _STATES or not isinstance(row["values"], dict):
+        raise ValueError(f"trial {row['name']}: no state or values of a trial")
+    return Trial(**{key: row[key] for key in _RECORDED}, folder=folder / row["name"])
+
+
+def record_row(trial: Trial) -> dict[str, Any]:
+    """What `read_record` needs to know of a trial."""
+    return {key: getattr(trial, key) for key in _RECORDED}
+
+
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[int]:
+    """Claim the folder of a sweep for this process. The number of the open lock file comes out.
+
+    Trials get the file, too, so that those that outlive a killed sweep are not started twice.
+
+    Raises:
+        UserError: another process runs this sweep.
+    """
+    import fcntl
+
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"{folder}: this sweep is running already, or one of its trials still is; wait for "
+                "it, or end it"
+            ) from error
+        yield file.fileno()
 
 
 def trial_environment(
     jobs: int, *, group: str, sweep_id: str | None, project: str, entity: str | None
 ) -> dict[str, str]:
-    """The environment of the trials: this one, and what `wandb agent` adds to it.
+    """The environment of the trials: that of this process, and what `wandb agent` adds to it.
 
     Args:
-        jobs: trials that share the processors. OMP_NUM_THREADS, if it is set, says how many threads
-            there are to be divided.
-        group: of the runs in W&B where there is no sweep.
+        jobs: trials that share the processors. If OMP_NUM_THREADS is set, these threads are shared.
+        group: W&B's group of the runs where there is no sweep.
         sweep_id: a sweep on W&B's server, [[entity/]project/]id, which offline runs join once they
-            are synced. There W&B ignores the project that a run names, so that it stands here.
+            are synced. W&B ignores the project that a run of a sweep names, so the environment
+            names it.
         project, entity: of the sweep, unless its id or the environment names others.
     """
     environment = dict(os.environ)
@@ -201,3 +300,13 @@ def trial_environment(
         environment.setdefault("WANDB_ENTITY", entity)
     names = ("WANDB_PROJECT", "WANDB_ENTITY")
     return environment | dict(zip(names, reversed(owner), strict=False))
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is a number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False

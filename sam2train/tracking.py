@@ -10,7 +10,7 @@ import math
 import os
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +24,8 @@ from rich.table import Table
 
 from sam2train.config import Section
 from sam2train.errors import UserError
-from sam2train.files import read_json, write_text
+from sam2train.files import printable, read_json, write_text
+from sam2train.machine import say
 
 if TYPE_CHECKING:
     import torch
@@ -113,8 +114,9 @@ def choose_mode(config: TrackingConfig) -> tuple[Mode, str]:
 class Tracker:
     """Context manager around one run. Steps count what is done: the last is `num_steps`.
 
-    `first_step` > 0 says that the run is resumed: lines of `metrics.jsonl` beyond it were written
-    by the interrupted process after its last checkpoint, and are dropped.
+    A resumed run gives `resume`, the `state_dict` of its last checkpoint: what was written to
+    `metrics.jsonl` after it is dropped, as it comes again, and the steps since the last line count.
+    Where the checkpoint is from before that state, `first_step` > 0 tells what to drop.
     """
 
     def __init__(
@@ -128,6 +130,7 @@ class Tracker:
         log_every: int,
         num_steps: int,
         first_step: int = 0,
+        resume: Mapping[str, Any] | None = None,
         console: Console | None = None,
         job_type: str = "train",
     ) -> None:
@@ -144,6 +147,15 @@ class Tracker:
         self._printed_step = first_step
         self._steps, self._training_seconds = 0, 0.0  # of this process, without validation
         self._clear_window()
+        self._lines: int | None = None  # of the file, all of them the run's own
+        if resume is not None:
+            self._sums, self._counts = dict(resume["sums"]), dict(resume["counts"])
+            self._lines = resume["lines"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the sums since the last line, and how many lines there are."""
+        sums = {n: v.cpu() if hasattr(v, "cpu") else v for n, v in self._sums.items()}
+        return {"sums": sums, "counts": dict(self._counts), "lines": self._lines}
 
     def __enter__(self) -> "Tracker":
         try:
@@ -163,7 +175,7 @@ class Tracker:
             self._progress.stop()  # first: it gives the terminal its cursor back
         self._mark = time.perf_counter()  # what went on since the last step was no training
         try:
-            if self._counts:  # stopped between two lines
+            if self._window_steps:  # stopped between two lines
                 self._write_window(self._last_step)
         except Exception as failure:  # for one, the tensors of a CUDA context that is gone
             if error is None:
@@ -196,6 +208,7 @@ class Tracker:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + 1
         self._clips, self._steps, self._last_step = self._clips + clips, self._steps + 1, step
+        self._window_steps += 1
         self._count_seconds()
         if self._progress is None and self.console.is_terminal:
             self._start_progress()
@@ -241,7 +254,7 @@ class Tracker:
 
             images = {}
             for picture in pictures:
-                labels = {int(key): text for key, text in picture.class_labels.items()}
+                labels = {int(key): printable(text) for key, text in picture.class_labels.items()}
                 masks = {
                     name: {"mask_data": ids.astype(np.uint8), "class_labels": labels}
                     for name, ids in vars(picture).items()
@@ -274,7 +287,7 @@ class Tracker:
 
     def say(self, text: str) -> None:
         """One line on the console, above the live progress; paths are neither styled nor cut."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(self.console, text)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Merge into `summary.json` (replaced as a whole, never half written) and W&B's summary."""
@@ -292,18 +305,21 @@ class Tracker:
 
         Returns the `seconds` of the last line kept, 0 where there is none.
         """
-        text = self._metrics.read_text() if self._metrics.exists() else ""
+        lines = self._metrics.read_text().splitlines() if self._metrics.exists() else []
         kept, seconds = [], 0.0
-        for line in text.splitlines():
+        by_step = self._lines is None and self._first_step > 0
+        for line in lines[: self._lines]:
             with contextlib.suppress(json.JSONDecodeError):
                 row = json.loads(line)
-                if self._first_step == 0 or row["step"] <= self._first_step:
+                if not by_step or row["step"] <= self._first_step:
                     kept.append(line + "\n")
                     seconds = row.get("seconds", seconds)
-        if dropped := len(text.splitlines()) - len(kept):
+        if dropped := len(lines) - len(kept):
             write_text(self._metrics, "".join(kept))
-            lines = f"{dropped} line{'s' * (dropped > 1)}"
-            self.say(f"{self._metrics}: dropped {lines} beyond step {self._first_step} or cut off")
+            what = f"{dropped} line{'s' * (dropped > 1)}"
+            after = f"from after the checkpoint of step {self._first_step}"
+            self.say(f"{self._metrics}: dropped {what} {after}, or cut off")
+        self._lines = len(kept)
         return seconds
 
     def _start_wandb(self) -> None:
@@ -344,7 +360,7 @@ class Tracker:
             entity=self._config.entity,
             group=self._config.group,
             tags=self._config.tags,
-            name=self._name,
+            name=printable(self._name),
             id=self._run_id,
             dir=str(self.run_dir),
             config=self._settings,
@@ -384,6 +400,7 @@ class Tracker:
         row = json.dumps({"step": step, **_plain_values(scalars, finite=True)}, allow_nan=False)
         with self._metrics.open("a") as file:
             file.write(row + "\n")
+        self._lines += 1
         self._report("log", lambda run: run.log({STEP_AXIS: step, **_plain_values(scalars)}))
 
     def _write_window(self, step: int) -> str:
@@ -406,6 +423,7 @@ class Tracker:
         self._sums: dict[str, Any] = {}
         self._counts: dict[str, int] = {}
         self._clips, self._window_start = 0, self._training_seconds
+        self._window_steps = 0  # of this process
 
     def _count_seconds(self) -> None:
         now = time.perf_counter()
@@ -421,12 +439,23 @@ class Tracker:
 
 
 def parameter_table(report: Mapping[str, tuple[int, int]]) -> Table:
-    """Trainable and frozen parameters, a row each module and their sum."""
-    trainable, total = (sum(row[part] for row in report.values()) for part in (0, 1))
-    table = Table("module", title="Parameters", title_justify="left")
+    """Trainable and frozen parameters, a row each module and their sum; `memory` is the sum of the
+    indented parts below it."""
+    from sam2train.pretrained import MEMORY  # brings torch
+
+    def total(names: Iterable[str]) -> tuple[int, int]:
+        return tuple(sum(report[name][part] for name in names) for part in (0, 1))
+
+    memory = [name for name in MEMORY if name in report]
+    lines = {name: row for name, row in report.items() if name not in memory}
+    if memory:
+        lines |= {"memory": total(memory)} | {f"  {name}": report[name] for name in memory}
+    table = Table("module", title="Parameters", title_justify="left", caption_justify="left")
+    if memory:
+        table.caption = "memory, a name for model.trainable_modules, is the parts below it"
     for heading in ("trainable", "frozen"):
         table.add_column(heading, justify="right")
-    for module, (learning, size) in [*report.items(), ("total", (trainable, total))]:
+    for module, (learning, size) in [*lines.items(), ("total", total(report))]:
         table.add_row(module, f"{learning:,}", f"{size - learning:,}")
     return table
 

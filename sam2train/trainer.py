@@ -9,18 +9,26 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from rich.console import Console
 from torch.utils.data import DataLoader
 
 from sam2train import checkpoint
-from sam2train.audit import audit_gradients, has_tracked_frame, idle_modules
-from sam2train.build import base_hash, build_dataset, build_model, uses_bf16
+from sam2train.audit import (
+    audit_gradients,
+    has_tracked_frame,
+    idle_modules,
+    row_warnings,
+    rows_left,
+)
+from sam2train.build import base_hash, build_model, uses_bf16
 from sam2train.clips import BatchedVideoDatapoint, collate_fn
 from sam2train.config import to_yaml
 from sam2train.corrections import SimulatedUser
-from sam2train.datasets import ClipSampler
+from sam2train.datasets import ClipSampler, build_dataset
 from sam2train.errors import UserError
 from sam2train.evaluate import (
     OnFrame,
@@ -31,7 +39,7 @@ from sam2train.evaluate import (
     copy_first_mask,
     track_video,
 )
-from sam2train.experiment import Experiment, untrained_rows
+from sam2train.experiment import Experiment, as_begun
 from sam2train.files import write_text
 from sam2train.horizon import numbers
 from sam2train.losses import divide_losses, sum_losses
@@ -41,6 +49,7 @@ from sam2train.machine import (
     describe_environment,
     leave_group,
     num_cores,
+    say,
 )
 from sam2train.metrics import BASE, COPY, TRAINED
 from sam2train.optimizer import build_optimizer, set_learning_rates
@@ -83,10 +92,15 @@ class Trainer:
         resume: Path | None = None,
         console: Console | None = None,
     ):
+        content = resume and checkpoint.load(resume)
+        if content:
+            experiment = as_begun(experiment, yaml.safe_load(content["config"]))
         self.experiment = experiment
+        self.settings = to_yaml(experiment)
         self.config = experiment.trainer
         self.run_dir = run_dir
         self.step = 0
+        self.scored: int | None = None  # the last step that was scored on the validation videos
         self.best = -math.inf
         self.baseline: dict[str, float] = {}
         self.latest: dict[str, float] = {}
@@ -94,16 +108,15 @@ class Trainer:
         self.audited = False
         self.stop = StopRequests()
         console = console or Console()
-
-        def say(text: str) -> None:
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
-
+        warn = partial(say, console)
         data, val = experiment.dataset.data_path, experiment.dataset.val_path
         test = experiment.dataset.test_path
-        self.train_data = build_dataset(experiment, data, training=True, say=say)
-        self.val_data = val and build_dataset(experiment, val, training=False, say=say)
-        self.test_data = test and build_dataset(experiment, test, training=False, say=say)
+        sections = experiment.dataset, experiment.augment, experiment.clips_seed
+        self.train_data = build_dataset(*sections, data, training=True, say=warn)
+        self.val_data = val and build_dataset(*sections, val, training=False, say=warn)
+        self.test_data = test and build_dataset(*sections, test, training=False, say=warn)
         self.model = build_model(experiment)
+        torch.manual_seed(self.config.seed)  # of dropout and dropped paths
         self.device = self.model.device
         self.parameters = self.model.trainable_parameters()
         if not self.parameters and self.config.num_steps:
@@ -111,16 +124,16 @@ class Trainer:
         self.optimizer = build_optimizer(self.parameters, experiment.optimizer, self.model.sam2)
         self.interaction: SimulatedUser | None = None
         if experiment.interaction.enabled:
-            self.interaction = SimulatedUser(experiment.interaction, self.config.seed)
+            self.interaction = SimulatedUser(experiment.interaction, experiment.clips_seed)
         self.bf16 = uses_bf16(experiment, self.device)
         self.base_hash = base_hash(experiment)
         # What the test videos are scored with beside the best checkpoint.
         self.base_weights = {name: p.detach().clone() for name, p in self.parameters.items()}
-        if resume is not None:
-            run_id = self._restore(resume)
+        if content:
+            run_id = self._restore(content, resume)
         self.run_id = run_id
-        self.score_rows = RowsFile(run_dir / "scores.csv", SCORE_COLUMNS, self.step)
-        self.horizon_rows = RowsFile(run_dir / "horizon.csv", HORIZON_COLUMNS, self.step)
+        self.score_rows = RowsFile(run_dir / "scores.csv", SCORE_COLUMNS, self.scored)
+        self.horizon_rows = RowsFile(run_dir / "horizon.csv", HORIZON_COLUMNS, self.scored)
         self.tracker = Tracker(
             experiment.tracking,
             run_dir,
@@ -130,6 +143,7 @@ class Trainer:
             log_every=self.config.log_every,
             num_steps=self.config.num_steps,
             first_step=self.step,
+            resume=content and content.get("window"),
             console=console,
         )
 
@@ -143,17 +157,12 @@ class Trainer:
             FloatingPointError: a loss or gradient that is not finite, with step and clips.
         """
         config, tracker = self.config, self.tracker
-        resumed_at = self.step or None
+        saved = self.step or None  # a resumed run has its checkpoint
         with self.stop, tracker:
             self._write_run_files()
             tracker.parameters(self.model.parameter_report())
-            if rows := untrained_rows(self.experiment):
-                length, enough = self.experiment.dataset.video_clip_length, rows[-1] + 3
-                tracker.say(
-                    f"clips of {length} frames never reach rows {rows[0]} to {rows[-1]} of "
-                    "maskmem_tpos_enc: nothing is trained on memories so far back. "
-                    f"dataset.video_clip_length={enough} reaches all"
-                )
+            for text in row_warnings(self.model, self.experiment):
+                tracker.say(f"warning: {text}")
             splits = {"train": self.train_data, "val": self.val_data, "test": self.test_data}
             warnings = shared_video_warnings({name: data for name, data in splits.items() if data})
             for warning in warnings:
@@ -163,6 +172,7 @@ class Trainer:
                     "status": "running",
                     "steps": self.step,
                     "frame_policy": self.experiment.evaluation.frame_policy,
+                    "evaluation_seed": self.experiment.prompts_seed,
                     "warnings": warnings,
                 }
             )
@@ -171,11 +181,11 @@ class Trainer:
                 batches = self._batches()
                 while True:
                     last = self.step >= config.num_steps
-                    if self.step != resumed_at:
-                        if last or self.step % config.val_every == 0:
-                            self._evaluate()
-                        if last or (self.step and self.step % config.save_every == 0):
-                            self._save("last.pt")
+                    if self.step != self.scored and (last or self.step % config.val_every == 0):
+                        self._evaluate()
+                    due = last or (self.step and self.step % config.save_every == 0)
+                    if due and self.step != saved:
+                        self._save("last.pt")
                     if self.stop.received is not None:
                         self._save("last.pt")
                         raise self.stop.interrupted()
@@ -205,19 +215,24 @@ class Trainer:
 
     def _batches(self) -> Iterator[BatchedVideoDatapoint]:
         config = self.experiment.dataset
-        order = {"shuffle": config.shuffle, "seed": self.config.seed, "start": self.num_clips}
+        sampler = ClipSampler(
+            len(self.train_data),
+            shuffle=config.shuffle,
+            seed=self.experiment.clips_seed,
+            start=self.num_clips,
+        )
         return iter(
             DataLoader(
                 self.train_data,
                 batch_size=config.batch_size,
-                sampler=ClipSampler(len(self.train_data), **order),
+                sampler=sampler,
                 # More processes than cores only wait for each other; the clips are the same.
                 num_workers=min(config.num_workers, num_cores()),
                 collate_fn=collate_fn,
                 worker_init_fn=leave_group,
                 pin_memory=self.device.type == "cuda",
                 # Its own generator: the loader must not draw from the one that dropout uses.
-                generator=torch.Generator().manual_seed(self.config.seed),
+                generator=torch.Generator().manual_seed(self.experiment.clips_seed),
             )
         )
 
@@ -308,10 +323,10 @@ class Trainer:
             on_frame=drawer.see_frame,
             on_video=drawer.see_video,
         )
-        self.latest = scores.means
-        self.horizon_rows.add(scores.horizon)
+        self.latest, self.scored = scores.means, self.step
         values = {f"val/{name}": value for name, value in self.latest.items()}
         self.tracker.record(self.step, values | numbers(scores.horizon))
+        self.tracker.summary(numbers(scores.horizon))
         self.tracker.overlays(self.step, drawer.overlays)
         if not self.baseline:
             self.baseline = self.latest
@@ -333,7 +348,8 @@ class Trainer:
         if not self.test_data:
             return
         # A run that goes on after its end reports again.
-        self.score_rows.rows = [row for row in self.score_rows.rows if row["split"] != "test"]
+        for file in (self.score_rows, self.horizon_rows):
+            file.rows = [row for row in file.rows if row["split"] != "test"]
         path = self.run_dir / "checkpoints" / ("best.pt" if self.val_data else "last.pt")
         content = checkpoint.load(path)
         step, track = content["step"], partial(track_video, self.model, bf16=self.bf16)
@@ -343,7 +359,8 @@ class Trainer:
         with self._weights(self.base_weights):
             base = self._score(track, self.test_data, "test", BASE, 0, **heed)
         copied = self._score(copy_first_mask, self.test_data, "test", COPY, 0)
-        values = {f"test/{name}": value for name, value in scores.means.items()}
+        values = scores.means | numbers(scores.horizon)
+        values = {f"test/{name}": value for name, value in values.items()}
         self.tracker.summary(
             {
                 **values,
@@ -365,7 +382,7 @@ class Trainer:
         on_frame: OnFrame | None = None,
         on_video: OnVideo | None = None,
     ) -> Scores:
-        """Score and keep the rows."""
+        """Score and keep the rows, the curves of models only: the copy has no memory."""
         scores = score(
             track,
             data,
@@ -373,12 +390,14 @@ class Trainer:
             split=split,
             model=model,
             step=step,
-            seed=self.config.seed,
+            seed=self.experiment.prompts_seed,
             label=LABELS.get(model, f"step {step}"),
             on_frame=on_frame,
             on_video=on_video,
         )
         self.score_rows.add(scores.objects)
+        if model != COPY:
+            self.horizon_rows.add(scores.horizon)
         return scores
 
     def _show_scores(self, split: str, step: int, *beside: tuple[str, int]) -> None:
@@ -386,7 +405,14 @@ class Trainer:
         key = {"validation": "val"}.get(split, split)
         kept = {(row["split"], row["model"], int(row["step"])) for row in self.score_rows.rows}
         rows = [
-            read_scores(self.score_rows.rows, key, model, step, LABELS.get(model, f"step {step}"))
+            read_scores(
+                self.score_rows.rows,
+                key,
+                model,
+                step,
+                LABELS.get(model, f"step {step}"),
+                self.horizon_rows.rows,
+            )
             for model, step in ((TRAINED, step), *beside)
             if (key, model, step) in kept  # a file that was deleted comes back without the past
         ]
@@ -425,11 +451,14 @@ class Trainer:
                     "sha256": self.base_hash,
                     "config_path": self.experiment.model.config_path,
                 },
-                "config": to_yaml(self.experiment),
+                "untrained_rows": rows_left(self.model, self.optimizer),
+                "config": self.settings,
                 "step": self.step,
                 "best": self.best,
                 "scores": self.latest,
                 "baseline": self.baseline,
+                "scored": self.scored,
+                "window": self.tracker.state_dict(),
                 "run_id": self.run_id,
                 "audited": self.audited,
                 # best.pt is for use, last.pt for going on.
@@ -441,8 +470,7 @@ class Trainer:
             },
         )
 
-    def _restore(self, path: Path) -> str:
-        content = checkpoint.load(path)
+    def _restore(self, content: Mapping[str, Any], path: Path) -> str:
         if content["optimizer"] is None:
             raise UserError(f"{path}: has no optimiser state; go on from last.pt of the same run")
         checkpoint.apply_weights(self.model.sam2, content, self.base_hash, path)
@@ -450,6 +478,8 @@ class Trainer:
         self.step, self.best = content["step"], content["best"]
         self.audited = content.get("audited", True)  # checkpoints from before this key were
         self.baseline, self.latest = content["baseline"], content["scores"]
+        # Checkpoints from before this key were written after their step was scored, if it was due.
+        self.scored = content.get("scored", self.step)
         torch.set_rng_state(content["rng"]["torch"])
         if content["rng"]["cuda"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(content["rng"]["cuda"])
@@ -458,7 +488,7 @@ class Trainer:
         return content["run_id"]
 
     def _write_run_files(self) -> None:
-        write_text(self.run_dir / "config.yaml", to_yaml(self.experiment))
+        write_text(self.run_dir / "config.yaml", self.settings)
         environment = json.dumps(describe_environment(self.device), indent=2)
         write_text(self.run_dir / "environment.json", environment + "\n")
 

@@ -14,8 +14,10 @@ from pathlib import Path
 from rich.console import Console
 
 from sam2train.config import flatten
+from sam2train.config_yaml import load_yaml
 from sam2train.errors import UserError
-from sam2train.experiment import Experiment, load_experiment
+from sam2train.experiment import Experiment, as_begun, load_experiment
+from sam2train.files import file_name
 from sam2train.machine import Interrupted
 from sam2train.trainer import Trainer
 
@@ -65,9 +67,9 @@ def train(
     run_id = new_run_id()
     if checkpoint is not None:
         run_dir = checkpoint.parent.parent
-        check_same_experiment(experiment, run_dir)
+        experiment = check_same_experiment(experiment, run_dir)
     else:
-        run_dir = run_dir or Path("runs") / name / run_id
+        run_dir = run_dir or Path("runs") / file_name(name) / run_id
         if (run_dir / "checkpoints").exists():
             raise UserError(
                 f"--run-dir {run_dir}: a run is there already; add --resume to go on with it, or "
@@ -130,15 +132,21 @@ def find_checkpoint(named: Path | None, run_dir: Path | None, runs: Path) -> Pat
     return path
 
 
-def check_same_experiment(experiment: Experiment, run_dir: Path) -> None:
-    """Raise UserError if a resumed run would mix two experiments.
+def check_same_experiment(experiment: Experiment, run_dir: Path) -> Experiment:
+    """The experiment as the run in a folder goes on with it, see `as_begun`.
 
     The number of steps, the periods, the workers, W&B, the pictures and what the audit does may
     change.
+
+    Raises:
+        UserError: the resumed run would mix two experiments.
     """
     config_file = run_dir / "config.yaml"
     # Loaded as a file of a user's: a key that is younger than the run has its default there.
-    before = flatten(load_experiment(config_file).model_dump(mode="json"))
+    config = load_yaml(config_file)
+    before = as_begun(load_experiment(config_file), config)
+    before = flatten(before.model_dump(mode="json"))
+    experiment = as_begun(experiment, config)
     now = flatten(experiment.model_dump(mode="json"))
     changed = [
         f"{key}: {before.get(key)!r} in the run, {now.get(key)!r} now"
@@ -154,6 +162,7 @@ def check_same_experiment(experiment: Experiment, run_dir: Path) -> None:
             + "\n  ".join(changed)
             + "\ngive the settings of the run, or start a new one"
         )
+    return experiment
 
 
 def _die_of_sigterm() -> None:

@@ -1,4 +1,4 @@
-"""From decoded frames to the model's input: resize, augment, normalise; one draw for all frames."""
+"""From decoded frames to the model's input: resize, augment, normalise."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(H, W) bool: a pixel is set where at least half of the area it covers is.
 
-    A side that grows is interpolated, and cut at one half. An object too thin for that keeps the
-    pixel it covers most: it is there, and its target must not say that it is absent.
+    A side that grows is interpolated and thresholded at one half. An object too thin for that keeps
+    the pixel that it covers most, so that its mask does not say that it is absent.
     """
     if mask.shape == tuple(size):
         return mask
@@ -90,7 +90,7 @@ def normalise(images: np.ndarray) -> torch.Tensor:
 def augment(
     images: np.ndarray, masks: np.ndarray, config: AugmentConfig, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The clip, changed the same way on all frames and masks, then each frame's colours a little.
+    """The clip after one random change of all frames and masks, and one of each frame's colours.
 
     Args:
         images: (T, H, W, 3) uint8.
@@ -112,8 +112,9 @@ def augment(
             v2.RandomAffine(
                 config.degrees,
                 shear=config.shear or None,
-                interpolation=v2.InterpolationMode.BILINEAR,  # masks take the nearest all the same
-                # SAM 2's: what a turned frame leaves free is as good as 0 once normalised.
+                interpolation=v2.InterpolationMode.BILINEAR,  # masks: always nearest
+                # Corners that a turned frame leaves empty get the mean colour, about 0 once
+                # normalised, as in SAM 2's training.
                 fill={tv_tensors.Image: (255 * MEAN).astype(int).tolist(), tv_tensors.Mask: 0},
             )
         )

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from sam2train.clips import Prompt
+from sam2train.data_source import Video
 from sam2train.evaluate import SeenFrame, TrackedVideo, Videos
+from sam2train.files import file_name, printable
 from sam2train.metrics import ObjectScores
 from sam2train.overlays import comparison, id_mask, pick_frames, save_png
 from sam2train.tracking import Overlay
 from sam2train.transforms import resize_mask_smoothly
-from sam2train.videos import Video
 
 MAX_FRAMES = 8  # of a picture
 MAX_TOGGLED = 255  # objects in a mask of W&B's
@@ -34,6 +35,7 @@ class OverlayDrawer:
     def __init__(self, dataset: Videos, folder: Path, name: str, most: int):
         self.dataset, self.folder, self.name, self.most = dataset, folder, name, most
         self.overlays: list[Overlay] = []
+        self._taken: set[str] = set()  # names of pictures
         # Of the video that is being tracked: (H, W, 3) uint8 with its masks, and which frames.
         self._kept: list[tuple[np.ndarray, SeenFrame]] = []
         self._shown: list[int] = []
@@ -59,8 +61,8 @@ class OverlayDrawer:
         numbers = {object_id: place for place, object_id in enumerate(video.object_ids, start=1)}
         means = {scores.object_id: scores for scores in tracked.scores.objects}
         score = np.mean([scores.J_and_F for scores in means.values()]) if means else math.nan
-        title = f"video_{video.video_id}"
-        path = self.folder / f"{self.name}_{file_name(title)}.png"
+        name = file_name(f"video_{video.video_id}", self._taken)
+        path = self.folder / f"{self.name}_{name}.png"
         save_png(
             comparison(
                 np.stack([kept[t][0] for t in shown]),
@@ -72,11 +74,13 @@ class OverlayDrawer:
                     for side in ("prediction", "ground_truth")
                 ),
                 self._prompts(tracked, numbers, shown),
-                title=f"{video.video_id}, {self.name.replace('_', ' ')}: J&F {score:.3f}",
+                title=(
+                    f"{printable(video.video_id)}, {self.name.replace('_', ' ')}: J&F {score:.3f}"
+                ),
                 frame_labels=[f"frame {t}" for t in shown],
                 scores=[_mean_J(means.values(), t) for t in shown],
                 max_frames=len(shown),
-                names={number: str(o) for o, number in numbers.items()},
+                names={number: printable(o) for o, number in numbers.items()},
             ),
             path,
         )
@@ -85,7 +89,7 @@ class OverlayDrawer:
         order = video.object_ids[:MAX_TOGGLED]
         self.overlays.append(
             Overlay(
-                name=title,
+                name=name,
                 path=path,
                 frame=frame,
                 prediction=id_mask(seen.prediction, order, video.size),
@@ -130,8 +134,3 @@ def _mean_J(objects: Iterable[ObjectScores], frame_idx: int) -> str:
     found = [s.J[s.frames == frame_idx] for s in objects]
     values = np.concatenate(found) if found else np.zeros(0)
     return f"J {values.mean():.2f}" if len(values) else ""
-
-
-def file_name(text: str) -> str:
-    """The text with `_` for what a file name had better not hold."""
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -174,3 +175,25 @@ def make_frames(folder, names, *, size=SIZE, seed=0, exif=None):
         picture = Image.fromarray(coarse).resize((size[1], size[0]), Image.Resampling.BICUBIC)
         picture.save(folder / name, **({} if exif is None else {"exif": exif}))
     return folder
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A function that writes small-sweep.yaml beside small.yaml; its trials do not train."""
+    from functools import partial
+
+    from small_sweep import EXPERIMENT, TRIAL, write_sweep
+
+    from sam2train import sweep, sweep_file
+
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    (tmp_path / "small.yaml").write_text(EXPERIMENT)
+    program = tmp_path / "program"
+    program.mkdir()
+    (program / "run.py").write_text(TRIAL)
+    monkeypatch.setattr(sweep_file, "REPOSITORY", program)
+    monkeypatch.setattr(sweep, "POLL", 0.02)
+    monkeypatch.setattr(sweep, "LOOK", 0.02)
+    return partial(write_sweep, tmp_path)

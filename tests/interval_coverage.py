@@ -3,7 +3,7 @@
     python tests/interval_coverage.py
 
 Prints the coverage of 95 % intervals, in percent: `crossed_bounds` on the whole grid, then what
-was tried in its place, on 3 seeds. tests/test_intervals.py asserts a part of the grid.
+was tried in its place, on 3 seeds. tests/test_stats.py asserts a part of the grid.
 """
 
 import sys
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from sam2train.intervals import crossed_bounds
+from sam2train.stats import crossed_bounds
 
 # Standard deviations between seeds, videos, objects of a video, seeds on a video, seeds on an
 # object. The truth is 0.

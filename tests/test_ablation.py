@@ -9,7 +9,7 @@ from sam2train.ablation import (
     GAIN,
     MASKMEM,
     POINTERS,
-    PROMPTS,
+    PROMPT_TYPES,
     QUESTIONS,
     Question,
     brief,
@@ -62,7 +62,7 @@ def results(sweep):
 
 
 def test_what_is_kept(results):
-    assert list(results.columns[:3]) == ["run", "seed", MASKMEM]
+    assert list(results.columns[:4]) == ["run", "seed", "evaluation_seed", MASKMEM]
     whole = results[results["video_id"].isna()]
     # 6 runs, 2 validations, 3 metrics; objects of both, 6 videos each.
     assert (len(whole), len(results)) == (36, 36 + 72)
@@ -143,7 +143,7 @@ def made_table(effects, *, noise=0.005, splits=("val", "test"), num_seeds=5):
         for seed in range(num_seeds):
             for split, effect in zip(splits, added, strict=True):
                 values = 0.5 + effect + rng.normal(0, noise, 12)
-                names = {"run": f"{types}{seed}", "seed": seed, PROMPTS: types, "split": split}
+                names = {"run": f"{types}{seed}", "seed": seed, PROMPT_TYPES: types, "split": split}
                 names |= {"metric": "J_and_F", "at": np.nan, "step": 300}
                 if split == "val":
                     rows.append({**names, "value": values.mean(), "count": 12})
@@ -225,7 +225,7 @@ class TestDifferences:
         assert "nothing to compare" in sentences(only, MEMORIES)
 
 
-POINT = Question(PROMPTS, "point")
+POINT = Question(PROMPT_TYPES, "point")
 
 
 class TestClaims:
@@ -266,7 +266,7 @@ class TestClaims:
         """A p value that passes alone, and not as one of five."""
         results = made_table({"mask": (0.0,)}, splits=("val",), noise=0.05)
         for added in np.linspace(0, 0.1, 101):  # until it is just shown
-            shift = np.where(results[PROMPTS] == "mask", added, 0)
+            shift = np.where(results[PROMPT_TYPES] == "mask", added, 0)
             moved = results.assign(value=results["value"] + shift)
             found = differences(moved, POINT)["p"].iloc[1]
             if found < 0.04:
@@ -274,7 +274,7 @@ class TestClaims:
         assert 0.01 < found < 0.04
         assert "Shown" in conclusion(differences(moved, POINT), POINT)
         others = made_table({f"other{k}": (0.0,) for k in range(4)}, splits=("val",), noise=0.05)
-        many = pd.concat([moved, others[others[PROMPTS] != "point"]])
+        many = pd.concat([moved, others[others[PROMPT_TYPES] != "point"]])
         table = differences(many, POINT)
         assert table["corrected"].min() >= 5 * found * 0.999
         assert "No difference in J&F is shown" in conclusion(table, POINT)

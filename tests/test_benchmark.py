@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -76,6 +77,15 @@ def test_a_checkpoint_beside_its_baselines(trained, tmp_path, capsys):
     mean = np.mean([float(row["J_and_F"]) for row in rows if row["model"] == "trained"])
     assert summary["val/J_and_F"] == pytest.approx(mean)
     assert summary["val/gain_over_copy_first_mask"]["num_videos"] == 2
+    frames = [r for r in table(out / "frames.csv") if r["model"] == "trained"]
+    for visible, name, count in ((0, "absence_recall", "absent"), (1, "false_absences", "visible")):
+        scores = [float(r["object_score"]) for r in frames if int(r["visible"]) == visible]
+        assert summary[f"horizon/num_{count}"] == len(scores) > 0
+        assert summary[f"horizon/{name}"] == np.mean(np.array(scores) <= 0)
+        assert f"base/horizon/{name}" in summary
+        assert f"copy_first_mask/horizon/{name}" not in summary
+    for text in ("object score AUC", "recall of absence", "false absences"):
+        assert len(re.findall(rf"│ {text} +│", printed)) == 1
     assert {path.name for path in out.glob("*.png")} == {"horizon.png"}
     assert len(list((out / "overlays").glob("*.png"))) == 2
     assert {row["model"] for row in table(out / "horizon.csv")} == {
@@ -102,6 +112,19 @@ def test_the_training_says_the_same(trained, tmp_path):
     assert "val/base/J_and_F" not in summary
 
 
+def test_the_prompts_have_a_seed_of_their_own(trained, tmp_path):
+    """Not that of the training; it stands beside the scores."""
+    rows, words = [], ("--evaluate", "base", "evaluation.prompt_types=[point]")
+    for name, change in (("a", ""), ("b", "trainer.seed=1"), ("c", "evaluation.seed=1")):
+        out = tmp_path / name
+        assert call(trained, *words, "--run-dir", out, *filter(None, [change, "model.seed=0"])) == 0
+        rows.append((out / "scores.csv").read_text())
+        summary = json.loads((out / "summary.json").read_text())
+        assert summary["evaluation_seed"] == (name == "c")
+        assert summary["seed"] == (name == "b")
+    assert rows[0] == rows[1] != rows[2]
+
+
 def test_an_exported_file_scores_as_its_checkpoint(trained, tmp_path):
     source = trained / "run" / "checkpoints" / "last.pt"
     assert call(trained, "--export", source, tmp_path / "w.pt") == 0
@@ -124,10 +147,14 @@ def test_the_test_split_and_its_warning(trained, tmp_path, capsys):
     assert {row["split"] for row in table(out / "scores.csv")} == {"test"}
 
 
-def test_a_run_reports_its_best_on_test(trained, tmp_path):
-    test = make_coco(tmp_path / "test", num_videos=1, num_frames=4, size=(64, 64))
+def test_a_run_reports_its_best_on_test(trained, tmp_path, capsys):
+    sizes = {"num_videos": 1, "num_frames": 4, "size": (64, 64), "absent": [(1, 2, 1)]}
+    test = make_coco(tmp_path / "test", **sizes)
     run = tmp_path / "run"
     assert call(trained, f"dataset.test_path={test}", "--run-dir", run) == 0
+    printed = capsys.readouterr().out  # validation at the first and the last step, and test
+    for text in ("recall of absence", "false absences"):
+        assert len(re.findall(rf"│ {text} +│", printed)) == 3
     summary = json.loads((run / "summary.json").read_text())
     (warning,) = summary["warnings"]  # it is validated on what it was trained on
     assert "data_path and dataset.val_path share frames (video 1, 2)" in warning
@@ -139,6 +166,14 @@ def test_a_run_reports_its_best_on_test(trained, tmp_path):
     again = json.loads((out / "summary.json").read_text())
     for name in ("test/J_and_F", "test/base/J_and_F", "test/copy_first_mask/J_and_F"):
         assert summary[name] == again[name]
+    names = ("absence_recall", "false_absences", "num_absent", "num_visible", "object_score_auc")
+    for name in (f"horizon/{name}" for name in names):
+        assert summary[f"test/{name}"] == again[name]
+        assert name in summary  # of the validation videos
+        logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in logged if name in row] == [0, 2]
+    curves = {(row["split"], row["model"]) for row in table(run / "horizon.csv")}
+    assert curves == {("val", "trained"), ("test", "trained"), ("test", "base")}
 
 
 def test_a_run_folder_stands_for_its_best_checkpoint(trained, tmp_path):

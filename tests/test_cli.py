@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import make_coco
 from test_results import make_run
 
-from sam2train import cli, commands
+from sam2train import checkpoint, cli, commands
 from sam2train.commands import COMMANDS
 from sam2train.errors import UserError
 
@@ -603,3 +604,66 @@ class TestMistakes:
     def test_a_module_that_does_not_exist(self, capsys, experiment):
         message = fails(capsys, experiment, "model.trainable_modules=[memory_atention]")
         assert "memory_attention" in message
+
+
+def forget_the_seed_of_prompts(run_dir):
+    """Make a run folder one of a version that drew evaluation prompts from trainer.seed."""
+    last = run_dir / "checkpoints" / "last.pt"
+    content = checkpoint.load(last)
+    config = yaml.safe_load(content["config"])
+    assert config["evaluation"].pop("seed") == config["trainer"]["seed"]
+    for section in ("dataset", "model"):
+        del config[section]["seed"]
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    checkpoint.save(last, content | {"config": yaml.safe_dump(config)})
+
+
+def test_a_run_from_before_the_seed_of_prompts_is_scored_as_before(experiment, tmp_path, capsys):
+    words = [str(experiment), "trainer.seed=5", "trainer.val_every=1"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    own = ["evaluation.seed=5"]  # what such a version did
+    assert cli.main([*words, *own, "trainer.num_steps=3", "--run-dir", str(whole)]) == 0
+    assert cli.main([*words, *own, "trainer.num_steps=2", "--run-dir", str(parts)]) == 0
+    forget_the_seed_of_prompts(parts)
+
+    more = [*words, "--resume", str(parts), "trainer.num_steps=3"]
+    message = fails(capsys, *more, "evaluation.seed=0")
+    assert "evaluation.seed: None in the run, 0 now" in message
+    assert cli.main(more) == 0
+    assert (parts / "scores.csv").read_text() == (whole / "scores.csv").read_text()
+    assert yaml.safe_load((parts / "config.yaml").read_text())["evaluation"]["seed"] is None
+    summary = json.loads((parts / "summary.json").read_text())
+    assert summary["evaluation_seed"] == 5
+    assert cli.main([*words, "--resume", str(parts), "trainer.num_steps=4"]) == 0
+
+
+def test_a_run_killed_at_once_writes_the_same_rows(experiment, tmp_path):
+    words = ["trainer.num_steps=9", "trainer.log_every=5", "trainer.save_every=3"]
+    words += ["evaluation.max_frames=2", "evaluation.num_overlays=0"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "run.py", experiment, *words, "--run-dir", parts],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (parts / "checkpoints" / "last.pt").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        process.kill()
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    assert cli.main([str(experiment), *words, "--run-dir", str(parts), "--resume"]) == 0
+    assert cli.main([str(experiment), *words, "--run-dir", str(whole)]) == 0
+
+    timed = ("seconds", "clips_per_second", "memory_gb")
+    found = []
+    for run_dir in (whole, parts):
+        lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+        found.append([{k: v for k, v in row.items() if k not in timed} for row in lines])
+    assert found[0] == found[1]
+    assert [row["step"] for row in found[0] if "loss" in row] == [5, 9]
+    for name in ("scores.csv", "horizon.csv"):
+        assert (parts / name).read_text() == (whole / name).read_text()

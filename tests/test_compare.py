@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from test_results import make_old, make_run
 
-from sam2train import results
+from sam2train import figures, results
 from sam2train.compare import collect_results, compare_runs, show_runs
 from sam2train.errors import UserError
 
@@ -277,3 +277,25 @@ class TestMistakes:
         (pair[1] / "config.yaml").write_text("")
         with pytest.raises(UserError, match=r"config\.yaml is empty"):
             compare_runs(pair, Console())
+
+
+NASTY = "[/red]\x1b[2J\u202e$x_"
+TOLD = r"[/red]\x1b[2J\u202e$x_"
+
+
+def test_names_and_values_of_a_strangers_runs_are_shown_as_they_are(tmp_path):
+    a = make_run(tmp_path / f"a{NASTY}", settings={"dataset.data_path": NASTY})
+    b = make_run(tmp_path / "b", status=NASTY)
+    for text in (
+        printed(show_runs, tmp_path),
+        printed(compare_runs, [a, b]),
+    ):
+        assert TOLD in text.replace("\n", "")
+        assert text.replace("\n", "").isprintable()
+
+
+def test_a_dollar_sign_in_a_name_does_not_stop_a_picture(tmp_path):
+    for name in ("a$\\frac$", "b$"):
+        make_run(tmp_path / name)
+    curves = results.load_curves(results.load_runs(tmp_path))
+    figures.curves(curves, "run", title="$\\frac$").savefig(tmp_path / "x.png")

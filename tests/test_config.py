@@ -1,8 +1,10 @@
 """The traps of YAML, the command line and `wandb agent`; and each message a user can get."""
 
+import os
 import re
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,11 +20,11 @@ from sam2train.config import (
     apply_overrides,
     build,
     flatten,
-    load_yaml,
     parse_overrides,
     sweep_parameters,
     to_yaml,
 )
+from sam2train.config_yaml import load_yaml
 from sam2train.errors import UserError
 
 # No deadline: the time of one example says more about the machine than about the code.
@@ -178,7 +180,9 @@ def test_equal_keys_of_different_sections_and_merged_keys_are_no_duplicates(writ
         ("? [a, b]\n: x\n", "line 1: the key of several values is not text"),
         ("a: !!python/object:os.system {}\n", "is not valid YAML: could not determine"),
         ("a: " + "9" * 5000, "is not valid YAML: .*digits"),
-        ("a: " + "[" * 500, "is not valid YAML: .*recursion"),
+        ("a: " + "[" * 500, "line 1: more than 32 levels of nesting"),
+        ("a: 1\x00", "is not valid YAML: .*#x0000"),
+        ("a: 'b\x1b[31mc'", "is not valid YAML: .*#x001b"),
         ("größe: 1".encode("utf-16"), "byte 0 is not UTF-8; save it as UTF-8"),
         ("größe: 1".encode("latin-1"), "byte 2 is not UTF-8; save it as UTF-8"),
     ],
@@ -188,6 +192,87 @@ def test_unreadable_files_are_errors_with_the_path(write, content, message):
     with pytest.raises(UserError, match=message) as caught:
         load_yaml(path)
     assert str(caught.value).startswith(str(path))
+
+
+LAUGHS = "a0: &a0 [ha, ha, ha, ha, ha, ha, ha, ha, ha, ha]\n" + "".join(
+    f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]\n" for k in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LAUGHS, "line 4: more than 10,000 values"),
+        (LAUGHS.replace("[", "{x: [").replace("]", "]}"), "line 4: more than 10,000 values"),
+        ("a: &a {x: 1}\nb: &b {<<: *a, y: *a}\nc: &c [*b, *c]\n", r"line 3: \*c contains"),
+        ("a: &a [1, *a]", r"line 1: \*a contains itself"),
+        ("a: &a {b: {c: [*a]}}", r"\*a contains itself"),
+        ("&a a: *a\nb: &b\n  - {<<: *b}\n", r"line 3: \*b contains itself"),
+        ("a: " + "[" * 10_000 + "]" * 10_000, "more than 32 levels"),
+        ("a: " + "{b: " * 10_000 + "1" + "}" * 10_000, "more than 32 levels"),
+        ("".join(f"{' ' * k}- \n" for k in range(500)), "more than 32 levels"),
+        ("- " * 5_000 + "1", "more than 32 levels"),
+        (
+            "a0: &a0 [1]\n" + "".join(f"a{k}: &a{k} [*a{k - 1}]\n" for k in range(1, 50)),
+            "32 levels",
+        ),
+        ("a: [" + "1," * 10_000 + "]", "more than 10,000 values"),
+        ("".join(f"a{k}: 1\n" for k in range(5_001)), "more than 10,000 values"),
+        (
+            f"a: &a {'x' * 200_000}\nb: [*a, *a, *a, *a, *a]\n",
+            "line 2: more than 1,048,576 characters",
+        ),
+        ("a: " + "x" * (1 << 20), "larger than 1,048,576 bytes"),
+    ],
+)
+def test_bombs_are_refused_before_they_take_memory(write, text, message):
+    path = write(text)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=message) as caught:
+            load_yaml(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert str(caught.value).startswith(str(path))
+    assert "expected" in str(caught.value) or "write the values" in str(caught.value)
+    assert peak < 20e6  # bytes
+
+
+def test_a_huge_file_is_not_read(tmp_path):
+    path = tmp_path / "huge.yaml"
+    with path.open("wb") as file:
+        file.truncate(100 << 20)  # 100 MB of zeros
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="larger than 1,048,576 bytes; expected the settings"):
+            load_yaml(path)
+        assert tracemalloc.get_traced_memory()[1] < 5e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "x.yaml")
+    with pytest.raises(UserError, match="is no regular file; expected a YAML file"):
+        load_yaml(tmp_path / "x.yaml")
+
+
+def test_aliases_within_the_limits_are_read(write):
+    text = "a: &a [1, 2]\nb: {x: *a, y: &s text, z: *s}\nc: [*a, *a]\n"
+    assert load_yaml(write(text)) == {
+        "a": [1, 2],
+        "b": {"x": [1, 2], "y": "text", "z": "text"},
+        "c": [[1, 2], [1, 2]],
+    }
+    deep = "a: " + "[" * 31 + "]" * 31  # 32 levels with the mapping
+    assert load_yaml(write(deep))["a"] == eval("[" * 31 + "]" * 31)
+    with pytest.raises(UserError, match="32 levels"):
+        load_yaml(write("a: " + "[" * 32 + "]" * 32))
+    whole = load_yaml(write("a: [" + "1," * 9_997 + "]"))  # with the mapping, the key and the list
+    assert len(whole["a"]) == 9_997
+    with pytest.raises(UserError, match="10,000 values"):
+        load_yaml(write("a: [" + "1," * 9_998 + "]"))
 
 
 def test_missing_file_names_its_neighbours(write, tmp_path):
@@ -389,6 +474,54 @@ def test_flatten_keeps_lists_and_empty_mappings():
 @given(st.fixed_dictionaries({}, optional=FIELDS))
 def test_flatten_undoes_apply_overrides(values):
     assert flatten(apply_overrides({}, values)) == values
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        ".".join(["a"] * 33) + "=1",
+        ".".join(["a"] * 100_000) + "=1",
+        ".".join(["train"] * 20) + "=" + "{'a': " * 20 + "1" + "}" * 20,
+        ".".join(["train"] * 20) + "={" + ".".join(["a"] * 20) + ": 1}",
+    ],
+)
+def test_a_key_of_too_many_names(word):
+    with pytest.raises(UserError, match="names joined by dots, at most 32 are read") as caught:
+        apply_overrides({}, parse_overrides([word]), Config)
+    assert len(str(caught.value)) < 300
+    dotted = ".".join(["a"] * 32)
+    assert flatten(apply_overrides({}, parse_overrides([f"{dotted}=1"]))) == {dotted: 1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "-" * 60_000 + "1",
+        "(" * 60_000,
+        "1+" * 30_000 + "1",
+        "[" * 60_000,
+        "{'a':" * 10_000,
+        "not " * 10_000 + "1",
+        "x." * 20_000,
+        f"'{'x' * 100_000}'",
+        "{a: &a [*a]}",
+    ],
+    ids=lambda text: text[:5],
+)
+def test_values_that_nobody_can_parse_stay_text(text):
+    assert parse_overrides([f"a.b={text}"]) == {"a.b": text}
+
+
+def test_a_thousand_problems_make_a_short_message():
+    raw = {f"key_{k}": 1 for k in range(5_000)} | {"k" * 500_000: "v" * 500_000}
+    with pytest.raises(ConfigError) as caught:
+        build(Config, raw, "x.yaml")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 1 + 50 + 1
+    assert lines[-1] == "  - and 4,951 more"
+    with pytest.raises(ConfigError) as caught:
+        build(Config, {"k" * 500_000: "v" * 500_000, "train": {"mode": "o" * 500_000}}, "x.yaml")
+    assert len(str(caught.value)) < 1_500
 
 
 # --- types ----------------------------------------------------------------------------------------

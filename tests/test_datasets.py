@@ -1,5 +1,7 @@
+import json
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,10 +19,20 @@ from conftest import (
 )
 from torch.utils.data import DataLoader
 
-from sam2train import datasets
+from sam2train import cli, data_coco
 from sam2train.clips import collate_fn, is_empty
-from sam2train.config import ConfigError, build
-from sam2train.datasets import ClipSampler, COCODataset, DatasetConfig
+from sam2train.config import ConfigError, apply_overrides, build, to_yaml
+from sam2train.config_yaml import load_yaml
+from sam2train.data_source import Annotation, Frame, Video, VideoSource
+from sam2train.data_synthetic import SyntheticConfig
+from sam2train.datasets import (
+    FORMATS,
+    ClipSampler,
+    COCODataset,
+    DatasetConfig,
+    Format,
+    build_dataset,
+)
 from sam2train.errors import UserError
 from sam2train.transforms import AugmentConfig
 
@@ -325,8 +337,8 @@ def test_what_shows_on_the_last_frame_alone_is_chosen_last(tmp_path):
         ({"image_size": 512}, r"image_size: 512; expected \(height, width\)"),
         ({"max_objects": 0}, "max_objects: 0"),
         ({"seed": -1}, "seed: -1; expected a whole number of at least 0"),
-        ({"num_of_pos_points": "1"}, "num_of_pos_points: '1'; expected a whole number or a range"),
-        ({"prompt_types": "point"}, "prompt_types: 'point' is a text; expected a list"),
+        ({"num_of_pos_points": "1"}, "num_of_pos_points: got .1.; expected a whole number"),
+        ({"prompt_types": "point"}, "prompt_types: got .point.; expected a list"),
     ],
 )
 def test_arguments_that_cannot_be_meant(coco, settings, message):
@@ -381,7 +393,7 @@ def test_a_cached_mask_is_the_decoded_one_of_its_frame_object_and_size(coco, mon
     def refuse(*args):
         raise AssertionError("decoded twice")
 
-    monkeypatch.setattr(datasets, "decode_segmentation", refuse)
+    monkeypatch.setattr(data_coco, "decode_segmentation", refuse)
     for (t, o, size), mask in fresh.items():
         cached = dataset.read_mask(video, t, o, size)
         np.testing.assert_array_equal(cached, mask)
@@ -399,9 +411,89 @@ def test_what_a_worker_decoded_the_others_need_not(tmp_path, monkeypatch):
     def refuse(*args):
         raise AssertionError("decoded in this process, too")
 
-    monkeypatch.setattr(datasets, "decode_segmentation", refuse)
+    monkeypatch.setattr(data_coco, "decode_segmentation", refuse)
     assert same(dataset[0, 0], first[0])
     assert same(dataset[0, 1], first[1])
+
+
+# A format from outside
+
+
+class Arrays(VideoSource):
+    """Videos as .npz files: `frames` (T, H, W, 3) uint8 and `ids` (T, H, W) uint8, 0 for none."""
+
+    def __init__(self, path):
+        videos = []
+        for file in sorted(path.glob("*.npz")):
+            ids = np.load(file)["ids"]
+            frames = []
+            for t, on_frame in enumerate(ids):
+                objects = {o: Annotation(t, None, int((on_frame == o).sum())) for o in (1, 2)}
+                frames.append(Frame(file, objects, page=t))
+            videos.append(Video(file.stem, ids.shape[1:], frames, [1, 2]))
+        super().__init__(path, videos, ["read from arrays"])
+
+    def read_picture(self, video, frame_idx):
+        return np.load(video.frames[frame_idx].path)["frames"][frame_idx]
+
+    def read_masks(self, video, frame_idx, object_id):
+        return {object_id: np.load(video.frames[frame_idx].path)["ids"][frame_idx] == object_id}
+
+
+@pytest.fixture
+def arrays(tmp_path, monkeypatch):
+    """A folder of two such videos, and the one line that makes the format known."""
+    masks = moving_masks(6, 2, SIZE)
+    ids = (masks * np.array([1, 2], np.uint8)[:, None, None]).sum(1).astype(np.uint8)
+    for split, grey in (("train", 90), ("val", 100)):
+        (tmp_path / split).mkdir()
+        for name in ("a", "b"):
+            frames = np.full((6, *SIZE, 3), grey + ord(name), np.uint8)
+            frames[ids > 0] = OBJECT_COLOURS[0]
+            frames[:, 0, 0, 0] = np.arange(6)  # no two frames are the same
+            np.savez(tmp_path / split / f"{name}.npz", frames=frames, ids=ids)
+    reads = Format("frames and ids in .npz files", lambda path, config: Arrays(path))
+    monkeypatch.setitem(FORMATS, "arrays", reads)
+    return tmp_path
+
+
+def test_a_format_from_outside_is_a_class_and_a_line(arrays):
+    raw = {"dataset_type": "arrays", "data_path": str(arrays / "train"), "image_size": SIZE}
+    config = build(DatasetConfig, raw, "dataset")
+    assert config.num_of_pos_points == 1
+    said = []
+    data = build_dataset(
+        config, AugmentConfig(), 0, config.data_path, training=True, say=said.append
+    )
+    assert said == [f"{arrays / 'train'}: read from arrays"]
+    truth = moving_masks(6, 2, SIZE)
+    for epoch in range(3):
+        clip = data[epoch, 1]
+        np.testing.assert_array_equal(clip.masks.numpy(), truth[clip.frame_indices])
+        assert (to_pixels(clip.images)[clip.masks.any(1).numpy()] == OBJECT_COLOURS[0]).all()
+    with pytest.raises(ConfigError, match='image_root is for dataset_type "coco"; remove it'):
+        build(DatasetConfig, raw | {"image_root": "frames"}, "dataset")
+    with pytest.raises(ConfigError, match=r"got \"array\"; .*sav, arrays; did you mean arrays\?"):
+        build(DatasetConfig, raw | {"dataset_type": "array"}, "dataset")
+
+
+def test_a_format_from_outside_is_checked_and_trained_on(arrays, capsys):
+    words = [
+        str(Path(__file__).parents[1] / "experiments" / "coco_point_bbox.yaml"),
+        "dataset.dataset_type=arrays",
+        f"dataset.data_path={arrays / 'train'}",
+        f"dataset.val_path={arrays / 'val'}",
+        "dataset.video_clip_length=6",
+        "tracking.mode=disabled",
+        "trainer.device=cpu",
+    ]
+    assert cli.main([*words, "--check-data", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [s["statistics"]["masks"] for s in report["splits"].values()] == [24, 24]
+    assert report["splits"]["training"]["warnings"] == ["read from arrays"]
+    assert cli.main([*words, "--smoke", "--run-dir", str(arrays / "run")]) == 0
+    summary = json.loads((arrays / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["steps"]) == ("finished", 2)
 
 
 # The section
@@ -444,8 +536,88 @@ def test_a_range_of_clicks_is_drawn_from(coco):
         ("box_jitter", 0.6),
         ("mask_cache_mb", -1),
         ("dataset_type", "yolo"),
+        ("dataset_type", ["coco"]),
     ],
 )
 def test_the_section_refuses_values_out_of_range(key, value):
     with pytest.raises(ConfigError, match=key):
         build(DatasetConfig, {"data_path": "a.json", key: value}, "dataset")
+
+
+GUIDE = """\
+dataset:
+  dataset_type: "video"
+  data_path: "/path/to/video/data"
+  image_size: [512, 512]
+  video_clip_length: 5
+  batch_size: 1
+  num_workers: 16
+  shuffle: True
+  prompt_types: ["point"]
+  num_of_pos_points: 1
+  include_center_point: True
+"""
+
+
+def video_section(**raw):
+    return build(DatasetConfig, {"dataset_type": "video", "data_path": "videos", **raw}, "dataset")
+
+
+def test_the_guides_block_builds(tmp_path):
+    path = tmp_path / "video.yaml"
+    path.write_text(GUIDE)
+    config = build(DatasetConfig, load_yaml(path)["dataset"], "dataset")
+    assert config.dataset_type == "video"
+    assert config.num_of_pos_points == 1
+    assert config.include_center is True
+    assert config.num_workers == 16
+
+
+@pytest.mark.parametrize(
+    ("raw", "points"),
+    [
+        ({}, (1, 3)),
+        ({"num_of_pos_points": 2}, 2),
+        ({"num_of_pos_points": 0, "include_center": True}, 0),
+        ({"number_of_points": [2, 5]}, (2, 5)),
+        ({"num_of_pos_points": [2, 5]}, (2, 5)),
+    ],
+)
+def test_clicks_have_two_spellings_and_come_back_from_yaml(tmp_path, raw, points):
+    config = video_section(**raw)
+    assert config.num_of_pos_points == points
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert build(DatasetConfig, load_yaml(path), "config.yaml") == config
+
+
+def test_pasting_is_a_key_of_its_own():
+    raw = apply_overrides(
+        {"dataset_type": "video", "data_path": "videos"}, {"synthetic.paste": False}
+    )
+    config = build(DatasetConfig, raw, "dataset")
+    assert config.synthetic == SyntheticConfig(paste=False)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"number_of_points": [2, 5], "num_of_pos_points": 2}, "keep one"),
+        ({"number_of_points": [3, 1]}, r"num_of_pos_points is \[3, 1\]"),
+        ({"number_of_points": [1, 2, 3]}, "number_of_points: got"),
+        ({"num_of_pos_points": "two"}, "num_of_pos_points"),
+        ({"num_of_pos_points": True}, "num_of_pos_points"),
+        ({"num_of_pos_points": -1}, "num_of_pos_points: got -1"),
+        ({"image_root": "frames"}, 'image_root is for dataset_type "coco"; remove'),
+        ({"synthetic": {"paste": "no"}}, r"synthetic\.paste"),
+        (
+            {"dataset_type": "coco", "synthetic": {"paste": False}},
+            'synthetic is for dataset_type "video"; remove it',
+        ),
+        ({"dataset_type": "coco", "num_of_pos_points": None}, "num_of_pos_points: got null"),
+        ({"dataset_type": "films"}, "one of coco, video, vos, sav"),
+    ],
+)
+def test_the_section_of_videos_refuses(raw, message):
+    with pytest.raises(ConfigError, match=message):
+        video_section(**raw)

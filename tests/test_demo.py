@@ -127,7 +127,7 @@ def test_objects_of_a_frame_share_no_pixel_and_have_sensible_sizes(hard):
 def test_alpha_of_a_square_is_exact():
     corners = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) / np.sqrt(2)
     still = np.zeros(2)
-    layer = demo_videos.Layer(
+    layer = demo_videos.DemoLayer(
         corners, np.array([(40.0, 60.0)] * 2), still + 10 * np.sqrt(2), np.array([0, np.pi / 2])
     )
     np.testing.assert_allclose(layer.full_area(), 400, rtol=1e-5)
@@ -313,14 +313,16 @@ def test_an_object_of_every_absence_video_leaves_and_returns():
         ((), 0, 80, range(3, 4), False),
     ],
 )
-def test_holds(events, track, low, frames, expected):
+def test_events_that_show(events, track, low, frames, expected):
     """Three objects of 100 px in full; one of them shows `low` px on the given frames."""
     corners = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) / np.sqrt(2)
     radius, still = np.full(24, 5 * np.sqrt(2)), np.zeros(24)
-    layers = [demo_videos.Layer(corners, np.zeros((24, 2)), radius, still, i) for i in (1, 2, 3)]
+    layers = [
+        demo_videos.DemoLayer(corners, np.zeros((24, 2)), radius, still, i) for i in (1, 2, 3)
+    ]
     areas = np.full((24, 3), 100)
     areas[list(frames), track] = low
-    assert demo_videos.holds(layers, areas, events) is expected
+    assert demo_videos.events_show(layers, areas, events) is expected
 
 
 def test_the_splits_as_published():
@@ -338,7 +340,6 @@ def test_the_splits_as_published():
     assert knobs[0] == knobs[1] == knobs[2]  # the same difficulty
     assert dataclasses.astuple(demo.SPLITS["fresh"])[2:] == knobs[0]
     assert set(demo.DIGESTS) == set(demo.SPLITS)
-    assert demo.DEFAULT_ROOT.parts[-2:] == ("data", "demo")
 
 
 def test_splits_share_no_picture():
@@ -475,6 +476,6 @@ def test_errors_of_the_user(tmp_path, easy_path):
 
 def test_a_layout_that_cannot_be_found_is_reported(monkeypatch):
     monkeypatch.setattr(demo_videos, "MAX_ATTEMPTS", 3)
-    monkeypatch.setattr(demo_videos, "promises", lambda *_: False)
-    with pytest.raises(RuntimeError, match=r"video 1 of Split.*leaves"):
+    monkeypatch.setattr(demo_videos, "paths_fit", lambda *_: False)
+    with pytest.raises(RuntimeError, match=r"video 1 of DemoSplit.*leaves"):
         demo_videos.make_video(HARD, 1)

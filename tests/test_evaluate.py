@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_coco, stacks
-from test_vos import make_vos
+from test_data_vos import make_vos
 
 from sam2train.clips import collate_fn
+from sam2train.data_clips import ClipDataset, clip_settings
+from sam2train.data_source import Frame, Video
+from sam2train.data_vos import VosVideos
 from sam2train.datasets import COCODataset
 from sam2train.errors import UserError
 from sam2train.evaluate import (
@@ -26,8 +29,6 @@ from sam2train.evaluate import (
 from sam2train.memory import MemoryBank
 from sam2train.metrics import measure
 from sam2train.model import SAM2Model
-from sam2train.videos import Frame, Video
-from sam2train.vos import VOSDataset
 
 CONFIG = "sam2train/configs/sam2.1_hiera_demo.yaml"
 SIZE = (64, 64)
@@ -165,7 +166,9 @@ def test_nothing_to_score_is_an_error(model, tmp_path):
 
 
 def test_what_is_said_on_unlabelled_frames_does_not_count(tmp_path):
-    data = VOSDataset(make_vos(tmp_path, names=["bear"], every=2), (48, 64), 2)
+    data = ClipDataset(
+        VosVideos(make_vos(tmp_path, names=["bear"], every=2)), clip_settings((48, 64), 2)
+    )
     video = data.videos[0]
 
     def tracker(dataset, video, prompts):

@@ -6,7 +6,7 @@ import pytest
 
 from sam2train.config import to_yaml
 from sam2train.errors import UserError
-from sam2train.experiment import Experiment, load_experiment, untrained_rows
+from sam2train.experiment import Experiment, as_begun, load_experiment, untrained_rows
 
 GUIDE_COCO = """\
 dataset:
@@ -90,21 +90,66 @@ def test_all_problems_come_in_one_message(write):
     assert "trainer.seed" in str(caught.value)
 
 
+def test_one_seed_for_weights_and_clips_and_a_fixed_one_for_the_prompts_of_evaluation(write):
+    def seeds(text=""):
+        found = load_experiment(write("dataset: {data_path: a.json}\ntrainer: {seed: 5}\n" + text))
+        return found.weights_seed, found.clips_seed, found.prompts_seed
+
+    assert seeds() == (5, 5, 0)
+    assert seeds("model: {seed: 0}") == (0, 5, 0)
+    assert seeds("evaluation: {seed: 7}") == (5, 5, 7)
+    assert seeds("evaluation: {seed: null}") == (5, 5, 5)
+    apart = load_experiment(write("dataset: {data_path: a.json, seed: 0}\ntrainer: {seed: 5}"))
+    assert (apart.weights_seed, apart.clips_seed, apart.prompts_seed) == (5, 0, 0)
+    for key in ("dataset.seed", "model.seed", "evaluation.seed", "trainer.seed"):
+        with pytest.raises(UserError, match=rf"{key}: got -1"):
+            load_experiment(write("dataset: {data_path: a.json}"), {key: -1})
+
+
+def test_a_run_from_before_the_seed_of_prompts_keeps_its_own(write):
+    old = {"trainer": {"seed": 5}, "evaluation": {"max_videos": 1}}
+    today = load_experiment(write("dataset: {data_path: a.json}\ntrainer: {seed: 5}"))
+    assert as_begun(today, old).evaluation.seed is None
+    assert as_begun(today, {"trainer": {"seed": 5}}).prompts_seed == 5
+    assert as_begun(today, {"evaluation": {"seed": 0}}) is today
+    named = load_experiment(write("dataset: {data_path: a.json}\nevaluation: {seed: 0}"))
+    assert as_begun(named, old) is named
+
+
 def test_data_path_is_required(write):
     with pytest.raises(UserError, match=r"dataset\.data_path"):
         load_experiment(write("dataset: {batch_size: 2}"))
 
 
+def with_rows(clip_length, num_maskmem, *modules) -> Experiment:
+    sections = {"dataset": {"data_path": "a.json", "video_clip_length": clip_length}}
+    sections["model"] = {"num_maskmem": num_maskmem, "trainable_modules": modules}
+    return Experiment.model_validate(sections)
+
+
 @pytest.mark.parametrize(
     ("clip_length", "num_maskmem", "rows"),
     # A clip of 4 uses rows 0 and 1, and the last; one of 8 all seven (measured on SAM 2).
-    [(4, 7, [2, 3, 4, 5]), (8, 7, []), (2, 7, [0, 1, 2, 3, 4, 5]), (5, 1, []), (3, 0, [])],
+    [
+        *[(4, 7, [2, 3, 4, 5]), (8, 7, []), (2, 7, [0, 1, 2, 3, 4, 5]), (5, 1, []), (3, 0, [])],
+        *[(1, 7, [0, 1, 2, 3, 4, 5, 6]), (1, 1, [0]), (9, 7, []), (8, 9, [6, 7])],
+    ],
 )
 def test_rows_that_no_clip_reaches(clip_length, num_maskmem, rows):
-    experiment = Experiment.model_validate(
-        {
-            "dataset": {"data_path": "a.json", "video_clip_length": clip_length},
-            "model": {"num_maskmem": num_maskmem},
-        }
-    )
-    assert list(untrained_rows(experiment)) == rows
+    assert untrained_rows(with_rows(clip_length, num_maskmem, "memory")) == rows
+
+
+@pytest.mark.parametrize(
+    ("modules", "trained"),
+    [
+        (["memory_attention", "memory_encoder"], False),
+        (["mask_decoder", "no_obj_ptr"], False),
+        ([], False),
+        (["maskmem_tpos_enc"], True),
+        (["memory_attention", "maskmem_*"], True),
+        (["memory"], True),
+        (["*"], True),
+    ],
+)
+def test_frozen_rows_are_not_trained_however_long_the_clips(modules, trained):
+    assert untrained_rows(with_rows(8, 7, *modules)) == ([] if trained else [*range(7)])

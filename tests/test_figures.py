@@ -10,7 +10,7 @@ import pytest
 from test_results import make_run
 
 from sam2train import figures
-from sam2train.ablation import MASKMEM, POINTERS, PROMPTS, Question, compact_results
+from sam2train.ablation import MASKMEM, POINTERS, PROMPT_TYPES, Question, compact_results
 from sam2train.errors import UserError
 from sam2train.overlays import read_png
 from sam2train.results import load_curves, load_runs
@@ -56,7 +56,7 @@ def legend(figure) -> list[str]:
     return [text.get_text() for one in legends for text in one.texts]
 
 
-POINT, MEMORIES = Question(PROMPTS, "point"), Question(MASKMEM, 1, POINTERS)
+POINT, MEMORIES = Question(PROMPT_TYPES, "point"), Question(MASKMEM, 1, POINTERS)
 
 
 def means(axes) -> list[list[float]]:

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import unicodedata
 
 import numpy as np
 import pytest
@@ -11,9 +12,12 @@ from hypothesis import strategies as st
 from sam2train import files
 from sam2train.errors import UserError
 from sam2train.files import (
+    MAX_FILE_NAME,
     REPOSITORY,
     file_hash,
+    file_name,
     natural_key,
+    printable,
     read_json,
     replacing,
     resolve_path,
@@ -186,3 +190,107 @@ def test_json_where_no_file_can_be_read(tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
     with pytest.raises(UserError, match="no regular file; expected"):
         read_json(tmp_path / "pipe.json", "expected a summary")
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("dog 1/größe_日本.png", "dog 1/größe_日本.png"),
+        (7, "7"),
+        ("", ""),
+        ("[/red][bold]:cat:", "[/red][bold]:cat:"),
+        ("a\x1b[31mb\x07", r"a\x1b[31mb\x07"),
+        ("\x9b31m", r"\x9b31m"),  # an escape sequence in one character
+        ("\x1b]0;title\x07", r"\x1b]0;title\x07"),
+        ("a\r\nb\tc\x00", r"a\r\nb\tc\x00"),
+        ("abc\u202egpj.exe", r"abc\u202egpj.exe"),  # shows as abcexe.jpg
+        ("a\u2066b\u200b\ufeff", r"a\u2066b\u200b\ufeff"),
+        ("a\u2028b\x85", r"a\u2028b\x85"),
+        ("\udcff.png", r"\udcff.png"),  # a byte that is not UTF-8, as Python reads file names
+    ],
+)
+def test_printable(text, shown):
+    assert printable(text) == shown
+    assert printable(text).isprintable()
+
+
+def test_messages_keep_their_lines():
+    assert printable("a\nb\r\x1b[2J", lines=True) == "a\nb\\r\\x1b[2J"
+
+
+@given(st.text())
+def test_anything_is_printable_and_can_be_written(text):
+    shown = printable(text)
+    assert shown.isprintable()
+    shown.encode()
+    assert printable(shown) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("dog-1_größe.日本 2", "dog-1_größe.日本 2"),
+        (7, "7"),
+        ("", "_"),
+        (".", "_"),
+        ("..", "__"),
+        ("../../etc/passwd", "_._.._etc_passwd"),
+        (".hidden", "_hidden"),
+        ("name.", "name_"),
+        (" name ", "_name_"),
+        ('a/b\\c:d*e?f"g<h>i|j', "a_b_c_d_e_f_g_h_i_j"),
+        ("a\x00b\nc\x1b[0m", "a_b_c_[0m"),
+        ("\u202egpj", "_gpj"),
+        ("\udcff", "_"),
+        ("CON", "_CON"),
+        ("con.txt", "_con.txt"),
+        ("Lpt1 .a.b", "_Lpt1 .a.b"),
+        ("COM¹", "_COM¹"),
+        ("CONSOLE", "CONSOLE"),
+        ("x" * 120, "x" * 120),
+        # printf "%0.sx" $(seq 300) | sha256sum
+        ("x" * 300, "x" * 111 + "-0d4e2ca9"),
+    ],
+)
+def test_names_of_files(text, name):
+    assert file_name(text) == name
+    taken = set()
+    assert file_name(text, taken) == name
+    assert len(taken) == 1
+
+
+def test_names_that_a_file_system_takes_for_one_are_told_apart():
+    texts = ["Cat", "cat", "CAT", "a/b", "a_b", "a:b", 1, "1", "é", "e\u0301", "straße", "STRASSE"]
+    texts += ["", "_", "..", "__", "x" * 300, "X" * 300, 1, "1"]
+    taken = set()
+    names = [file_name(text, taken) for text in texts]
+    assert names[0] == "Cat"
+    assert len({unicodedata.normalize("NFC", name.casefold()) for name in names}) == len(texts)
+    again = set()
+    assert [file_name(text, again) for text in texts] == names
+
+
+@given(st.lists(st.text(max_size=400)))
+def test_any_texts_give_names_for_one_folder(texts):
+    taken = set()
+    names = [file_name(text, taken) for text in texts]
+    assert len({name.casefold() for name in names}) == len(texts)
+    for name in names:
+        assert 0 < len(name.encode()) <= MAX_FILE_NAME + 9
+        assert os.path.basename(name) == name
+        assert name.isprintable()
+        assert name[0] not in ". "
+        assert name[-1] not in ". "
+        assert not set(name) & set('<>:"/\\|?*')
+
+
+@pytest.mark.parametrize(
+    "text", ["..", "", "x" * 300, "🙂" * 100, "a\x00b", "CON", "\udcff", "a/b"]
+)
+def test_the_file_system_takes_them(tmp_path, text):
+    path = tmp_path / f"step_000100_{file_name(text, set())}.png"
+    write_text(path, "content")
+    assert list(tmp_path.iterdir()) == [path]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from sam2train.data_source import Frame, Video
 from sam2train.evaluate import TrackedVideo
 from sam2train.horizon import (
     after_absence,
@@ -14,7 +15,6 @@ from sam2train.horizon import (
     roc,
 )
 from sam2train.metrics import VideoScores, measure
-from sam2train.videos import Frame, Video
 
 
 def tracked(truth, prediction, scores=None, *, prompt_frame=0, labelled=None) -> TrackedVideo:
@@ -84,12 +84,42 @@ def test_false_positives_and_the_object_score():
         "horizon/false_positives": 0.5,
         "horizon/false_positive_area": 0.25,
         "horizon/object_score_auc": 0.75,  # 3 beats both, 0.5 beats one of two
+        "horizon/absence_recall": 0.5,  # of 1 and -2
+        "horizon/num_absent": 2,
+        "horizon/false_absences": 0,
+        "horizon/num_visible": 2,
     }
     assert values(rows, "horizon/object_score_auc")[None][1] == 4
 
 
+def test_the_object_score_at_0_where_sam2_decides():
+    """A score of 0 itself is one of absence; the prompted frame and copies without scores do not
+    count."""
+    truth = [4, 4, 4, 4, 4, 0, 0, 0]
+    video = tracked(truth, truth, [-5, 2, 0, -1, 0.1, 0, -3, 0.1])
+    rows = horizon_rows(frame_rows(video) + frame_rows(tracked(truth, truth)))
+    assert values(rows, "horizon/false_absences") == {None: (0.5, 4)}
+    assert values(rows, "horizon/absence_recall") == {None: (pytest.approx(2 / 3), 3)}
+
+
+@pytest.mark.parametrize(
+    ("truth", "there", "missing"),
+    [
+        ([4, 4, 4, 4], "horizon/false_absences", "horizon/absence_recall"),
+        ([4, 0, 0, 0], "horizon/absence_recall", "horizon/false_absences"),
+    ],
+)
+def test_frames_of_one_kind_have_their_share_and_the_other_no_number(truth, there, missing):
+    rows = horizon_rows(frame_rows(tracked(truth, truth, [9, -1, 0, 1])))
+    found = numbers(rows)
+    assert found[there] == pytest.approx(2 / 3)
+    assert not {missing, "horizon/object_score_auc"} & found.keys()
+    assert all(np.isfinite(value) for value in found.values())
+    assert values(rows, there)[None][1] == 3
+
+
 def test_what_a_video_does_not_ask_is_left_out():
-    rows = horizon_rows(frame_rows(tracked([4, 4, 4], [4, 4, 4], [0, 1, 2])))
+    rows = horizon_rows(frame_rows(tracked([4, 4, 4], [4, 4, 4])))
     assert {row["metric"] for row in rows} == {"horizon/J"}
     assert horizon_rows([]) == []
 

@@ -1,5 +1,6 @@
 """Devices by name, processor cores, what a result depends on, requests to stop."""
 
+import io
 import os
 import platform
 import signal
@@ -9,6 +10,8 @@ import threading
 
 import pytest
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from sam2train import machine
 from sam2train.errors import UserError
@@ -16,11 +19,13 @@ from sam2train.files import REPOSITORY
 from sam2train.machine import (
     Interrupted,
     StopRequests,
+    cell,
     check_available,
     choose_device,
     describe_environment,
     num_cores,
     read_device,
+    say,
 )
 
 
@@ -133,3 +138,25 @@ def test_a_worker_leaves_the_group_that_a_signal_is_sent_to():
 def test_the_room_needs_no_torch_to_count_cores():
     code = "import sys, sam2train.machine as m; m.num_cores(); assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+
+
+NASTY = "[/red][bold]x\x1b]0;title\x07\x1b[2J\u202egpj \udcff:cat:"
+TOLD = r"[/red][bold]x\x1b]0;title\x07\x1b[2J\u202egpj \udcff:cat:"
+
+
+def test_a_message_is_printed_as_it_is():
+    out = io.StringIO()
+    console = Console(file=out, width=20, force_terminal=True, color_system=None)
+    say(console, f"first {NASTY}\nsecond {'y' * 30}")
+    assert out.getvalue() == f"first {TOLD}\nsecond {'y' * 30}\n"
+
+
+def test_a_cell_shows_a_name_as_it_is():
+    table = Table(title=cell(NASTY))
+    table.add_column(cell(NASTY))
+    table.add_row(cell(f"{NASTY}\n"))
+    out = io.StringIO()
+    Console(file=out, width=200, force_terminal=True, color_system=None).print(table)
+    assert out.getvalue().count(TOLD) == 3
+    assert TOLD + r"\n" in out.getvalue()
+    assert out.getvalue().replace("\n", "").isprintable()

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sam2train.data_source import Frame, Video
 from sam2train.errors import UserError
 from sam2train.evaluate import SeenFrame
 from sam2train.mask_files import MaskFolder
-from sam2train.videos import Frame, Video
 
 
 def write(folder, video_id, masks, *, names=None) -> None:
@@ -95,8 +95,24 @@ def test_a_palette_ends_at_255(tmp_path):
         write(MaskFolder(tmp_path), 1, masks)
 
 
-def test_two_videos_do_not_share_a_folder(tmp_path):
-    folder = MaskFolder(tmp_path)
-    write(folder, "a/b", two_objects(1, 2))
-    with pytest.raises(UserError, match=r"two videos .*a_b"):
-        write(folder, "a_b", two_objects(1, 2))
+def test_folders_of_videos_are_safe_and_apart(tmp_path):
+    folder = MaskFolder(tmp_path / "masks")
+    ids = ["a/b", "a_b", "A_B", "..", "", "x" * 300, "a\x00b", "con", 1, "1", "objects.json", "dog"]
+    for video_id in ids:
+        write(folder, video_id, two_objects(1, 2))
+    names = sorted(path.name for path in (tmp_path / "masks").iterdir() if path.is_dir())
+    assert len({name.casefold() for name in names}) == len(ids)
+    assert {"a_b", "1", "dog"} <= set(names)
+    assert [path.name for path in tmp_path.iterdir()] == ["masks"]
+    renamed = json.loads((tmp_path / "masks" / "videos.json").read_text())
+    assert set(renamed.values()) == {str(i) for i in ids} - {"dog", "a_b"} | {"a_b"}
+    assert renamed["a_b"] == "a/b"
+
+
+def test_frames_whose_names_differ_in_capitals_only_give_way_to_positions(tmp_path):
+    write(MaskFolder(tmp_path), 1, two_objects(1, 2), names=["a.jpg", "A.jpg", "b.jpg"])
+    assert sorted(p.name for p in tmp_path.rglob("*.png")) == [
+        "00000.png",
+        "00001.png",
+        "00002.png",
+    ]

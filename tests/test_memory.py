@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import make_coco
 from test_model import (
     DEMO,
     SIZE,
@@ -13,6 +14,10 @@ from test_model import (
 )
 
 from sam2train.clips import collate_fn
+from sam2train.corrections import SimulatedUser
+from sam2train.datasets import build_dataset
+from sam2train.experiment import Experiment, untrained_rows
+from sam2train.losses import LossConfig, compute_losses
 from sam2train.memory import MemoryBank, track_clip
 from sam2train.model import SAM2Model
 
@@ -176,6 +181,65 @@ def test_rows_that_a_clip_trains(num_frames, rows):
     gradient = model.sam2.maskmem_tpos_enc.grad
     used = [] if gradient is None else gradient.flatten(1).any(1).nonzero()[:, 0].tolist()
     assert used == list(rows)
+
+
+EVERY_FRAME = {"num_frames_to_correct": 4, "rand_frames_to_correct": False}
+
+
+@pytest.mark.parametrize(
+    ("length", "num_maskmem", "modules", "conditioning", "interaction", "rows"),
+    [
+        (1, 7, "memory", 1, {}, []),
+        (2, 3, "memory", 1, {}, [2]),
+        (4, 7, "memory", 1, {}, [0, 1, 6]),
+        (4, 3, "memory", 1, {}, [0, 1, 2]),
+        (3, 1, "memory", 1, {}, [0]),
+        (5, 5, "memory", 3, {}, [0, 1, 2, 4]),
+        (4, 7, "memory_attention", 1, {}, []),
+        (4, 0, "memory", 1, {}, []),
+        # Corrected frames become conditioning frames, of which all read the last row.
+        (4, 7, "memory", 1, EVERY_FRAME, [6]),
+        (5, 5, "memory", 1, EVERY_FRAME, [0, 1, 2, 4]),
+        (4, 5, "memory", 2, {**EVERY_FRAME, "rand_frames_to_correct": True}, [0, 1, 4]),
+        (4, 5, "memory", 1, {**EVERY_FRAME, "add_all_frames_to_correct_as_cond": False}, [0, 1, 4]),
+    ],
+)
+def test_the_rows_with_a_gradient_are_those_that_are_said_to_be_trained(
+    tmp_path, length, num_maskmem, modules, conditioning, interaction, rows
+):
+    data = make_coco(tmp_path, num_videos=2, num_frames=6, size=(SIZE, SIZE))
+    clicks = {"num_correction_pt_per_frame": 1, **interaction} if interaction else {}
+    experiment = Experiment.model_validate(
+        {
+            "dataset": {
+                "data_path": str(data),
+                "image_size": [SIZE, SIZE],
+                "video_clip_length": length,
+                "max_conditioning_frames": conditioning,
+                "prompt_types": ["point"] if interaction else ["point", "mask"],
+            },
+            "model": {
+                "image_size": SIZE,
+                "num_maskmem": num_maskmem,
+                "trainable_modules": [modules],
+            },
+            "interaction": clicks,
+        }
+    )
+    clips = build_dataset(
+        experiment.dataset, experiment.augment, experiment.clips_seed, str(data), training=True
+    )
+    model = make_model([modules, "mask_decoder"], num_maskmem=num_maskmem)
+    user = SimulatedUser(experiment.interaction, 0) if interaction else None
+    for epoch in range(3):  # further conditioning frames and corrections are drawn
+        batch = collate_fn([clips[epoch, 0], clips[epoch, 1]])
+        frames = model(batch, interaction=user)["frames"]
+        loss = compute_losses(frames, batch.masks, LossConfig(), batch.object_frame_valid)["loss"]
+        loss.backward()
+    gradient = model.sam2.maskmem_tpos_enc.grad
+    found = [] if gradient is None else gradient.flatten(1).any(1).nonzero()[:, 0].tolist()
+    said = [row for row in range(num_maskmem) if row not in untrained_rows(experiment)]
+    assert found == said == rows
 
 
 @pytest.mark.parametrize("num_maskmem", [2, 4, 7])

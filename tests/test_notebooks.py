@@ -12,7 +12,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from test_results import make_run
 
-from sam2train.ablation import MASKMEM, POINTERS, PROMPTS, compact_results
+from sam2train.ablation import MASKMEM, POINTERS, PROMPT_TYPES, compact_results
 from sam2train.overlays import save_png
 from sam2train.results import load_runs
 
@@ -45,7 +45,7 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("root")
     sweeps = root / "runs" / "sweeps"
     types = [["point"], ["bbox"], ["point", "bbox"]]
-    make_sweep(sweeps / "prompts", [{PROMPTS: words} for words in types])
+    make_sweep(sweeps / "prompts", [{PROMPT_TYPES: words} for words in types])
     cells = [{MASKMEM: num, POINTERS: many} for num in (1, 7) for many in (0, 16)]
     make_sweep(sweeps / "num_maskmem", cells)
     (root / "experiments" / "results").mkdir(parents=True)

@@ -1,16 +1,26 @@
 """SAM 2 found, built and loaded: names, counts, temporal rows, and files that are wrong."""
 
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
 import pytest
 import torch
+from rich.console import Console
 
+from sam2train import pretrained
 from sam2train.errors import UserError
 from sam2train.files import REPOSITORY
 from sam2train.pretrained import (
     DOWNLOAD_ADDRESS,
+    MEMORY,
     MODULES,
     PUBLISHED,
     build_sam2,
+    fetch_checkpoint,
     fit_temporal_rows,
+    fit_untrained_rows,
     load_weights,
     match_parameters,
     resolve_config,
@@ -294,6 +304,61 @@ def test_a_checkpoint_of_7_loads_into_any_number(tmp_path, weights, count):
     assert torch.equal(sam2.no_mem_embed, weights["no_mem_embed"])
 
 
+# -- rows that no training has reached ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("untrained", "before", "after", "rows"),
+    [
+        ([], 7, 7, []),
+        ([1, 5, 6], 7, 7, [1, 5, 6]),
+        ([1, 5], 7, 4, [1]),  # row 5 is gone, the last stays last
+        ([2, 6], 7, 4, [2, 3]),
+        ([], 7, 9, [6, 7]),  # copies of row 5
+        ([3], 4, 6, [3, 4, 5]),
+        ([], 1, 4, [0, 1, 2]),  # nothing to copy
+        ([], 0, 2, [0, 1]),
+        ([0, 1], 2, 0, []),
+        ([], 7, 1, []),
+    ],
+)
+def test_untrained_rows_move_with_their_rows(untrained, before, after, rows):
+    found = fit_untrained_rows(untrained, before, after)
+    assert list(found) == rows
+    values = fit_temporal_rows(numbered(before), after, fresh(after))[:, 0, 0, 0].tolist()
+    for row, why in found.items():
+        if why.startswith("copies"):
+            assert f"{values[row]:.0f}" == why.split()[-1]
+        else:
+            assert (values[row] == FRESH) == (why == "new random values"), row
+
+
+def test_a_file_may_list_its_untrained_rows(tmp_path, weights):
+    torch.save({"model": weights, "untrained_rows": [2, 6]}, tmp_path / "w.pt")
+    assert list(load_weights(build_demo(), tmp_path / "w.pt")) == [2, 6]
+    assert list(load_weights(build_demo(num_maskmem=4), tmp_path / "w.pt")) == [2, 3]
+    assert load_weights(build_demo(), save(tmp_path / "silent.pt", weights)) == {}
+    assert list(load_weights(build_demo(num_maskmem=9), tmp_path / "silent.pt")) == [6, 7]
+
+
+@pytest.mark.parametrize("listed", ["1", [7], [[1]], ["row 1"], {1: 2}])
+def test_a_list_of_untrained_rows_that_is_none(tmp_path, weights, listed):
+    torch.save({"model": weights, "untrained_rows": listed}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=r"w\.pt has untrained_rows .*which has 7 rows"):
+        load_weights(build_demo(), tmp_path / "w.pt")
+
+
+def test_the_untrained_rows_of_the_demo_are_its_first_draw():
+    """The shipped file lists none; half precision and weight decay keep the direction of a row."""
+    sam2 = build_demo()
+    untrained = load_weights(sam2, REPOSITORY / "sam2train" / "weights" / "demo_base.pt")
+    torch.manual_seed(0)  # trainer.seed of experiments/demo_base_1.yaml
+    first = build_demo().maskmem_tpos_enc.flatten(1)
+    alike = torch.cosine_similarity(sam2.maskmem_tpos_enc.flatten(1), first)
+    assert list(untrained) == (alike > 0.9999).nonzero()[:, 0].tolist() == [1, 2, 3, 4, 5]
+    assert set(untrained.values()) == {"random values of the base"}
+
+
 # -- names of what is trained ---------------------------------------------------------------------
 
 
@@ -323,10 +388,36 @@ def test_match_module_parameter_and_pattern(demo):
     assert select("no_obj_ptr", "maskmem_tpos_enc") == {"no_obj_ptr", "maskmem_tpos_enc"}
 
 
-def test_a_prefix_of_a_name_is_not_the_name(demo):
-    """`memory` must not select `memory_attention` and `memory_encoder` together."""
+@pytest.mark.parametrize("prefix", ["mask", "obj_ptr", "memory.layers"])
+def test_a_prefix_of_a_name_is_not_the_name(demo, prefix):
+    """`mask` must not select `mask_downsample` and the mask decoder together."""
     with pytest.raises(UserError, match=r"model\.trainable_modules"):
-        match_parameters(demo, ["memory"], MODULES)
+        match_parameters(demo, [prefix], MODULES)
+
+
+def test_memory_is_all_parts_of_the_memory(demo):
+    selected = match_parameters(demo, ["memory"], MODULES)
+    assert selected == match_parameters(demo, MEMORY, MODULES)
+    assert {name.split(".")[0] for name in selected} == {
+        *("memory_attention", "memory_encoder", "maskmem_tpos_enc", "no_obj_embed_spatial"),
+        *("no_obj_ptr", "obj_ptr_proj", "obj_ptr_tpos_proj"),
+    }
+    both = match_parameters(demo, ["memory", "mask_decoder"], MODULES)
+    assert both == selected | match_parameters(demo, ["mask_decoder"], MODULES)
+
+
+def test_memory_takes_what_the_config_has():
+    """SAM 2.0 has neither the embedding of absence nor a projection of the pointers' time code."""
+    config = resolve_config("configs/sam2/sam2_hiera_t.yaml")
+    sam2 = build_sam2(config, image_size=64, num_maskmem=7)
+    selected = match_parameters(sam2, ["memory"], MODULES)
+    tops = {name.split(".")[0] for name in selected}
+    assert tops == set(MEMORY) - {"no_obj_embed_spatial", "obj_ptr_tpos_proj"}
+
+
+def test_a_typo_of_memory_names_it(demo):
+    with pytest.raises(UserError, match=r"did you mean memory,"):
+        match_parameters(demo, ["memry"], MODULES)
 
 
 @pytest.mark.parametrize(
@@ -350,3 +441,78 @@ def test_a_far_name_lists_the_top(demo):
         match_parameters(demo, ["qqq*"], MODULES)
     for name in (*MODULES, "maskmem_tpos_enc", "no_obj_ptr"):
         assert name in str(caught.value)
+
+
+# -- --download, from a server on this machine: what arrives is checked before it counts -----------
+
+NAME = "sam2.1_hiera_tiny.pt"
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch) -> Path:
+    """The folder that a server stands for Meta's address with."""
+    folder = tmp_path / "published"
+    folder.mkdir()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setattr(pretrained, "DOWNLOAD_ADDRESS", f"http://127.0.0.1:{server.server_port}/")
+    yield folder
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def demo_weights() -> dict:
+    return {"model": build_demo().state_dict()}
+
+
+def fetch(target: Path | None) -> Path:
+    path = None if target is None else str(target)
+    return fetch_checkpoint(path, DEMO, Console(quiet=True))
+
+
+def test_a_good_file_is_kept(published, tmp_path):
+    torch.save(demo_weights(), published / NAME)
+    target = tmp_path / "checkpoints" / NAME
+    assert fetch(target) == target
+    assert target.read_bytes() == (published / NAME).read_bytes()
+    assert [path.name for path in target.parent.iterdir()] == [NAME]
+    (published / NAME).unlink()
+    assert fetch(target) == target  # it is there: nothing is fetched
+
+
+@pytest.mark.parametrize("content", [b"<html>sorry</html>", b"", None])
+def test_a_bad_download_leaves_nothing(published, tmp_path, content):
+    if content is not None:
+        (published / NAME).write_bytes(content)
+    target = tmp_path / "checkpoints" / NAME
+    with pytest.raises(UserError) as caught:
+        fetch(target)
+    assert NAME in str(caught.value)
+    assert not list(target.parent.glob("*"))
+
+
+def test_weights_of_another_architecture_are_refused(published, tmp_path):
+    torch.save({"model": {"a": torch.zeros(1)}}, published / NAME)
+    with pytest.raises(UserError, match="does not fit"):
+        fetch(tmp_path / NAME)
+    assert not (tmp_path / NAME).exists()
+
+
+def test_what_is_not_published_is_said_before_any_request(tmp_path):
+    with pytest.raises(UserError, match=r"sam2\.1_hiera_large\.pt"):
+        fetch(tmp_path / "mine.pt")
+    with pytest.raises(UserError, match="null"):
+        fetch(None)
+
+
+def test_no_network(monkeypatch, tmp_path):
+    monkeypatch.setattr(pretrained, "DOWNLOAD_ADDRESS", "http://127.0.0.1:9/")
+    with pytest.raises(UserError, match="could not be fetched"):
+        fetch(tmp_path / NAME)

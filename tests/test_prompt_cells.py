@@ -15,13 +15,10 @@ from sam2train.prompt_cells import (
     Cell,
     CellPrompts,
     all_cells,
-    move_point,
-    move_prompt,
     next_click,
     segment_frame,
-    stretch_mask,
 )
-from sam2train.prompts import PromptGenerator, mask_center, mask_to_box
+from sam2train.prompts import mask_center, mask_to_box
 
 ORACLE = Path(__file__).parents[2] / "shared" / "oracles" / "oracle_points.pt"
 SIZE = (64, 64)
@@ -115,41 +112,6 @@ def test_noise_grows_with_its_strength_along_one_direction(model, data, kind):
                 twice[inside], (c["points"] - a["points"])[inside], atol=1e-4
             )
             assert not np.array_equal(a["points"], b["points"])
-
-
-def test_noise_is_a_share_of_the_object_and_stays_in_the_frame():
-    rng = np.random.default_rng(0)
-    mask = rectangle(10, 20, 50, 30)  # sides of 40 and 10
-    moved = np.stack(
-        [move_point(np.array([30, 25]), mask_to_box(mask), SIZE, 0.2, rng) for _ in range(500)]
-    )
-    reach = np.abs(moved - [30, 25]).max(axis=0)
-    assert (reach <= [8, 2]).all()
-    assert (reach > [7.5, 1.9]).all()
-    edge = np.stack(
-        [move_point(np.array([0, 63]), mask_to_box(mask), SIZE, 0.4, rng) for _ in range(50)]
-    )
-    assert edge.min() >= 0
-    assert edge.max() <= 63
-
-
-def test_large_boxes_move_as_far_as_they_should():
-    """Training's bound of 20 px would make the noise of large objects weaker than it is called."""
-    mask = rectangle(50, 50, 450, 450, (512, 512))
-    prompt = PromptGenerator(["bbox"]).generate(mask, np.random.default_rng(0))
-    rng = np.random.default_rng(1)
-    moved = np.stack([move_prompt(prompt, mask, 0.1, rng)["box"] for _ in range(200)])
-    assert 35 < np.abs(moved - prompt["box"]).max() <= 40
-
-
-def test_a_mask_is_stretched_as_its_box_is():
-    mask = rectangle(10, 20, 29, 39)
-    box = mask_to_box(mask)
-    moved = stretch_mask(mask, box, np.array([12, 10, 51, 29], np.float32))
-    np.testing.assert_array_equal(mask_to_box(moved), [12, 10, 51, 29])
-    assert moved.sum() == 40 * 20
-    np.testing.assert_array_equal(stretch_mask(mask, box, box), mask)
-    assert stretch_mask(mask, box, np.array([70, 70, 80, 80], np.float32)).any()  # never empty
 
 
 def test_nothing_wrong_is_no_click():

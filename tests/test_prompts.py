@@ -1,27 +1,43 @@
+import ast
+import csv
+import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import make_coco
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from PIL import Image
 
+from sam2train import cli, prompts
 from sam2train.clips import is_empty
+from sam2train.config import ConfigError, build
 from sam2train.errors import UserError
+from sam2train.experiment import Experiment
+from sam2train.prompt_cells import NOISE
 from sam2train.prompts import (
-    PROMPT_TYPES,
+    DEFAULT_TYPES,
+    PROMPTS,
     PromptGenerator,
+    PromptType,
     jitter_box,
     mask_center,
     mask_to_box,
+    move_point,
     sample_points,
+    stretch_mask,
+    types_like,
 )
 
 ORACLE = Path(__file__).parents[2] / "shared" / "oracles" / "oracle_points.pt"
 MASKS = st.tuples(st.integers(1, 16), st.integers(1, 16)).flatmap(
     lambda shape: arrays(bool, shape, elements=st.booleans())
 )
+SIZE = (64, 64)
 SEEDS = st.integers(0, 2**32 - 1)
 
 
@@ -163,7 +179,7 @@ def test_centres_and_boxes_equal_those_of_sam2():
 # Prompts
 
 
-@pytest.mark.parametrize("kind", PROMPT_TYPES)
+@pytest.mark.parametrize("kind", DEFAULT_TYPES)
 def test_a_prompt_has_all_its_fields(kind):
     prompt = generate(rectangle((10, 12), 2, 3, 7, 9), kind)
     assert list(prompt) == ["object_id", "frame_index", "type", "points", "labels", "box", "mask"]
@@ -187,7 +203,7 @@ def test_a_mask_is_that_of_one_object():
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.int64])
-@pytest.mark.parametrize("kind", PROMPT_TYPES)
+@pytest.mark.parametrize("kind", DEFAULT_TYPES)
 def test_masks_of_numbers_are_those_above_0(kind, dtype):
     mask = np.zeros((20, 30), bool)
     mask[5:9, 6:20] = True
@@ -199,7 +215,7 @@ def test_masks_of_numbers_are_those_above_0(kind, dtype):
         assert np.array_equal(numbers[name], value), name
 
 
-@pytest.mark.parametrize("kind", PROMPT_TYPES)
+@pytest.mark.parametrize("kind", DEFAULT_TYPES)
 def test_an_empty_mask_gives_an_empty_prompt(kind):
     prompt = generate(np.zeros((8, 9), bool), kind, include_center=True, num_of_neg_points=3)
     assert is_empty(prompt)
@@ -269,7 +285,7 @@ def test_the_types_are_drawn_evenly():
     mask = rectangle((10, 12), 2, 3, 7, 9)
     rng = np.random.default_rng(0)
     kinds = [generator.generate(mask, rng)["type"] for _ in range(600)]
-    assert all(150 < kinds.count(kind) < 250 for kind in PROMPT_TYPES)
+    assert all(150 < kinds.count(kind) < 250 for kind in DEFAULT_TYPES)
 
 
 def test_the_types_are_drawn_as_often_as_asked():
@@ -305,7 +321,7 @@ def test_the_same_generator_state_gives_the_same_prompts():
 
 def test_prompts_leave_the_global_generators_alone():
     before = np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
-    for kind in PROMPT_TYPES:
+    for kind in DEFAULT_TYPES:
         generate(u_shape(), kind, box_jitter=0.1)
     assert (np.random.get_state()[1] == before[0]).all()  # noqa: NPY002
     assert torch.equal(torch.get_rng_state(), before[1])
@@ -368,23 +384,66 @@ def test_flipping_the_mask_flips_the_box(mask):
     assert mask_to_box(mask[:, ::-1]).tolist() == [width - x1, y0, width - x0, y1]
 
 
+# Moved prompts
+
+
+def test_noise_is_a_share_of_the_object_and_stays_in_the_frame():
+    rng = np.random.default_rng(0)
+    mask = rectangle(SIZE, 20, 10, 30, 50)  # sides of 40 and 10
+    moved = np.stack(
+        [move_point(np.array([30, 25]), mask_to_box(mask), SIZE, 0.2, rng) for _ in range(500)]
+    )
+    reach = np.abs(moved - [30, 25]).max(axis=0)
+    assert (reach <= [8, 2]).all()
+    assert (reach > [7.5, 1.9]).all()
+    edge = np.stack(
+        [move_point(np.array([0, 63]), mask_to_box(mask), SIZE, 0.4, rng) for _ in range(50)]
+    )
+    assert edge.min() >= 0
+    assert edge.max() <= 63
+
+
+def test_large_boxes_move_as_far_as_they_should():
+    """Training's bound of 20 px would make the noise of large objects weaker than it is called."""
+    mask = rectangle((512, 512), 50, 50, 450, 450)
+    prompt = generate(mask, "bbox")
+    rng = np.random.default_rng(1)
+    moved = np.stack([PROMPTS["bbox"].move(prompt, mask, 0.1, rng)["box"] for _ in range(200)])
+    assert 35 < np.abs(moved - prompt["box"]).max() <= 40
+
+
+def test_a_mask_is_stretched_as_its_box_is():
+    mask = rectangle(SIZE, 20, 10, 39, 29)
+    box = mask_to_box(mask)
+    moved = stretch_mask(mask, box, np.array([12, 10, 51, 29], np.float32))
+    np.testing.assert_array_equal(mask_to_box(moved), [12, 10, 51, 29])
+    assert moved.sum() == 40 * 20
+    np.testing.assert_array_equal(stretch_mask(mask, box, box), mask)
+    assert stretch_mask(mask, box, np.array([70, 70, 80, 80], np.float32)).any()  # never empty
+
+
 # A user's mistakes
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompt_types": ["points"]}, r"\['points'\] must be one or more of point, bbox, mask"),
-        ({"prompt_types": []}, r"\[\] must be one or more of point, bbox, mask"),
-        ({"num_of_pos_points": (3, 1)}, "3 to 1 positive"),
-        ({"num_of_pos_points": -1}, "-1 to -1 positive"),
-        ({"num_of_neg_points": -2}, "-2 negative"),
+        ({"prompt_types": ["points"]}, "prompt_types.0.: got .points.*did you mean point"),
+        ({"prompt_types": ["box"]}, "expected one of point, bbox, mask; did you mean bbox"),
+        ({"prompt_types": "point"}, r"prompt_types: got .point.*a list.*write \[point\]"),
+        ({"prompt_types": []}, r"prompt_types: got \[\]; expected a list"),
+        ({"num_of_pos_points": (3, 1)}, r"num_of_pos_points is \[3, 1\]; expected \[lowest"),
+        ({"num_of_pos_points": (1, 2, 3)}, r"num_of_pos_points: got \[1, 2, 3\]"),
+        ({"num_of_pos_points": -1}, "num_of_pos_points: got -1; expected .* at least 0"),
+        ({"num_of_pos_points": 1.5}, "num_of_pos_points: got 1.5"),
+        ({"num_of_neg_points": -2}, "num_of_neg_points: got -2"),
+        ({"num_of_neg_points": True}, "num_of_neg_points: got true"),
         ({"num_of_pos_points": 0}, "without a positive point"),
         ({"num_of_pos_points": (0, 2)}, "without a positive point"),
-        ({"box_jitter": 0.6}, "box_jitter: 0.6; expected 0 to 0.5"),
-        ({"box_jitter": -0.1}, "box_jitter: -0.1"),
-        ({"weights": [1.0]}, r"prompt_weights: \[1.0\] for prompt_types"),
-        ({"weights": [1.0, 0.0, 1.0]}, "a number above 0 for each"),
+        ({"box_jitter": 0.6}, "box_jitter: got 0.6; expected a number of .* at most 0.5"),
+        ({"box_jitter": -0.1}, "box_jitter: got -0.1"),
+        ({"weights": [1.0]}, "prompt_weights has 1 numbers for 3 prompt_types"),
+        ({"weights": [1.0, 0.0, 1.0]}, r"prompt_weights\[1\]: got 0.0; expected a number above 0"),
     ],
 )
 def test_settings_that_make_no_prompt_are_refused(options, message):
@@ -395,3 +454,112 @@ def test_settings_that_make_no_prompt_are_refused(options, message):
 def test_without_point_prompts_no_point_is_needed():
     prompt = generate(rectangle((10, 12), 2, 3, 7, 9), "bbox", num_of_pos_points=0)
     assert len(prompt["points"]) == 2
+
+
+def test_the_sections_of_an_experiment_say_the_same():
+    """One rule for a number, whether it comes by the constructor or by the file."""
+    boxes = {"data_path": "a.json", "num_of_pos_points": 0, "prompt_types": ["bbox"]}
+    build(Experiment, {"dataset": boxes}, "an experiment")
+    points = {"prompt_types": ["point"]}
+    for sections in ({"dataset": boxes | points}, {"dataset": boxes, "evaluation": points}):
+        with pytest.raises(ConfigError, match="without a positive point"):
+            build(Experiment, sections, "an experiment")
+
+
+# A new type from outside
+
+
+class Scribble(PromptType):
+    """Positive clicks along a line, from the leftmost pixel of the object to the rightmost."""
+
+    painted: list = []  # noqa: RUF012
+
+    def check(self, config):
+        if config.num_of_neg_points:
+            raise ValueError("a scribble has no negative points; set num_of_neg_points to 0")
+
+    def sample(self, mask, config, rng):
+        y, x = np.nonzero(mask)
+        along = np.argsort(x)[np.linspace(0, len(x) - 1, 4).astype(int)]
+        points = np.stack([x[along], y[along]], axis=1).astype(np.float32)
+        return {"points": points, "labels": np.ones(4, np.int32)}
+
+    def paint(self, prompt, canvas):
+        line = np.array([canvas.place(point) for point in prompt["points"]], np.int32)
+        cv2.polylines(canvas.picture, [line], False, (1, 2, 3), 3)
+        self.painted.append(len(line))
+
+
+def read_rows(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+@pytest.fixture
+def scribble(monkeypatch):
+    monkeypatch.setitem(PROMPTS, "scribble", Scribble())
+    monkeypatch.setattr(Scribble, "painted", [])
+
+
+def test_a_new_type_trains_is_evaluated_and_painted(scribble, tmp_path, monkeypatch):
+    """One class and one entry of `PROMPTS`; clicks correct it as they correct points."""
+    monkeypatch.chdir(tmp_path)
+    data = make_coco(tmp_path / "data", num_frames=5, size=(64, 64))
+    (tmp_path / "small.yaml").write_text(
+        f"dataset: {{data_path: {data}, val_path: {data}, image_size: [64, 64], "
+        "video_clip_length: 3, prompt_types: [scribble], max_conditioning_frames: 2}\n"
+        "model: {config_path: sam2train/configs/sam2.1_hiera_demo.yaml, image_size: 64}\n"
+        "interaction: {num_correction_pt_per_frame: 1, num_frames_to_correct: 2}\n"
+        "trainer: {num_steps: 1, val_every: 1, device: cpu}\n"
+        "tracking: {mode: disabled}\n"
+    )
+    assert cli.main(["small.yaml", "--run-dir", "run"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert np.isfinite([line["loss"] for line in lines if "loss" in line]).all()
+    rows = read_rows(tmp_path / "run/scores.csv")
+    assert {row["prompt"] for row in rows} == {"scribble"}
+    picture = np.asarray(Image.open(next((tmp_path / "run/overlays").glob("*.png"))))
+    assert (picture[..., :3] == (1, 2, 3)).all(axis=-1).any()
+    assert set(Scribble.painted) == {4}
+
+    last = "run/checkpoints/last.pt"
+    assert cli.main(["small.yaml", "--evaluate", last, "--run-dir", "scored", "--no-base"]) == 0
+    scored = read_rows(tmp_path / "scored/scores.csv")
+    assert {row["prompt"] for row in scored} == {"scribble"}
+    assert cli.main(["small.yaml", "--prompt-matrix", last, "--run-dir", "m", "--no-base"]) == 0
+    matrix = read_rows(tmp_path / "m/prompt_matrix.csv")
+    noises = [float(row["noise"]) for row in matrix if row["prompt"] == "scribble"]
+    assert noises == list(NOISE)
+
+
+def test_a_new_type_is_known_by_name_and_checked(scribble):
+    with pytest.raises(UserError, match="did you mean scribble"):
+        PromptGenerator(["scribbel"])
+    with pytest.raises(UserError, match="a scribble has no negative points"):
+        PromptGenerator(["scribble"], num_of_neg_points=1)
+    rng = np.random.default_rng(0)
+    prompt = PromptGenerator(["scribble"]).generate(u_shape(), rng, object_id=3)
+    assert (prompt["type"], prompt["object_id"], len(prompt["points"])) == ("scribble", 3, 4)
+    assert (prompt["box"], prompt["mask"]) == (None, None)
+    assert PromptGenerator().prompt_types == list(DEFAULT_TYPES)  # old experiments do not get it
+
+
+@pytest.mark.parametrize(
+    ("first", "after"), [("mask", {"mask"}), ("scribble", {"point", "bbox", "scribble"})]
+)
+def test_what_may_follow_a_prompt_hangs_on_what_it_gives(scribble, first, after):
+    assert set(types_like(first)) == after
+
+
+def test_no_other_module_spells_the_types():
+    """`mask` is a field of a prompt as well, so that the other two must do."""
+    allowed = {
+        ("demo", "bbox"),  # COCO's name of a field
+        ("ablation", "point"),  # the value that a sweep's others are compared with
+    }
+    found = {
+        (path.stem, node.value)
+        for path in Path(prompts.__file__).parent.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value in ("point", "bbox")
+    }
+    assert {entry for entry in found if entry[0] != "prompts"} <= allowed

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,6 +62,36 @@ def make_run(
     summary |= {"status": status, "steps": curve[-1][0] if status == "finished" else 0}
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder
+
+
+def test_seeds_in_the_table(tmp_path):
+    """Runs of several trainer.seed are a group; the other seeds are settings, named in full."""
+    changes = {
+        "a": {"evaluation.seed": 0},
+        "b": {"evaluation.seed": 0, "trainer.seed": 1},
+        "c": {"evaluation.seed": 3, "trainer.seed": 1},
+        "d": {"evaluation.seed": None, "trainer.seed": 1},
+        "old": {"trainer.seed": 1},
+        "older": {"trainer.seed": 2},
+        "data": {"evaluation.seed": 0, "dataset.seed": 4},
+    }
+    for name, settings in changes.items():
+        make_run(tmp_path / "runs" / "small" / name, settings=settings)
+    runs = load_runs(tmp_path / "runs").set_index("run")
+    assert runs["seed"].to_dict() == {
+        "a": 0, "b": 1, "c": 1, "d": 1, "old": 1, "older": 2, "data": 0,
+    }  # fmt: skip
+    assert runs["evaluation_seed"].to_dict() == {
+        "a": 0, "b": 0, "c": 3, "d": 1, "old": 1, "older": 2, "data": 0,
+    }  # fmt: skip
+    groups = runs["group"]
+    assert groups["a"] == groups["b"]
+    assert groups["old"] == groups["older"]
+    assert groups[["a", "c", "d", "old", "data"]].nunique() == 5
+    for name in ("d", "old", "older", "data"):
+        shutil.rmtree(tmp_path / "runs" / "small" / name)
+    told = results.labels(load_runs(tmp_path / "runs")).tolist()
+    assert told == ["evaluation.seed=0", "evaluation.seed=0", "evaluation.seed=3"]
 
 
 def make_old(run: Path, seconds: float) -> None:

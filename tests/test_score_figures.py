@@ -45,10 +45,26 @@ def test_the_object_score_as_a_roc():
         {"object_score": score, "visible": visible}
         for score, visible in [(3, 1), (2, 1), (-1, 1), (1, 0), (-2, 0), (-3, 0)]
     ]
-    figure = horizon_figure({"a": rows({1: 0.9})}, {"a": frames})
+    shares = {"absence_recall": 2 / 3, "false_absences": 1 / 3}
+    single = [
+        {"metric": f"horizon/{name}", "at": None, "value": value, "count": 3}
+        for name, value in shares.items()
+    ]
+    figure = horizon_figure({"a": rows({1: 0.9}) + single}, {"a": frames})
     curve, mark, _chance = figure.axes[2].lines
     assert "AUC 0.89" in curve.get_label()  # 8 of 9 pairs are in order
+    assert "recall of absence 0.667 (n=3)\nfalse absences 0.333 (n=3)" in curve.get_label()
     false, true = np.array(curve.get_xydata()).T
     assert (np.diff(false) >= 0).all()
     assert (np.diff(true) >= 0).all()
     assert mark.get_xydata()[0] == pytest.approx([1 / 3, 2 / 3])
+
+
+def test_frames_of_one_kind_have_their_share_without_a_curve():
+    frames = [{"object_score": score, "visible": 1} for score in (3, 2, -1)]
+    share = {"metric": "horizon/false_absences", "at": None, "value": 1 / 3, "count": 3}
+    figure = horizon_figure({"a": [*rows({1: 0.9}), share]}, {"a": frames})
+    axes = figure.axes[2]
+    assert texts(axes) == ["nothing vanishes in these videos"]
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert legend == ["a\nfalse absences 0.333 (n=3)"]

@@ -59,6 +59,8 @@ def test_a_tracker_that_is_right_scores_one(data):
     assert horizon["horizon/recall_after_absence", 2] == 1
     assert horizon["horizon/false_positives", None] == 0
     assert horizon["horizon/object_score_auc", None] == 1
+    assert horizon["horizon/absence_recall", None] == 1
+    assert horizon["horizon/false_absences", None] == 0
 
 
 def test_copying_the_first_mask_falls_behind(data):
@@ -85,6 +87,41 @@ def test_the_table_has_an_interval_with_every_difference(data):
     assert "1.000" in text
     assert "(6 videos)" in text
     assert "[+" in text
+
+
+def lines_of(table) -> dict[str, list[str]]:
+    console = Console(width=120, file=io.StringIO())
+    console.print(table)
+    found = [
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in console.file.getvalue().splitlines()
+        if line.startswith("│")
+    ]
+    return {heading: cells for heading, *cells in found if heading}
+
+
+def test_the_table_says_what_the_object_score_says_at_0(data, tmp_path):
+    rows = [scored(data, truth), scored(data, copy_first_mask, COPY, 0)]
+    lines = lines_of(scores_table("title", rows))
+    assert lines["recall of absence"] == ["1.000 (n=2)", ""]
+    assert lines["false absences"] == ["0.000 (n=58)", ""]
+    assert lines["object score AUC"] == ["1.000 (n=60)", ""]
+    assert not any("score" in heading for heading in lines_of(scores_table("title", rows[1:])))
+
+    # From the files the same comes back; those of older runs have no such rows.
+    file = RowsFile(tmp_path / "horizon.csv", HORIZON_COLUMNS)
+    file.add(rows[0].horizon)
+    again = RowsFile(tmp_path / "horizon.csv", HORIZON_COLUMNS, 7).rows
+    back = read_scores(rows[0].objects, "val", TRAINED, 7, "again", again)
+    assert [{**row, "step": int(row["step"])} for row in back.horizon] == rows[0].horizon
+    assert lines_of(scores_table("title", [back]))["object score AUC"] == ["1.000 (n=60)"]
+    old = [row for row in again if "absen" not in row["metric"] or "recall_after" in row["metric"]]
+    assert len(old) < len(again)
+    lines = lines_of(
+        scores_table("title", [read_scores(rows[0].objects, "val", TRAINED, 7, "again", old)])
+    )
+    assert lines["object score AUC"] == ["1.000 (n=60)"]
+    assert not any("absen" in heading for heading in lines)
 
 
 def test_rows_come_back_as_scores(data, tmp_path):

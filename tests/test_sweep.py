@@ -1,9 +1,8 @@
-"""Local sweeps: the trials of W&B's engine and agent, run, stopped, gone on with, and ranked."""
+"""Local sweeps: trials run, stopped, gone on with, and ranked."""
 
 import io
 import itertools
 import json
-import math
 import os
 import signal
 import subprocess
@@ -15,413 +14,15 @@ import pytest
 import yaml
 from conftest import make_coco
 from rich.console import Console
+from small_sweep import COMMAND, EXPERIMENT, ROOT, SEEDS, calls, results, run
+from test_results import make_run
 
-from sam2train import cli, sweep, sweep_file, sweep_report, sweep_search, sweep_trials
-from sam2train.config import flatten, parse_overrides, sweep_parameters
+from sam2train import cli, sweep, sweep_file
 from sam2train.errors import UserError
 from sam2train.results import load_runs
-from sam2train.sweep_file import check_values, grid, load_sweep
+from sam2train.sweep_file import grid, load_sweep
+from sam2train.sweep_search import random_values
 from sam2train.sweep_trials import Trial
-
-ROOT = Path(__file__).parents[1]
-SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
-EXPERIMENT = """\
-dataset: {data_path: train.json, val_path: val.json, image_size: [64, 64], video_clip_length: 3}
-model: {config_path: sam2train/configs/sam2.1_hiera_demo.yaml, image_size: 64}
-trainer: {num_steps: 4}
-"""
-COMMAND = ["${env}", "${interpreter}", "${program}", "small.yaml", "${args}"]
-
-# Stands in for run.py: a trial of 4 steps that saves each, as told by the files beside it.
-TRIAL = """
-import json, os, signal, sys, time
-from pathlib import Path
-
-words = sys.argv[1:]
-folder = Path(words[words.index("--run-dir") + 1])
-last = folder / "checkpoints" / "last.pt"
-done = int(last.read_text()) if "--resume" in words else 0
-last.parent.mkdir(parents=True, exist_ok=True)
-names = ("OMP_NUM_THREADS", "WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_PROJECT", "WANDB_MODE")
-call = {"words": words, "from": done, "env": {n: os.environ.get(n) for n in names}}
-call["began"] = time.time()
-seed = int(dict(w.removeprefix("--").split("=", 1) for w in words if "=" in w)["trainer.seed"])
-
-def end(status, code):
-    summary = {"status": status, "baseline/J_and_F": 0.1, "seconds": 1.0 * done}
-    (folder / "summary.json").write_text(json.dumps(summary))
-    with (folder.parent / "calls.jsonl").open("a") as file:
-        file.write(json.dumps({**call, "ended": time.time(), "trial": folder.name}) + "\\n")
-    sys.exit(code)
-
-def stop(number, _):
-    last.write_text(str(done))
-    end("interrupted", 128 + number)
-
-signal.signal(signal.SIGTERM, stop)
-if Path(f"fail-{seed}").exists():
-    print("a rule of the trial was broken")
-    end("failed", 1)
-while done < 4:
-    done += 1
-    row = {"step": done, "seconds": 1.0 * done, "val/J_and_F": 0.1 * done + 0.01 * seed}
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\\n")
-    if Path("slow").exists() and done == 2:
-        time.sleep(float(Path("slow").read_text()))
-end("finished", 0)
-"""
-
-
-@pytest.fixture
-def small(tmp_path, monkeypatch):
-    """Writes small-sweep.yaml in a folder with small.yaml; its trials are the stand-in's."""
-    monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    (tmp_path / "small.yaml").write_text(EXPERIMENT)
-    program = tmp_path / "program"
-    program.mkdir()
-    (program / "run.py").write_text(TRIAL)
-    monkeypatch.setattr(sweep_file, "REPOSITORY", program)
-    monkeypatch.setattr(sweep, "POLL", 0.02)
-    monkeypatch.setattr(sweep, "LOOK", 0.02)
-
-    def write(parameters, **settings) -> Path:
-        content = {"program": "run.py", "method": "grid", "command": COMMAND}
-        content |= {"metric": {"name": "val/J_and_F", "goal": "maximize"}}
-        path = tmp_path / "small-sweep.yaml"
-        content |= {**settings, "parameters": parameters}
-        path.write_text(yaml.safe_dump(content, sort_keys=False))
-        return path
-
-    return write
-
-
-SEEDS = {"trainer.seed": {"values": [0, 1, 2]}}
-
-
-def run(path, **options) -> int:
-    return sweep.run_sweep(path, console=Console(width=200), **options)
-
-
-def calls() -> list[dict]:
-    lines = Path("runs/sweeps/small-sweep/calls.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def results() -> dict[str, dict[str, str]]:
-    """trial -> column -> cell of results.csv."""
-    import pandas as pd
-
-    frame = pd.read_csv("runs/sweeps/small-sweep/results.csv", dtype=str, keep_default_na=False)
-    return frame.set_index("trial").to_dict("index")
-
-
-def problems(write, parameters, **settings) -> str:
-    """The message with which a sweep is refused, before anything is run."""
-    path = write(parameters, **settings)
-    with pytest.raises(UserError) as caught:
-        run(path)
-    assert not Path("runs").exists()
-    assert "small-sweep.yaml" in str(caught.value)
-    return str(caught.value)
-
-
-class TestTrials:
-    @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-    def test_the_files_here_say_what_they_ask(self, path):
-        made = load_sweep(path)
-        values = grid(made) if made.config.method == "grid" else sweep_search.examples(made)
-        assert len(check_values(made, values)) == len(values)
-        assert (made.config.metric.name, made.config.metric.goal) == ("val/J_and_F", "maximize")
-        assert made.config.name == path.stem
-        header = path.read_text().split("name:")[0]
-        for part in ("?", f"python run.py sweeps/{path.name}", "wandb agent", "minutes", "trials"):
-            assert part in header
-
-    @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-    def test_the_words_of_wandb_agent(self, path):
-        from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
-
-        made = load_sweep(path)
-        for values in grid(made) if made.config.method == "grid" else sweep_search.examples(made):
-            given = {name: {"value": v} for name, v in made.arguments(values).items()}
-            theirs = []
-            parts = create_sweep_command_args({"args": given}) | {"env": [], "program": ["PROGRAM"]}
-            for item in create_sweep_command(list(made.config.command)):
-                theirs += parts.get(item[2:-1], [item]) if item[:2] == "${" else [item]
-            ours = made.command(values)
-            assert ours[0] == sys.executable
-            assert Path(ours[1]) == ROOT / "run.py"
-            assert ours[2:] == theirs[2:]
-
-    @pytest.mark.parametrize(
-        "parameters",
-        [
-            {"trainer.seed": {"values": [2, 0, 1]}, "loss.dice": {"values": [1, 1.0, 1, 2.5]}},
-            {"model.num_maskmem": {"min": 1, "max": 3}, "bf": {"value": None}},
-            {"x": {"distribution": "q_uniform", "min": 0.0, "max": 2.0, "q": 0.5}},
-            {"types": {"values": [["point"], ["point", "bbox"]]}, "b": {"values": [True, None]}},
-        ],
-    )
-    def test_the_grid_of_wandbs_engine(self, small, parameters):
-        made = load_sweep(small(parameters))
-        theirs, runs = [], []
-        with sweep_search._engine(0, 0) as engine:
-            config = {"method": "grid", "parameters": parameters}
-            while (drawn := engine.next_run(config, runs)) is not None:
-                runs.append(drawn)
-                theirs.append({name: cell["value"] for name, cell in drawn.config.items()})
-        ours = grid(made)
-        assert list(map(repr, ours)) == list(map(repr, theirs))
-
-    def test_the_ablations_in_numbers(self):
-        prompts, memory = (
-            load_sweep(ROOT / "sweeps" / f"{n}.yaml") for n in ("prompts", "num_maskmem")
-        )
-        sets = (["point"], ["bbox"], ["mask"], ["point", "bbox"], ["point", "bbox", "mask"])
-        expected = [
-            {"dataset.prompt_types": types, "trainer.seed": seed}
-            for types, seed in itertools.product(sets, range(5))
-        ]
-        assert grid(prompts) == expected
-        cells = {
-            (v["model.num_maskmem"], v["model.max_obj_ptrs_in_encoder"], v["trainer.seed"])
-            for v in grid(memory)
-        }
-        assert cells == {*itertools.product((0, 1, 2, 4, 7), (0, 16), range(3))}
-        assert len(grid(memory)) == 30
-
-    def test_nested_and_dotted_names_are_one_setting(self, small):
-        nested = {"model": {"parameters": {"num_maskmem": {"values": [2, 4]}}}}
-        inner = load_sweep(small({**nested, **SEEDS}))
-        assert [v["model.num_maskmem"] for v in grid(inner)] == [2, 2, 2, 4, 4, 4]
-        last = grid(inner)[-1]
-        assert inner.command(last)[3:] == ["--model={'num_maskmem': 4}", "--trainer.seed=2"]
-        assert inner.experiment(last).model.num_maskmem == 4
-        both = {**nested, "model.num_maskmem": {"values": [1]}}
-        assert "is there twice" in problems(small, both)
-
-    @pytest.mark.parametrize(
-        ("name", "values"),
-        [
-            ("optimizer.learning_rate", [1e-05, 0.001, 3]),
-            ("trainer.bf16", [None, True, False]),
-            ("trainer.seed", [0, 7]),
-            ("model.memory_gradient", ["full", "detached", 2]),
-            ("dataset.prompt_types", [["point"], ["point", "mask"]]),
-            ("model.checkpoint_path", [None, "a b/it's.pt", "007", "yes", "null", "[x"]),
-            ("optimizer.learning_rates", [{"mask_decoder": 1e-05}, {}]),
-            ("tracking.tags", [["007", "yes"], []]),
-        ],
-    )
-    def test_values_of_every_type_arrive(self, small, tmp_path, name, values):
-        made = load_sweep(small({name: {"values": values}}))
-        experiments = check_values(made, grid(made))
-        for trial_values, experiment in zip(grid(made), experiments, strict=True):
-            trial = Trial("001", "id", trial_values, tmp_path / "001")
-            trial.write_values(made.arguments(trial_values))
-            # As `launch` does it: words first, then the typed values of the file.
-            overrides = parse_overrides(made.command(trial_values)[3:])
-            overrides |= sweep_parameters(tmp_path / "001" / sweep_trials.VALUES)
-            given = flatten(trial_values)
-            assert {key: overrides[key] for key in given} == given
-            assert list(map(type, map(overrides.get, given))) == list(map(type, given.values()))
-            assert sweep_file.load_experiment(tmp_path / "small.yaml", overrides) == experiment
-
-    def test_macros_of_the_command(self, small, monkeypatch):
-        monkeypatch.setenv("STEPS", "7")
-        command = [*COMMAND[1:4], "trainer.num_steps=${envvar:STEPS}", "${args_no_hyphens}"]
-        made = load_sweep(small(SEEDS, command=command), ["trainer.log_every=3"])
-        words = made.command({"trainer.seed": 1})[2:]
-        expected = ["small.yaml", "trainer.num_steps=7", "trainer.seed=1", "trainer.log_every=3"]
-        assert words == expected
-        settings = made.experiment({"trainer.seed": 1}).trainer
-        assert (settings.num_steps, settings.seed, settings.log_every) == (7, 1, 3)
-
-
-class TestMistakes:
-    def test_unknown_names_and_values_out_of_range_all_at_once(self, small):
-        parameters = {
-            "model.num_maskmen": {"values": [1]},
-            "trainer.seed": {"values": [0, -1, "one"]},
-            "dataset.prompt_types": {"values": [["point"], ["pointe"]]},
-        }
-        message = problems(small, parameters)
-        assert "model.num_maskmen: unknown key" in message
-        assert "`model.num_maskmem`" in message
-        assert "trainer.seed: got -1; expected a whole number of at least 0" in message
-        assert 'trainer.seed: got "one"' in message
-        assert "did you mean point?" in message
-        assert "4 problems" in message
-
-    def test_settings_that_do_not_go_together(self, small):
-        message = problems(small, {"model.image_size": {"values": [64, 128]}})
-        assert "set dataset.image_size to [128, 128]" in message
-
-    @pytest.mark.parametrize(
-        ("written", "cure"),
-        [("1e-4", "write 0.0001"), ("1e-5", "write 1.0e-05"), ("3e2", "write 300.0")],
-    )
-    def test_a_number_that_is_text_to_wandb(self, small, written, cure):
-        path = small({"optimizer.learning_rate": {"values": [0.5]}})
-        path.write_text(path.read_text().replace("0.5", written))
-        with pytest.raises(UserError) as caught:
-            load_sweep(path)
-        assert f"the text {written}; {cure}" in str(caught.value)
-        assert "parameters.optimizer.learning_rate.values[0]" in str(caught.value)
-        path.write_text(path.read_text().replace(written, cure.removeprefix("write ")))
-        assert grid(load_sweep(path)) == [{"optimizer.learning_rate": float(written)}]
-
-    def test_a_number_in_quotes(self, small):
-        path = small({"optimizer.learning_rate": {"values": ["word", 0.5]}})
-        path.write_text(path.read_text().replace("word", "'1e-4'"))
-        with pytest.raises(UserError, match=r"'1e-4' is text; .*: write 0\.0001"):
-            run(path)
-
-    def test_a_switch_has_its_own_cure(self, small):
-        path = small({"dataset.shuffle": {"values": ["word"]}})
-        path.write_text(path.read_text().replace("word", "yes"))
-        with pytest.raises(UserError, match="write 'yes', or true where a switch is meant"):
-            load_sweep(path)
-
-    def test_smoke_is_known_to_the_sweep(self, small):
-        sweep = load_sweep(small({"trainer.seed": {"values": [0]}}), ["--smoke"])
-        assert sweep.experiment({"trainer.seed": 0}).trainer.num_steps == 2
-
-    @pytest.mark.parametrize("written", ["on", "010", "2020-01-01", "1_000", "12:30"])
-    def test_what_wandb_reads_differently(self, small, written):
-        path = small({"tracking.name": {"values": ["word"]}})
-        path.write_text(path.read_text().replace("word", written))
-        with pytest.raises(UserError, match=f"write '{written}'"):
-            load_sweep(path)
-        path.write_text(path.read_text().replace(written, f"'{written}'"))
-        assert grid(load_sweep(path)) == [{"tracking.name": written}]
-
-    @pytest.mark.parametrize(
-        ("change", "expected"),
-        [
-            ({"command": COMMAND[:4]}, "no ${args}"),
-            ({"command": [*COMMAND[:3], "${args}"]}, "no experiment"),
-            ({"command": [*COMMAND, "${args_json}"]}, "${args_json} is not known here"),
-            ({"program": "train.py"}, "got train.py; expected run.py"),
-            ({"method": "girds"}, "did you mean grid?"),
-            ({"metrics": {}}, "did you mean `metric`?"),
-            ({"early_terminate": {"type": "hyperband"}}, "needs min_iter"),
-        ],
-    )
-    def test_of_the_file(self, small, change, expected):
-        assert expected in problems(small, SEEDS, **change)
-
-    def test_a_grid_has_ends(self, small):
-        message = problems(small, {"optimizer.learning_rate": {"min": 0.1, "max": 0.5}})
-        assert "set method: random" in message
-
-    def test_random_search_has_none(self, small):
-        message = problems(small, {"loss.dice": {"min": 0.1, "max": 0.5}}, method="random")
-        assert "--count N" in message
-
-    @pytest.mark.parametrize(
-        ("spec", "expected"),
-        [
-            ({"min": 0.1, "max": 3.5, "distribution": "uniform"}, "trainer.seed: got 0.1"),
-            ({"min": -3, "max": 3}, "trainer.seed: got -3"),
-            ({"values": [1, -1]}, "trainer.seed: got -1"),
-            ({"least": 1, "most": 3}, "parameters.trainer.seed: W&B does not take"),
-            ({"min": 4, "max": 3}, "parameters.trainer.seed: W&B does not take"),
-        ],
-    )
-    def test_ranges_that_are_drawn_from(self, small, spec, expected):
-        assert expected in problems(small, {"trainer.seed": spec}, method="random", run_cap=2)
-
-    def test_without_the_engine(self, small, monkeypatch):
-        monkeypatch.setitem(sys.modules, "sweeps", None)
-        with pytest.raises(UserError, match=r"pip install -r requirements\.txt"):
-            run(small({"loss.dice": {"min": 0.1, "max": 0.5}}, method="random", run_cap=2))
-
-    @pytest.mark.parametrize(
-        ("words", "expected"),
-        [
-            (["--jobs", "0"], "--jobs: 0: expected a whole number of at least 1"),
-            (["--count", "many"], "--count: many"),
-            (["--resume"], "--resume belongs to training and does not go with a sweep"),
-            (["trainer.seed=1"], "trainer.seed is varied by the sweep"),
-        ],
-    )
-    def test_of_the_command_line(self, small, capsys, words, expected):
-        assert cli.main([str(small(SEEDS)), *words]) == 2
-        assert expected in capsys.readouterr().err
-        assert cli.main(["small.yaml", "--count", "2"]) == 2
-        assert "--count belongs to a sweep" in capsys.readouterr().err
-
-
-class TestSearch:
-    RATES = {  # noqa: RUF012
-        "optimizer.learning_rate": {
-            "distribution": "log_uniform_values",
-            "min": 1e-5,
-            "max": 1e-2,
-        },
-        "optimizer.warmup_steps": {"min": 0, "max": 9},
-        "trainer.seed": {"value": 3},
-    }
-
-    def draw(self, made, num):
-        trials = []
-        for index in range(num):
-            values = sweep_search.next_values(made, trials)
-            # Best at a rate of 1e-3.
-            score = 1 - abs(math.log10(values["optimizer.learning_rate"]) + 3) / 4
-            trials.append(Trial(f"{index:03d}", "id", values, Path("none"), state="finished"))
-            trials[-1].history = [0.0, score]
-        return [trial.values for trial in trials], [trial.score for trial in trials]
-
-    @pytest.mark.parametrize("method", ["random", "bayes"])
-    def test_draws_are_in_range_and_the_same_again(self, small, method):
-        made = load_sweep(small(self.RATES, method=method))
-        drawn, _ = self.draw(made, 5)
-        assert drawn == self.draw(made, 5)[0]
-        assert len({values["optimizer.learning_rate"] for values in drawn}) == 5
-        for values in drawn:
-            assert 1e-5 <= values["optimizer.learning_rate"] <= 1e-2
-            assert 0 <= values["optimizer.warmup_steps"] <= 9
-            assert values["trainer.seed"] == 3
-            assert type(values["optimizer.learning_rate"]) is float
-            assert type(values["optimizer.warmup_steps"]) is int
-
-    def test_bayes_learns_from_the_trials(self, small):
-        made = load_sweep(small(self.RATES, method="bayes"))
-        _, scores = self.draw(made, 12)
-        assert max(scores) > 0.97  # 12 random ones reach that one time in four
-        made = load_sweep(small(self.RATES, method="random"))
-        assert max(scores) > max(self.draw(made, 12)[1])
-
-    def test_hyperband_stops_the_lower_half(self, small):
-        made = load_sweep(
-            small(SEEDS, early_terminate={"type": "hyperband", "min_iter": 1, "eta": 2})
-        )
-        curves = {"001": [0.1, 0.5, 0.6], "002": [0.1, 0.2], "003": [0.1], "004": [0.1, 0.55]}
-        trials = [
-            Trial(name, "id", {"trainer.seed": 0}, Path("none"), state="running", history=curve)
-            for name, curve in curves.items()
-        ]
-        trials[0].state = "finished"
-        assert [trial.name for trial in sweep_search.trials_to_stop(made, trials)] == ["002"]
-
-    def test_other_random_numbers_are_left_alone(self, small):
-        import random
-
-        import numpy as np
-
-        made = load_sweep(small(self.RATES, method="random"))
-        random.seed(1)
-        np.random.seed(1)  # noqa: NPY002
-        expected = random.random(), np.random.rand()  # noqa: NPY002
-        random.seed(1)
-        np.random.seed(1)  # noqa: NPY002
-        sweep_search.next_values(made, [])
-        assert (random.random(), np.random.rand()) == expected  # noqa: NPY002
 
 
 class TestRunning:
@@ -445,6 +46,28 @@ class TestRunning:
         assert "+0.000" in printed
         assert run(path) == 0
         assert len(calls()) == 6
+
+    def test_the_ranking_is_over_seeds_and_videos_where_trials_kept_scores(self, small, tmp_path):
+        settings = load_sweep(small({**SEEDS, "model.num_maskmem": {"values": [1, 7]}}))
+        trials = []
+        for num, seed in itertools.product((1, 7), (0, 1, 2)):
+            folder = make_run(tmp_path / f"{num}_{seed}", [(0, 0.25), (10, num / 16 + seed / 64)])
+            values = {"model.num_maskmem": num, "trainer.seed": seed}
+            trial = Trial(folder.name, folder.name, values, folder, "finished", seed)
+            trial.look("val/J_and_F")
+            trials.append(trial)
+        console = Console(file=io.StringIO(), width=200)
+        sweep._show_results(settings, trials, tmp_path, console)
+        text = console.file.getvalue()
+        assert text.index("0.453 ± 0.039 (3 seeds x 6 videos)") < text.index("0.078 ± 0.039 (3 see")
+        assert "-0.375 ± 0.000 (3 paired seeds x 6 videos)" in text
+        assert "p, Holm of 1" in text
+        for trial in trials:  # without scores by object, over seeds
+            (trial.folder / "scores.csv").unlink()
+        console = Console(file=io.StringIO(), width=200)
+        sweep._show_results(settings, trials, tmp_path, console)
+        assert "-0.375 ± 0.000 (3 paired seeds)" in console.file.getvalue()
+        assert "Holm" not in console.file.getvalue()
 
     def test_count_is_of_all_sittings_and_a_grid_may_grow(self, small):
         path = small(SEEDS)
@@ -470,6 +93,82 @@ class TestRunning:
         assert [call["trial"] for call in calls()] == ["001", "002", "003", "002"]
         log = Path("runs/sweeps/small-sweep/002/log.txt").read_text()
         assert log.count("$ ") == 2
+
+    def test_a_trial_that_cannot_start_does_not_stop_the_others(self, small, capsys, monkeypatch):
+        real = Trial.start
+
+        def start(trial, command, environment, lock):
+            real(trial, ["no-such-program"] if trial.name == "002" else command, environment, lock)
+
+        monkeypatch.setattr(Trial, "start", start)
+        assert run(small(SEEDS)) == 1
+        assert [row["state"] for row in results().values()] == ["finished", "failed", "finished"]
+        assert (
+            "trial 002 failed: runs/sweeps/small-sweep/002: cannot start" in capsys.readouterr().out
+        )
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("summary.json", "{torn"),
+            ("summary.json", "[1, 2]"),
+            ("summary.json", ""),
+            ("metrics.jsonl", '{"step": 1}\n{torn\n{"step": 3}\n'),
+            ("metrics.jsonl", '[1]\n{"step": 3}\n'),
+            ("metrics.jsonl", "\xff\n"),
+        ],
+    )
+    def test_a_broken_file_of_a_trial_is_named_and_the_trial_run_again(
+        self, small, capsys, name, content
+    ):
+        path = small(SEEDS)
+        assert run(path, count=2) == 0
+        broken = Path("runs/sweeps/small-sweep/001") / name
+        broken.write_text(content, encoding="latin-1")
+        capsys.readouterr()
+        assert run(path) == 0
+        assert f"trial 001 failed: {broken.parent}" in capsys.readouterr().out
+        assert [call["trial"] for call in calls()] == ["001", "002", "001", "003"]
+        assert {row["val/J_and_F"] for row in results().values()} == {
+            "0.4",
+            "0.41000000000000003",
+            "0.42000000000000004",
+        }
+
+    def test_a_trial_whose_files_break_while_it_runs(self, small, capsys):
+        code = "done += 1\n"
+        broken = code + "    if seed == 1: (folder / 'metrics.jsonl').write_text('[]\\n[]\\n')\n"
+        program = sweep_file.REPOSITORY / "run.py"
+        program.write_text(program.read_text().replace(code, broken))
+        assert run(small(SEEDS)) == 1
+        assert [row["state"] for row in results().values()] == ["finished", "failed", "finished"]
+        assert "trial 002 failed: runs/sweeps/small-sweep/002/metrics.jsonl, line 1" in (
+            capsys.readouterr().out
+        )
+
+    @pytest.mark.parametrize(
+        "last", ["null", "NaN", "Infinity", "-Infinity", '"high"', "[]", "true"]
+    )
+    def test_a_result_that_is_no_number_is_not_ranked(self, small, capsys, last):
+        code = 'if Path("slow").exists()'
+        write = (
+            "if seed == 2 and done == 4:\n"
+            f'        last_row = \'{{"step": 5, "val/J_and_F": {last}}}\'\n'
+            '        with (folder / "metrics.jsonl").open("a") as f: f.write(last_row + "\\n")\n'
+            '        (folder / "diverged").touch()\n    '
+        )
+        summary = '(folder / "summary.json").write_text(json.dumps(summary))'
+        program = sweep_file.REPOSITORY / "run.py"
+        text = program.read_text().replace(code, write + code)
+        more = 'if (folder / "diverged").exists(): summary["val/J_and_F"] = None\n    '
+        program.write_text(text.replace(summary, more + summary))
+        early = {"type": "hyperband", "min_iter": 1}
+        assert run(small(SEEDS, early_terminate=early)) == 0
+        printed = capsys.readouterr().out
+        assert "the last val/J_and_F is no finite number, not ranked: 003" in printed
+        assert "0.405 ± " in printed  # the mean of 0.40 and 0.41
+        assert results()["003"]["val/J_and_F"] == ""
+        assert results()["003"]["state"] == "finished"
 
     def test_jobs_run_side_by_side_and_share_the_threads(self, small, monkeypatch):
         monkeypatch.setenv("OMP_NUM_THREADS", "6")
@@ -504,6 +203,82 @@ class TestRunning:
             assert call["env"]["WANDB_SWEEP_ID"] == "abc123"
             assert call["env"]["WANDB_PROJECT"] == "memory"
 
+    @pytest.mark.parametrize("method", ["random", "bayes"])
+    def test_a_sweep_begun_by_an_earlier_version_goes_on(self, small, method):
+        rate = {"loss.dice": {"min": 0.5, "max": 9.0}, "trainer.seed": {"value": 1}}
+        early = {"type": "hyperband", "min_iter": 9}
+        path = small(rate, method=method, run_cap=3, early_terminate=early)
+        # What the version with W&B's engine wrote, which did not know `strict`.
+        folder = Path("runs/sweeps/small-sweep")
+        (folder / "001").mkdir(parents=True)
+        made = load_sweep(path)
+        config = {
+            "program": "run.py",
+            "method": method,
+            "metric": {"name": "val/J_and_F", "goal": "maximize", "target": None, "impute": None},
+            "early_terminate": {
+                "type": "hyperband",
+                "min_iter": 9,
+                "max_iter": None,
+                "s": None,
+                "eta": 3.0,
+            },
+            "command": COMMAND,
+            "parameters": rate,
+            "extra": [],
+        }
+        values = {"loss.dice": 4.592279943717701, "trainer.seed": 1}
+        row = {"name": "001", "run_id": "0badcafe", "values": values, "state": "finished"}
+        known = {
+            "sweep": config,
+            "experiment": made.experiment(values).model_dump(mode="json"),
+            "sweep_id": None,
+            "trials": [row],
+        }
+        (folder / "sweep.json").write_text(json.dumps(known))
+        (folder / "001" / "summary.json").write_text('{"status": "finished"}')
+        (folder / "001" / "metrics.jsonl").write_text('{"step": 4, "val/J_and_F": 0.7}\n')
+        assert run(path) == 0
+        assert [call["trial"] for call in calls()] == ["002", "003"]
+        assert results()["001"]["val/J_and_F"] == "0.7"
+        drawn = [float(row["loss.dice"]) for row in results().values()]
+        # With the first, those that W&B's engine, sweeps 0.2.0, draws for a random search.
+        assert drawn == [random_values(made.specs, k)["loss.dice"] for k in range(3)]
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            "{torn",
+            "[]",
+            "{}",
+            '{"trials": [{"name": "../../evil"}], "experiment": {}, "sweep": {}, "sweep_id": null}',
+            '{"trials": [{"name": "001", "run_id": "x", "values": {}, "state": "lost"}], '
+            '"experiment": {}, "sweep": {}, "sweep_id": null}',
+            '{"trials": [], "experiment": [], "sweep": {}, "sweep_id": null}',
+        ],
+    )
+    def test_a_broken_record_is_named(self, small, content):
+        path = small(SEEDS)
+        assert run(path, count=1) == 0
+        Path("runs/sweeps/small-sweep/sweep.json").write_text(content)
+        with pytest.raises(UserError, match=r"sweep\.json: .*; move .* away to start again"):
+            run(path)
+
+    def test_a_stopped_search_proposes_the_same_again(self, small):
+        rate = {"loss.dice": {"min": 0.5, "max": 9.0}, "trainer.seed": {"min": 0, "max": 50}}
+        path = small(rate, method="bayes", run_cap=6)
+        assert run(path, folder=Path("whole")) == 0
+        for count in (2, 5, 6):
+            assert run(path, count=count) == 0
+        whole, parts = (
+            [row["values"] for row in json.loads((folder / "sweep.json").read_text())["trials"]]
+            for folder in (Path("whole"), Path("runs/sweeps/small-sweep"))
+        )
+        assert whole == parts
+        specs = load_sweep(path).specs
+        assert whole[:4] == [random_values(specs, k) for k in range(4)]
+        assert whole[5] != random_values(specs, 5)
+
     def test_another_sweep_in_the_same_folder(self, small):
         assert run(small(SEEDS), count=1) == 0
         with pytest.raises(UserError, match=r"trial 001 with .* is not in the sweep any more"):
@@ -529,7 +304,7 @@ class TestRunning:
         trials[0].history = [0.5]
         trials[1].state, trials[1].step, trials[1].seconds = "running", 10, 20.0
         console = Console(width=120, file=io.StringIO())
-        console.print(sweep_report.live_table(made, trials, 6, 2, rows=4))
+        console.print(sweep._live_table(made, trials, 6, 2, rows=4))
         printed = console.file.getvalue()
         # 60 s of the running one and 4 times 100 s, by two at a time.
         assert "1 finished, 1 running of 6; about 0:03:50 left" in printed
@@ -599,17 +374,13 @@ sys.exit(sweep.run_sweep(Path("small-sweep.yaml"), jobs=2, console=Console(width
         with pytest.raises(UserError, match="running already, or one of its trials still is"):
             run(path)
         deadline = time.monotonic() + 30
-        while len(calls_so_far()) < 2:
+        while len(calls()) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         Path("slow").unlink()
         time.sleep(0.2)
         assert run(path) == 0
         assert sorted(call["trial"] for call in calls()) == ["001", "002", "003"]
-
-
-def calls_so_far() -> list[dict]:
-    return calls() if Path("runs/sweeps/small-sweep/calls.jsonl").is_file() else []
 
 
 def test_a_real_trial_through_the_command_line(tmp_path, monkeypatch, capfd):

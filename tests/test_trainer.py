@@ -1,8 +1,10 @@
 """The loop: what it writes, that it resumes bit for bit, how it stops."""
 
+import dataclasses
 import json
 import os
 import signal
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,15 +12,17 @@ import torch
 from conftest import edit, make_coco
 from rich.console import Console
 
-from sam2train import checkpoint
+from sam2train import checkpoint, demo
 from sam2train.build import build_model
 from sam2train.clips import collate_fn
-from sam2train.config import load_yaml
-from sam2train.datasets import COCODataset, VideoDataset
+from sam2train.config_yaml import load_yaml
+from sam2train.data_coco import CocoVideos
 from sam2train.errors import UserError
-from sam2train.experiment import Experiment
+from sam2train.experiment import Experiment, load_experiment
+from sam2train.export import export_checkpoint
+from sam2train.files import REPOSITORY
 from sam2train.machine import Interrupted
-from sam2train.pretrained import resolve_config
+from sam2train.pretrained import MEMORY, resolve_config
 from sam2train.trainer import Trainer
 
 CONFIG = "sam2train/configs/sam2.1_hiera_demo.yaml"
@@ -116,8 +120,10 @@ def test_best_is_the_checkpoint_of_the_best_score(experiment, tmp_path):
     assert best["scores"]["J_and_F"] == max(scored.values())
 
 
-@pytest.mark.parametrize("stopped_at", [2, 3])
-def test_a_resumed_run_equals_one_that_was_never_stopped(experiment, tmp_path, stopped_at):
+@pytest.mark.parametrize(("stopped_at", "log_every"), [(2, 3), (3, 2)])
+def test_a_resumed_run_equals_one_that_was_never_stopped(
+    experiment, tmp_path, stopped_at, log_every
+):
     """Weights, optimiser, losses and scores, bit for bit, also with dropout and augmentation."""
     # The real dropout of SAM 2, switched on where the demo config has none.
     config = (tmp_path / "dropout.yaml").resolve()
@@ -125,7 +131,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(experiment, tmp_path, s
     config.write_text(text.replace("dropout: 0.0", "dropout: 0.1"))
     settings = experiment(
         model={"config_path": str(config)},
-        trainer={"save_every": stopped_at, "grad_accumulation": 2},
+        trainer={"save_every": stopped_at, "log_every": log_every, "grad_accumulation": 2},
         augment={"horizontal_flip": 0.5, "brightness": 0.2},
     )
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -238,6 +244,76 @@ def test_accumulation_equals_a_larger_batch(experiment, tmp_path, clicks, data, 
     assert told_of_parts == pytest.approx(told, rel=1e-5, abs=1e-7)
     assert {"loss", "loss/dice", "gate/fraction", "gate/loss", "grad_norm"} <= told.keys()
     assert ("interaction/iou_after" in told) == bool(clicks)
+
+
+def step_zero(experiment, run_dir, **sections):
+    """The rows of scores.csv at step 0, the weights, and the names of the first clips."""
+    settings = experiment(**sections)
+    trainer = make_trainer(settings, run_dir)
+    first = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+    clips = next(iter(trainer._batches()))
+    trainer.run()
+    return (run_dir / "scores.csv").read_text(), first, (clips.names, clips.img_batch)
+
+
+def test_three_seeds_for_weights_clips_and_the_prompts_of_evaluation(experiment, tmp_path):
+    """Of a run each can be set apart; trainer.seed is the default of the first two."""
+
+    def start(name, **sections):
+        sections["trainer"] = {"num_steps": 0, **sections.get("trainer", {})}
+        sections["evaluation"] = {"max_videos": None, **sections.get("evaluation", {})}
+        return step_zero(experiment, tmp_path / name, **sections)
+
+    def same(one, other):
+        scores = one[0] == other[0]
+        weights = all(torch.equal(value, other[1][name]) for name, value in one[1].items())
+        clips = one[2][0] == other[2][0] and torch.equal(one[2][1], other[2][1])
+        return weights, clips, scores
+
+    one = start("one", augment={"brightness": 0.5})
+    other = {"augment": {"brightness": 0.5}, "trainer": {"seed": 1}}
+    assert same(one, start("trainer", **other))[:2] == (False, False)
+    assert same(one, start("weights", **other, model={"seed": 0})) == (True, False, True)
+    assert same(one, start("clips", **other, dataset={"seed": 0}))[:2] == (False, True)
+    prompts = {"evaluation": {"seed": 1}, "augment": {"brightness": 0.5}}
+    assert same(one, start("prompts", **prompts)) == (True, True, False)
+
+
+def test_the_demo_at_step_zero_hangs_on_no_seed_of_the_training(tmp_path):
+    folder = tmp_path / "demo"
+    demo.generate(dataclasses.replace(demo.SPLITS["easy"], num_videos=2, num_frames=5), folder)
+    data = str(folder / "annotations.json")
+    changes = {f"dataset.{name}": data for name in ("data_path", "val_path")}
+    changes |= {"dataset.test_path": None, "trainer.num_steps": 0, "trainer.device": "cpu"}
+    changes |= {"tracking.mode": "disabled", "evaluation.num_overlays": 0}
+    scores = []
+    for name, change in (
+        ("a", {}),
+        ("b", {"trainer.seed": 1}),
+        ("c", {"evaluation.seed": 1}),
+    ):
+        path = REPOSITORY / "experiments" / "coco_point_bbox.yaml"
+        make_trainer(load_experiment(path, changes | change), tmp_path / name).run()
+        scores.append((tmp_path / name / "scores.csv").read_text())
+        mean = json.loads((tmp_path / name / "summary.json").read_text())["baseline/J_and_F"]
+        assert mean > 0.1
+    assert scores[0] == scores[1]
+    assert scores[2] != scores[0]
+
+
+def test_dropout_hangs_on_the_seed_of_the_trainer(experiment, tmp_path):
+    config = (tmp_path / "dropout.yaml").resolve()
+    config.write_text(resolve_config(CONFIG).read_text().replace("dropout: 0.0", "dropout: 0.1"))
+    losses = []
+    for k, seed in enumerate((0, 0, 1)):
+        settings = experiment(
+            dataset={"seed": 0, "val_path": None},
+            model={"seed": 0, "config_path": str(config)},
+            trainer={"seed": seed, "num_steps": 1},
+        )
+        make_trainer(settings, tmp_path / str(k)).run()
+        losses += [row["loss"] for row in rows(tmp_path / str(k)) if "loss" in row]
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_only_what_is_listed_changes(experiment, tmp_path):
@@ -420,6 +496,170 @@ def test_what_hangs_on_the_draw_is_a_warning(experiment, tmp_path, monkeypatch):
     assert "warning: model.trainable_modules: mask_downsample got no gradient" in "".join(said)
 
 
+def said_by(trainer, monkeypatch) -> list[str]:
+    said = []
+    monkeypatch.setattr(trainer.tracker, "say", said.append)
+    return said
+
+
+def test_memory_trains_its_seven_parts_and_those_that_rest_are_no_error(
+    experiment, tmp_path, monkeypatch
+):
+    settings = experiment(model={"trainable_modules": ["memory"]}, trainer={"num_steps": 1})
+    trainer = make_trainer(settings, tmp_path / "run")
+    with torch.no_grad():  # all objects are called visible: nothing reads the embeddings of absence
+        trainer.model.sam2.sam_mask_decoder.pred_obj_score_head.layers[-1].bias += 20
+    said = said_by(trainer, monkeypatch)
+    trainer.run()
+    assert "got no gradient" not in "".join(said)
+    written = weights(tmp_path / "run" / "checkpoints" / "last.pt")
+    assert set(MEMORY) <= {name.split(".")[0] for name in written}
+
+
+@pytest.mark.parametrize(
+    ("model", "dead", "alive"),
+    [
+        ({"num_maskmem": 0}, ["memory_attention", "memory_encoder"], []),
+        (
+            {"memory_gradient": "detached"},
+            ["memory_encoder", "obj_ptr_proj"],
+            ["memory_attention", "maskmem_tpos_enc", "obj_ptr_tpos_proj"],
+        ),
+    ],
+)
+def test_memory_hides_no_dead_part(experiment, tmp_path, model, dead, alive):
+    model = {"trainable_modules": ["memory", "mask_decoder"], **model}
+    with pytest.raises(UserError) as caught:
+        make_trainer(experiment(model=model), tmp_path / "run").run()
+    for part in dead:
+        assert f"{part} (of `memory`) got no gradient" in str(caught.value)
+    for part in alive:
+        assert f"{part} (of" not in str(caught.value)
+
+
+def test_memory_without_pointers_is_a_warning(experiment, tmp_path, monkeypatch):
+    """Nothing reads their projections then, and the experiment says so itself."""
+    model = {"trainable_modules": ["memory"], "max_obj_ptrs_in_encoder": 0}
+    trainer = make_trainer(experiment(model=model, trainer={"num_steps": 1}), tmp_path / "run")
+    said = said_by(trainer, monkeypatch)
+    trainer.run()
+    text = "".join(said)
+    for part in ("obj_ptr_proj", "obj_ptr_tpos_proj"):
+        assert f"{part} (of `memory`) got no gradient: model.max_obj_ptrs_in_encoder is 0" in text
+
+
+BASE_ROWS = {"num_maskmem": 4, "config_path": CONFIG, "image_size": 64}
+
+
+@pytest.fixture
+def base(experiment, tmp_path):
+    """A base of four temporal rows that says that rows 1 and 2 were never trained."""
+    model = build_model(experiment(model=BASE_ROWS))
+    content = {"model": model.sam2.state_dict(), "untrained_rows": [1, 2]}
+    torch.save(content, tmp_path / "base.pt")
+    return str(tmp_path / "base.pt")
+
+
+@pytest.mark.parametrize(
+    ("modules", "num_maskmem", "length", "warned"),
+    [
+        (["memory_attention"], 4, 5, "of the base in rows 1 to 2,"),
+        (["memory_encoder"], 3, 5, "of the base in row 1,"),
+        (["memory_attention"], 2, 5, None),
+        (
+            ["memory_attention"],
+            6,
+            5,
+            "of the base and copies of row 2 in rows 1 to 4,",
+        ),
+        (["memory"], 4, 5, None),
+        (["*"], 6, 7, None),
+        (["memory"], 4, 3, "of the base in rows 1 to 2,"),
+        (["mask_decoder"], 4, 5, None),
+    ],
+)
+def test_memories_with_untrained_rows_are_warned_of_once(
+    experiment, tmp_path, monkeypatch, base, modules, num_maskmem, length, warned
+):
+    settings = experiment(
+        model={
+            "checkpoint_path": base,
+            "num_maskmem": num_maskmem,
+            "trainable_modules": modules,
+        },
+        dataset={"video_clip_length": length, "val_path": None},
+        trainer={"num_steps": 2, "audit": "warn"},
+    )
+    trainer = make_trainer(settings, tmp_path / "run")
+    said = said_by(trainer, monkeypatch)
+    trainer.run()
+    found = [text for text in said if "maskmem_tpos_enc keeps" in text]
+    assert len(found) == (warned is not None)
+    if warned:
+        assert f"warning: maskmem_tpos_enc keeps random values {warned} while" in found[0]
+        assert ("`memory` in model.trainable_modules" in found[0]) == (modules != ["memory"])
+
+
+def test_a_base_that_says_nothing_is_warned_of_where_the_memory_grew(
+    experiment, tmp_path, monkeypatch
+):
+    base = tmp_path / "base.pt"
+    torch.save({"model": build_model(experiment(model=BASE_ROWS)).sam2.state_dict()}, base)
+    for num_maskmem, warned in ((4, 0), (3, 0), (6, 1)):
+        model = {"checkpoint_path": str(base), "num_maskmem": num_maskmem}
+        settings = experiment(model=model, trainer={"num_steps": 0}, dataset={"val_path": None})
+        trainer = make_trainer(settings, tmp_path / f"run_{num_maskmem}")
+        said = said_by(trainer, monkeypatch)
+        trainer.run()
+        assert "".join(said).count("keeps copies of row 2 in rows 3 to 4,") == warned
+
+
+@pytest.mark.parametrize(
+    ("modules", "length", "steps", "left"),
+    [
+        (["memory_attention"], 5, 2, [1, 2]),
+        (["memory"], 5, 2, []),
+        (["memory"], 4, 2, [2]),
+        (["memory"], 5, 0, [1, 2]),
+    ],
+)
+def test_checkpoints_and_exports_say_which_rows_are_untrained(
+    experiment, tmp_path, base, modules, length, steps, left
+):
+    settings = experiment(
+        model={"checkpoint_path": base, "num_maskmem": 4, "trainable_modules": modules},
+        dataset={"video_clip_length": length, "val_path": None},
+        trainer={"num_steps": steps},
+    )
+    make_trainer(settings, tmp_path / "run").run()
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    assert checkpoint.load(last)["untrained_rows"] == left
+    quiet = Console(quiet=True)
+    export_checkpoint(settings, last, tmp_path / "out.pt", half=False, console=quiet)
+    written = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert written.get("untrained_rows", []) == left
+    # And as the base of another run.
+    model = {"checkpoint_path": str(tmp_path / "out.pt"), "num_maskmem": 4}
+    assert list(build_model(experiment(model=model)).untrained_rows) == left
+
+    # A checkpoint from before it said so: frozen rows are those of the base.
+    content = checkpoint.load(last)
+    del content["untrained_rows"]
+    checkpoint.save(last, content)
+    export_checkpoint(settings, last, tmp_path / "old.pt", half=False, console=quiet)
+    written = torch.load(tmp_path / "old.pt", weights_only=True)
+    assert written.get("untrained_rows", []) == ([] if modules == ["memory"] else left)
+
+
+def test_a_resumed_run_remembers_which_rows_it_has_trained(experiment, tmp_path, base):
+    model = {"checkpoint_path": base, "num_maskmem": 4, "trainable_modules": ["memory"]}
+    build = partial(experiment, model=model, dataset={"video_clip_length": 5, "val_path": None})
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    make_trainer(build(trainer={"num_steps": 2}), tmp_path / "run").run()
+    make_trainer(build(trainer={"num_steps": 2}), tmp_path / "run", resume=last).run()
+    assert checkpoint.load(last)["untrained_rows"] == []
+
+
 def test_frames_in_two_splits_are_warned_of(experiment, tmp_path):
     settings = experiment()
     copied = tmp_path / "data" / "copy.json"
@@ -477,7 +717,7 @@ def test_folders_of_frames_train_and_real_masks_validate(experiment, tmp_path):
     video |= {"dataset_type": "video", "data_path": str(tmp_path / "data")}
     settings = experiment(dataset=video, trainer={"num_steps": 2})
     trainer = make_trainer(settings, tmp_path / "run")
-    assert isinstance(trainer.train_data, VideoDataset)
-    assert isinstance(trainer.val_data, COCODataset)
+    assert trainer.train_data.source.makes_objects
+    assert isinstance(trainer.val_data.source, CocoVideos)
     assert trainer.run()["num_objects"] == 2  # those of the JSON
     assert len([row for row in rows(tmp_path / "run") if "loss" in row]) == 2

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from conftest import edit, make_coco
 from PIL import Image
-from test_vos import make_vos
+from test_data_vos import make_vos
 
+from sam2train.data_clips import ClipDataset, clip_settings
+from sam2train.data_vos import VosVideos
 from sam2train.datasets import COCODataset
 from sam2train.evaluate import EvaluationConfig, copy_first_mask, score_tracks
-from sam2train.video_overlays import MAX_FRAMES, OverlayDrawer, file_name
-from sam2train.vos import VOSDataset
+from sam2train.video_overlays import MAX_FRAMES, OverlayDrawer
 
 SIZE = (48, 64)
 
@@ -73,7 +74,8 @@ def test_a_video_without_objects_is_drawn_all_the_same(tmp_path, empty):
 
 def test_frames_that_nobody_labelled_are_not_drawn(tmp_path):
     """What is right there is not known: a prediction would be painted as an error."""
-    data = VOSDataset(make_vos(tmp_path, names=["bear"], every=3), SIZE)  # of 6 frames, 0 and 3
+    root = make_vos(tmp_path, names=["bear"], every=3)  # of 6 frames, 0 and 3
+    data = ClipDataset(VosVideos(root), clip_settings(SIZE))
     drawer = OverlayDrawer(data, tmp_path / "overlays", "val", 1)
     score_tracks(
         copy_first_mask,
@@ -98,5 +100,19 @@ def test_more_objects_than_a_mask_of_wandb_holds(tmp_path):
     assert len(overlay.class_labels) == 255
 
 
-def test_names_of_files_are_harmless():
-    assert file_name("video_a/b c:1") == "video_a_b_c_1"
+@pytest.mark.parametrize(
+    "ids", [("../../a", "../../A"), ("\x1b[31mred", "[/red]$a"), ("x" * 300, ""), ("a/b", "a_b")]
+)
+def test_names_of_pictures_stay_in_their_folder_and_apart(tmp_path, ids):
+    def rename(content):
+        for image in content["images"]:
+            image["video_id"] = ids[image["video_id"] - 1]
+
+    folder = tmp_path / "new" / "overlays"
+    overlays = draw(edit(make_coco(tmp_path, num_videos=2), rename), folder).overlays
+    assert len(overlays) == 2
+    assert {overlay.path for overlay in overlays} == set(folder.iterdir())
+    assert len({overlay.name.casefold() for overlay in overlays}) == 2
+    for overlay in overlays:
+        assert overlay.name.isprintable()
+        assert not set(overlay.name) & set("/:\\")

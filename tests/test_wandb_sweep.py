@@ -18,7 +18,6 @@ from conftest import make_coco
 from PIL import Image
 from wandb_server import KEY, Run, WandbServer, grid_trials
 
-from sam2train import sweep_search
 from sam2train.config import flatten, sweep_parameters
 from sam2train.sweep_file import grid, load_sweep
 from sam2train.sweep_trials import Trial
@@ -275,7 +274,7 @@ def local_trials(path: Path) -> list[dict]:
         return grid(made)
     drawn = []
     for name in ("001", "002", "003"):
-        values = sweep_search.next_values(made, drawn)
+        values = made.next_values(drawn)
         drawn.append(Trial(name, name, values, Path(name), state="running"))
     return [trial.values for trial in drawn]
 

@@ -1,30 +1,26 @@
-"""Folders of pictures and of PNG masks, as DAVIS, YouTube-VOS, MOSE and SA-V have them -> clips."""
+"""Folders of pictures and of PNG masks, as DAVIS, YouTube-VOS, MOSE and SA-V have them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from sam2train.errors import UserError
-from sam2train.files import natural_key
-from sam2train.images import read_id_mask
-from sam2train.sampling import AnnotatedVideos, clip_settings
-from sam2train.videos import (
+from sam2train.data_pictures import read_id_mask
+from sam2train.data_source import (
     Annotation,
-    DataError,
     Frame,
     Video,
-    list_pictures,
+    VideoSource,
     listed,
-    make_video,
-    subfolders,
     tracking_warnings,
-    try_header,
 )
+from sam2train.data_videos import index_frames, list_pictures, subfolders
+from sam2train.errors import UserError
+from sam2train.files import natural_key
 
 # Frames and masks; the second pair is that of SA-V's validation and test sets.
 LAYOUTS = (("JPEGImages", "Annotations"), ("JPEGImages_24fps", "Annotations_6fps"))
@@ -39,31 +35,61 @@ class IdMask(NamedTuple):
     value: int | None
 
 
-class VOSDataset(AnnotatedVideos):
-    """Clips of videos whose masks are PNGs: one random clip of video i is `dataset[i]`.
+class VosVideos(VideoSource):
+    """The videos below `JPEGImages` with the masks below `Annotations`.
 
-    Frames without a PNG are unlabelled: never in a clip, never scored. Void pixels (255 beside
-    other ids) belong to no object.
+    A mask has the name of its frame; frames without one are unlabelled: never in a clip, never
+    scored. A PNG holds the ids of all objects; where a video's masks lie in folders of their own,
+    each folder is an object, and objects may overlap. Void pixels (255 beside other ids) belong to
+    no object.
 
     Args:
-        data_path: see `read_vos_videos`.
-        mask_cache_mb: see `AnnotatedVideos`.
-        The others: see `clip_settings`.
+        path: the folder that contains both, or a list of some of the videos below it (a text file
+            such as ImageSets/2017/train.txt). A folder of a resolution may lie between.
 
     Raises:
-        UserError: everything that is wrong with the folders, in one message.
+        UserError: no such folders, or all problems of frames and masks at once.
     """
 
-    def __init__(
-        self, data_path: str | Path, *clip: Any, mask_cache_mb: int = 256, **settings: Any
-    ):
-        settings = clip_settings(*clip, **settings)
-        videos, warnings = read_vos_videos(Path(data_path))
-        super().__init__(data_path, videos, warnings, settings, mask_cache_mb)
+    def __init__(self, path: Path):
+        found = find_masks(path)
+        if not path.exists() or found is None:
+            what = "no such file or folder" if not path.exists() else "no frames with masks"
+            raise UserError(
+                f"{path}: {what}; expected a folder with JPEGImages/<video>/*.jpg and "
+                "Annotations/<video>/*.png, or a list of its videos such as "
+                "ImageSets/2017/train.txt"
+            )
+        problems: list[str] = []
+        warnings: list[str] = []
+        frames_root = _video_root(found[0], warnings)
+        masks_root = found[1] / frames_root.relative_to(found[0])
+        if not masks_root.is_dir():
+            raise UserError(f"{masks_root}: no such folder; expected the masks of {frames_root}")
+        folders = [frames_root / name for name in read_list(path)] if path.is_file() else None
+        folders = subfolders(frames_root) if folders is None else folders
 
-    def decode(
+        videos, unlabelled = [], []
+        with ThreadPoolExecutor(8) as pool:  # Pillow decodes outside Python's lock
+            for folder in folders:
+                masks = masks_root / folder.name
+                if not folder.is_dir():
+                    problems.append(f"{folder}: no such folder, but {path} lists it")
+                elif not masks.is_dir():
+                    unlabelled.append(folder.name)
+                elif video := _index_folder(folder, masks, pool, problems, warnings):
+                    videos.append(video)
+        if unlabelled:
+            warnings.append(f"{listed(unlabelled)}: no masks in {masks_root}, left out")
+        if not videos and not problems:
+            raise UserError(f"{path}: no video with masks in {frames_root}")
+        warnings += tracking_warnings(videos)
+        super().__init__(path, videos, warnings, problems)
+
+    def read_masks(
         self, video: Video, frame_idx: int, object_id: int | str
     ) -> dict[int | str, np.ndarray]:
+        """The masks of all objects in the PNG that has the wanted one."""
         places = {o: a.segmentation for o, a in video.frames[frame_idx].annotations.items()}
         path = places[object_id].path
         ids = read_id_mask(path)
@@ -83,61 +109,13 @@ def find_masks(path: Path) -> tuple[Path, Path] | None:
             if (root / frames).is_dir() and (root / masks).is_dir():
                 return root / frames, root / masks
         if path.is_dir():
-            break  # only a list may lie deeper
+            break  # a list of videos may lie deeper; a data folder may not
     return None
 
 
-def read_vos_videos(path: Path) -> tuple[list[Video], list[str]]:
-    """The videos below `JPEGImages` with the masks below `Annotations`, and warnings.
-
-    A mask has the name of its frame. A PNG holds the ids of all objects; where a video's masks lie
-    in folders of their own, each folder is an object, and objects may overlap.
-
-    Args:
-        path: the folder that contains both, or a list of some of the videos below it (a text file
-            such as ImageSets/2017/train.txt). A folder of a resolution may lie between.
-
-    Raises:
-        UserError: no such folders, or all problems of frames and masks at once.
-    """
-    found = find_masks(path)
-    if not path.exists() or found is None:
-        what = "no such file or folder" if not path.exists() else "no frames with masks"
-        raise UserError(
-            f"{path}: {what}; expected a folder with JPEGImages/<video>/*.jpg and "
-            "Annotations/<video>/*.png, or a list of its videos such as ImageSets/2017/train.txt"
-        )
-    problems: list[str] = []
-    warnings: list[str] = []
-    frames_root = _video_root(found[0], warnings)
-    masks_root = found[1] / frames_root.relative_to(found[0])
-    if not masks_root.is_dir():
-        raise UserError(f"{masks_root}: no such folder; expected the masks of {frames_root}")
-    folders = [frames_root / name for name in read_list(path)] if path.is_file() else None
-    folders = subfolders(frames_root) if folders is None else folders
-
-    videos, unlabelled = [], []
-    with ThreadPoolExecutor(8) as pool:  # Pillow decodes beside other threads
-        for folder in folders:
-            masks = masks_root / folder.name
-            if not folder.is_dir():
-                problems.append(f"{folder}: no such folder, but {path} lists it")
-            elif not masks.is_dir():
-                unlabelled.append(folder.name)
-            elif video := _read_video(folder, masks, pool, problems, warnings):
-                videos.append(video)
-    if unlabelled:
-        warnings.append(f"{listed(unlabelled)}: no masks in {masks_root}, left out")
-    if not videos and not problems:
-        raise UserError(f"{path}: no video with masks in {frames_root}")
-    warnings += tracking_warnings(videos)
-    if problems:
-        raise DataError(path, problems, videos, warnings)
-    return videos, warnings
-
-
 def read_list(path: Path) -> list[str]:
-    """Names of videos, one a line; also from DAVIS-2016's lists, which name every frame."""
+    """Names of videos from a text file with one a line, or from a list of DAVIS-2016, which names
+    every frame."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
@@ -185,7 +163,7 @@ def _mask_files(folder: Path, problems: list[str]) -> Iterator[tuple[Path, int |
             problems.append(f"{path}: a mask that is no PNG; write it as one, or remove it")
 
 
-def _read_video(
+def _index_folder(
     folder: Path,
     masks: Path,
     pool: ThreadPoolExecutor,
@@ -197,7 +175,7 @@ def _read_video(
     if not pictures:
         problems.append(f"{folder}: no pictures")
         return None
-    video = make_video(folder, pictures, list(pool.map(try_header, pictures)), problems)
+    video = index_frames(folder, pictures, pool, problems)
     files = list(_mask_files(masks, problems))
     counted = list(pool.map(_try_areas, (path for path, _ in files)))
     if video is None:
@@ -206,7 +184,7 @@ def _read_video(
 
     frame_of = {frame.path.stem: t for t, frame in enumerate(video.frames)}
     values = {v for areas in counted if isinstance(areas, tuple) for v in areas[1]}
-    # The only value beside 0: that is how DAVIS-2016 marks its one object.
+    # 255 is the only value beside 0: DAVIS-2016 marks its one object so.
     binary = values == {VOID}
     on_frame: dict[int, dict[int | str, Annotation]] = {}
     num_void = 0

@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sam2train import intervals
+from sam2train import stats
 from sam2train.errors import UserError
-from sam2train.intervals import (
+from sam2train.stats import (
     Interval,
     crossed_difference,
     crossed_gains,
@@ -149,7 +149,7 @@ def test_other_videos_are_refused_by_name():
 
 def test_coverage_of_the_bootstrap(monkeypatch):
     """A dozen videos: the 95 % interval holds the truth about as often as it says."""
-    monkeypatch.setattr(intervals, "NUM_RESAMPLES", 999)
+    monkeypatch.setattr(stats, "NUM_RESAMPLES", 999)
     rng = np.random.default_rng(1)
     zeros, hits = scores(np.zeros(12)), 0
     for _ in range(120):

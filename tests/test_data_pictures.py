@@ -1,7 +1,11 @@
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+from conftest import SIZE as FILM_SIZE
 from conftest import encode
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,14 +13,16 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 from pycocotools import mask as rle
 
-from sam2train.errors import UserError
-from sam2train.images import (
+from sam2train.data_pictures import (
+    Film,
     decode_segmentation,
+    read_film_header,
     read_header,
     read_image,
     run_lengths,
     segmentation_area,
 )
+from sam2train.errors import UserError
 
 ORIENTATION = 0x0112
 SHAPES = st.tuples(st.integers(1, 24), st.integers(1, 24))
@@ -210,6 +216,66 @@ def test_whatever_damages_a_file_is_a_users_error(tmp_path, suffix):
             assert pixels.dtype == np.uint8
             assert pixels.shape[2] == 3
     assert refused > 5
+
+
+# Films
+
+
+def level(t):
+    """The grey of frame t of `write_film`."""
+    return 20 + 20 * t
+
+
+def write_film(path, num_frames=10):
+    film = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 24, FILM_SIZE[::-1])
+    for t in range(num_frames):
+        film.write(np.full((*FILM_SIZE, 3), level(t), np.uint8))
+    film.release()
+
+
+def test_frames_of_a_film_in_any_order(tmp_path):
+    write_film(tmp_path / "a.mp4", 12)
+    write_film(tmp_path / "b.mp4", 3)
+    film = Film()
+    for name, t in [("a", 0), ("a", 1), ("a", 7), ("a", 3), ("b", 2), ("a", 11), ("a", 11)]:
+        pixels = film.read(tmp_path / f"{name}.mp4", t)
+        assert pixels.shape == (*FILM_SIZE, 3)
+        assert abs(pixels.astype(int) - level(t)).max() <= 6
+    with pytest.raises(UserError, match=r"b\.mp4: ends or is damaged at frame 3"):
+        film.read(tmp_path / "b.mp4", 5)
+    assert pickle.loads(pickle.dumps(film)).read(tmp_path / "a.mp4", 2)[0, 0, 0] > 0
+
+
+def test_threads_read_different_films_at_the_same_time(tmp_path):
+    for name in "abcd":
+        write_film(tmp_path / f"{name}.mp4", 12)
+    film = Film()
+
+    def read(name):
+        return [film.read(tmp_path / f"{name}.mp4", t)[0, 0, 0] for t in range(12)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(read, "abcd" * 5):
+            assert np.abs(np.array(found, int) - level(np.arange(12))).max() <= 6
+
+
+def test_the_header_of_a_film(tmp_path):
+    write_film(tmp_path / "a.mp4", 12)
+    assert read_film_header(tmp_path / "a.mp4") == (FILM_SIZE, 12)
+    (tmp_path / "b.mp4").write_bytes(b"no film")
+    with pytest.raises(UserError, match=r"b\.mp4: is no film that OpenCV can read"):
+        read_film_header(tmp_path / "b.mp4")
+
+
+def test_colours_of_a_film_are_in_the_right_order(tmp_path):
+    film = cv2.VideoWriter(
+        str(tmp_path / "red.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 24, FILM_SIZE[::-1]
+    )
+    film.write(np.full((*FILM_SIZE, 3), (0, 0, 250), np.uint8))  # OpenCV's order: blue, green, red
+    film.release()
+    red, green, blue = Film().read(tmp_path / "red.mp4", 0).mean(axis=(0, 1))
+    assert red > 200
+    assert max(green, blue) < 50
 
 
 # Segmentations

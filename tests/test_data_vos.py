@@ -6,13 +6,14 @@ import torch
 from conftest import OBJECT_COLOURS, SHARED, SIZE, load, moving_masks, same, to_pixels
 from PIL import Image
 
-from sam2train import vos
-from sam2train.build import build_dataset
+from sam2train import data_vos
 from sam2train.config import build
+from sam2train.data_clips import ClipDataset, clip_settings
+from sam2train.data_pictures import decode_segmentation, read_id_mask
+from sam2train.data_vos import VosVideos
+from sam2train.datasets import build_dataset
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment
-from sam2train.images import decode_segmentation, read_id_mask
-from sam2train.vos import VOSDataset, read_vos_videos
 
 MASKS = moving_masks(6, 2, SIZE)  # (T, N, H, W)
 PALETTE = [0, 0, 0, 236, 95, 103, 249, 145, 87] + [7] * (3 * 253)
@@ -54,7 +55,8 @@ def make_vos(root, *, below="", names=("bear", "swan"), every=1, mode="P", chang
 
 
 def dataset_of(path, **options):
-    return VOSDataset(path, **({"image_size": SIZE, "video_clip_length": 4} | options))
+    settings = clip_settings(**({"image_size": SIZE, "video_clip_length": 4} | options))
+    return ClipDataset(VosVideos(path), settings)
 
 
 def fails(path):
@@ -98,7 +100,9 @@ def test_a_sample_is_that_of_the_coco_data_set(tmp_path, coco):
 def test_a_mask_file_is_decoded_once_for_all_its_objects(tmp_path, monkeypatch):
     dataset = dataset_of(make_vos(tmp_path), image_size=(24, 32))
     read = []
-    monkeypatch.setattr(vos, "read_id_mask", lambda path: read.append(path) or read_id_mask(path))
+    monkeypatch.setattr(
+        data_vos, "read_id_mask", lambda path: read.append(path) or read_id_mask(path)
+    )
     first = dataset[0]
     assert len(read) == 4
     assert same(dataset[0], first)
@@ -207,8 +211,9 @@ def test_an_experiment_names_the_type_and_the_lists(tmp_path):
     experiment = build(Experiment, {"dataset": raw}, "experiment")
     for path, training, video in (("data_path", True, "bear"), ("val_path", False, "swan")):
         path = getattr(experiment.dataset, path)
-        dataset = build_dataset(experiment, path, training=training)
-        assert isinstance(dataset, VOSDataset)
+        sections = experiment.dataset, experiment.augment, experiment.trainer.seed
+        dataset = build_dataset(*sections, path, training=training)
+        assert isinstance(dataset.source, VosVideos)
         assert [v.video_id for v in dataset.videos] == [video]
         assert dataset.settings.max_conditioning_frames == 2
 
@@ -302,10 +307,9 @@ def test_real_videos_as_folders_are_what_they_are_as_json(tmp_path):
                 if o in frame.annotations:
                     ids[decode_segmentation(frame.annotations[o].segmentation, video.size)] = k
             save_ids(tmp_path / "Annotations" / "480p" / name / f"{t:05d}.png", ids)
-    videos, warnings = read_vos_videos(tmp_path)
-    assert warnings == []
     dataset = dataset_of(tmp_path)
-    for ours, theirs in zip(videos, source.videos, strict=True):
+    assert dataset.warnings == []
+    for ours, theirs in zip(dataset.videos, source.videos, strict=True):
         assert [len(ours.visible(t)) for t in range(40)] == [
             len(theirs.visible(t)) for t in range(40)
         ]

@@ -1,28 +1,31 @@
-"""`--check-data`: every frame and every mask of an experiment read once, and all that is wrong."""
+"""What can be said of data: `--check-data`, the tables of `--dry-run`, when objects show."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from sam2train.build import build_dataset
+from sam2train.clips import BatchedVideoDatapoint
+from sam2train.data_clips import ClipDataset
+from sam2train.data_source import DataError, Video, VideoSource, listed
+from sam2train.datasets import DatasetConfig, build_dataset
 from sam2train.errors import UserError
-from sam2train.experiment import Experiment
-from sam2train.images import read_image
-from sam2train.machine import num_cores
-from sam2train.sav import Film
-from sam2train.videos import DataError, Video, listed
+from sam2train.machine import cell, num_cores
+from sam2train.transforms import AugmentConfig
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _QUANTILES = {"min": 0.0, "p05": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
 _SHOWN = 40  # lines of one kind on the console; the JSON has all
@@ -48,7 +51,7 @@ class DataReport:
 
     @property
     def verdict(self) -> str:
-        """error, warning or ok: the worst that was found."""
+        """error, warning or ok: the most serious kind that was found."""
         everything = [self, *self.splits.values()]
         if any(part.errors for part in everything):
             return "error"
@@ -83,7 +86,7 @@ class DataReport:
                 for line in lines[:_SHOWN]:
                     say(f"  {kind}: {line}", style)
                 if more := len(lines[_SHOWN:]):
-                    say(f"  ... and {more} more of these; --json lists all", style)
+                    say(f"  and {more} more of these; --json lists all", style)
         ends = {
             "ok": "all frames and masks can be read",
             "warning": "all frames and masks can be read; see the warnings",
@@ -92,16 +95,16 @@ class DataReport:
         say(f"\n{ends[self.verdict]}")
 
 
-def check_data(experiment: Experiment, console: Console | None = None) -> DataReport:
-    """Read all training, validation and test data of an experiment; nothing is raised for it.
+def check_data(config: DatasetConfig, console: Console | None = None) -> DataReport:
+    """Read all training, validation and test data of a section; problems go into the report, none
+    is raised.
 
     Masks are read whole where videos are indexed; frames are decoded here, in as many threads as
     there are cores: Pillow decodes outside Python's lock.
 
     Args:
-        console: shows how far it is.
+        console: shows the progress.
     """
-    config = experiment.dataset
     paths = {"training": config.data_path, "validation": config.val_path, "test": config.test_path}
     splits: dict[str, SplitReport] = {}
     videos: dict[str, list[Video]] = {}
@@ -110,8 +113,9 @@ def check_data(experiment: Experiment, console: Console | None = None) -> DataRe
         if path is None:
             continue
         report = SplitReport(path)
-        videos[name] = _index(experiment, path, name == "training", report)
-        pictures[name] = _decode_frames(videos[name], name, report, console)
+        source = _index(config, path, name == "training", report)
+        videos[name] = [] if source is None else source.videos
+        pictures[name] = {} if source is None else _decode_frames(source, name, report, console)
         clip_length = config.video_clip_length if name == "training" else None
         _look_for_oddities(videos[name], clip_length, report)
         report.statistics = _statistics(videos[name], config.video_clip_length)
@@ -126,7 +130,7 @@ def check_data(experiment: Experiment, console: Console | None = None) -> DataRe
                 f"{len(shared)} pictures of {second} are also in {first}: {listed(pairs)}"
             )
             continue
-        # Numbers start anew in every file; names mean something.
+        # Only names are compared: numbers start anew in every file.
         names = [{v.video_id for v in videos[split]} for split in (first, second)]
         same = sorted(n for n in names[0] & names[1] if isinstance(n, str) and not n.isdecimal())
         if same:
@@ -137,59 +141,64 @@ def check_data(experiment: Experiment, console: Console | None = None) -> DataRe
     return whole
 
 
-def _index(experiment: Experiment, path: str, training: bool, report: SplitReport) -> list[Video]:
+def _index(
+    config: DatasetConfig, path: str, training: bool, report: SplitReport
+) -> VideoSource | None:
     """The videos that can be read at all; what is wrong with the others goes into the report."""
     try:
-        dataset = build_dataset(experiment, path, training=training, say=lambda text: None)
+        # Neither the augmentation nor the seed matters: no clip is drawn.
+        dataset = build_dataset(
+            config, AugmentConfig(), 0, path, training=training, say=lambda text: None
+        )
     except DataError as problem:
         report.errors += problem.problems
-        report.warnings += problem.warnings
-        return problem.videos
+        report.warnings += problem.source.warnings
+        return problem.source
     except UserError as problem:
         report.errors.append(str(problem))
-        return []
+        return None
     report.warnings += dataset.warnings
-    return dataset.videos
+    return dataset.source
 
 
 def _decode_frames(
-    videos: list[Video], name: str, report: SplitReport, console: Console | None
+    source: VideoSource, name: str, report: SplitReport, console: Console | None
 ) -> dict[bytes, Path]:
-    """Digest -> file of all frames; broken and doubled ones go into the report."""
-    sizes = {frame.path: video.size for video in videos for frame in video.frames}
-    num_frames = {video.frames[0].path: len(video.frames) for video in videos}
+    """Digest -> file of all frames; broken files and copies go into the report."""
+    # File -> its pages, each with a frame that uses it.
+    uses: dict[Path, dict[int | None, tuple[Video, int]]] = {}
+    for video in source.videos:
+        for t, frame in enumerate(video.frames):
+            uses.setdefault(frame.path, {})[frame.page] = (video, t)
     with ThreadPoolExecutor(num_cores()) as pool:
         found: Iterable[bytes | str] = pool.map(
-            lambda path: _decode_file(path, sizes[path], num_frames.get(path, 1)), sizes
+            lambda path: _decode_file(source, path, uses[path].values()), uses
         )
         if console is not None and console.is_terminal:
-            found = track(found, f"reading {name}", len(sizes), console=console, transient=True)
+            found = track(found, f"reading {name}", len(uses), console=console, transient=True)
         found = list(found)
     files: dict[bytes, Path] = {}
     copies = []
-    for path, digest in zip(sizes, found, strict=True):
+    for path, digest in zip(uses, found, strict=True):
         if isinstance(digest, str):
             report.errors.append(digest)
         elif (other := files.setdefault(digest, path)) != path:
             copies.append(f"{path} = {other}")
     if copies:
         report.warnings.append(f"{len(copies)} frames are copies of others: {listed(copies)}")
-    uses = sum(len(video.frames) for video in videos if video.frames[0].path.suffix != ".mp4")
-    again = uses - sum(path.suffix != ".mp4" for path in sizes)
-    if again:
+    num_frames = sum(len(video.frames) for video in source.videos)
+    if again := num_frames - sum(len(pages) for pages in uses.values()):
         report.warnings.append(f"{again} frames are files that are used more than once")
     return files
 
 
-def _decode_file(path: Path, size: tuple[int, int], num_frames: int) -> bytes | str:
-    """The digest of a file that can be read to its end, or what is wrong with it."""
+def _decode_file(
+    source: VideoSource, path: Path, frames: Iterable[tuple[Video, int]]
+) -> bytes | str:
+    """The digest of a file whose frames can all be read, or what is wrong with it."""
     try:
-        if path.suffix == ".mp4":
-            film = Film()
-            for t in range(num_frames):
-                film.read(path, t)
-        else:
-            read_image(path, size)
+        for video, t in frames:
+            source.read_picture(video, t)
         return hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
     except UserError as problem:
         return str(problem)
@@ -263,3 +272,90 @@ def _as_text(value: Any) -> str:
     if isinstance(value, list):
         return listed(value)
     return "" if value is None else f"{value:,}"
+
+
+def data_table(datasets: Mapping[str, ClipDataset]) -> Table:
+    """A row for each split: what its data set holds."""
+    table = Table(title="Data", title_justify="left")
+    table.add_column("split")
+    for heading in ("videos", "frames", "objects", "masks", "frame sizes (H, W)"):
+        table.add_column(heading, justify="right")
+    for split, dataset in datasets.items():
+        videos = dataset.videos
+        sizes = sorted({video.size for video in videos})
+        masks = sum(len(video.visible(t)) for video in videos for t in range(len(video.frames)))
+        table.add_row(
+            split,
+            f"{len(videos):,}",
+            f"{sum(len(video.frames) for video in videos):,}",
+            f"{sum(len(video.object_ids) for video in videos):,}",
+            "made up" if dataset.source.makes_objects else f"{masks:,}",
+            ", ".join(map(str, sizes[:3])) + (f" and {len(sizes) - 3} more" if sizes[3:] else ""),
+        )
+    return table
+
+
+def batch_table(batch: BatchedVideoDatapoint) -> Table:
+    """The shapes of a batch and the prompts of its clips."""
+    table = Table("field", "value", title="First batch", title_justify="left")
+    for name in ("img_batch", "masks", "images", "object_masks", "frame_valid", "object_valid"):
+        value = getattr(batch, name)
+        table.add_row(name, f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}")
+    for clip, prompts in zip(batch.names, batch.prompts, strict=True):
+        for prompt in prompts:
+            table.add_row(
+                cell(clip),
+                cell(
+                    f"object {prompt['object_id']}: {prompt['type']} on frame "
+                    f"{prompt['frame_index']} {prompt['points'].round(1).tolist() or ''}"
+                ),
+            )
+    return table
+
+
+def mask_table(videos: Sequence[Video]) -> pd.DataFrame:
+    """When objects show and how large they are; no mask is decoded.
+
+    Returns:
+        A row for each object on each labelled frame: video_id, object_id, frame, and area, the
+        share of the frame that its mask covers, 0 where it does not show.
+    """
+    import pandas as pd
+
+    rows = []
+    for video in videos:
+        pixels = video.size[0] * video.size[1]
+        for t in video.labelled:
+            found = video.frames[t].annotations
+            for o in video.object_ids:
+                area = found[o].area / pixels if o in found else 0.0
+                rows.append((video.video_id, str(o), t, area))
+    return pd.DataFrame(rows, columns=["video_id", "object_id", "frame", "area"])
+
+
+def presence_counts(masks: pd.DataFrame) -> dict[str, int]:
+    """How many objects of `mask_table` there are, appear late, vanish, and come back.
+
+    An object appears late if it does not show on the first frame; it vanishes if it does not show
+    on a frame after one that shows it, and comes back if it shows again after that.
+    """
+    counts = dict.fromkeys(("objects", "late", "vanish", "return"), 0)
+    for _, part in masks.groupby(["video_id", "object_id"], sort=False):
+        shows = (part.sort_values("frame")["area"] > 0).astype(int)
+        change = shows.diff()
+        counts["objects"] += 1
+        counts["late"] += int(shows.iloc[0] == 0)
+        counts["vanish"] += int((change == -1).any())
+        counts["return"] += int((change == 1).sum() > (shows.iloc[0] == 0))
+    return counts
+
+
+def presence_text(masks: pd.DataFrame) -> str:
+    """The `presence_counts` and the size of the masks, in sentences."""
+    counts, area = presence_counts(masks), masks.loc[masks["area"] > 0, "area"]
+    return (
+        f"Of {counts['objects']} objects, {counts['late']} appear after the first frame, "
+        f"{counts['vanish']} vanish, and {counts['return']} of these come back. Half of the "
+        f"masks cover less than {area.median():.1%} of their frame, one in twenty less than "
+        f"{area.quantile(0.05):.2%}."
+    )

@@ -4,17 +4,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sam2train import shapes
 from sam2train.config import ConfigError, build
-from sam2train.synthetic import (
+from sam2train.data_synthetic import (
     MIN_RADIUS,
     Layer,
     Scene,
     SyntheticConfig,
+    coverage,
     cut_out,
-    draw_num_objects,
-    draw_scene,
     hump,
+    outline,
+    sample_num_objects,
+    sample_scene,
+    sway,
+    view,
 )
 
 SIZE = (120, 160)
@@ -40,7 +43,7 @@ def draw(seed=0, num_frames=8, num_objects=3, background=GREY, **settings):
     rng = np.random.default_rng(seed)
     pictures = np.random.default_rng(99).integers(0, 256, (60, 70, 3), np.uint8)
     config = SyntheticConfig(**settings)
-    return draw_scene(background, num_frames, num_objects, config, lambda rng: pictures, rng)
+    return sample_scene(background, num_frames, num_objects, config, lambda rng: pictures, rng)
 
 
 def tables(scene, num_frames):
@@ -54,7 +57,7 @@ def tables(scene, num_frames):
 def test_coverage_counts_the_part_of_each_pixel():
     # 8 px wide and 4.5 px high, from (10, 20). On the grid of quarters, edges count as inside.
     box = np.array([(0.0, 0.0), (7.75, 0.0), (7.75, 4.25), (0.0, 4.25)])
-    alpha = shapes.coverage(box, 1.0, 0.0, np.array([10.0, 20.0]), (40, 30))
+    alpha = coverage(box, 1.0, 0.0, np.array([10.0, 20.0]), (40, 30))
     expected = np.zeros((40, 30))
     expected[20:24, 10:18] = 1
     expected[24, 10:18] = 0.5
@@ -62,23 +65,23 @@ def test_coverage_counts_the_part_of_each_pixel():
 
 
 def test_a_moved_shape_covers_moved_pixels():
-    points = shapes.outline(np.random.default_rng(3))
-    alpha = shapes.coverage(points, 12.3, 0.4, np.array([30.2, 25.7]), (60, 60))
-    moved = shapes.coverage(points, 12.3, 0.4, np.array([37.2, 20.7]), (60, 60))
+    points = outline(np.random.default_rng(3))
+    alpha = coverage(points, 12.3, 0.4, np.array([30.2, 25.7]), (60, 60))
+    moved = coverage(points, 12.3, 0.4, np.array([37.2, 20.7]), (60, 60))
     np.testing.assert_array_equal(moved[:-5, 7:], alpha[5:, :-7])
 
 
 def test_a_view_puts_the_middle_of_the_picture_at_its_target():
     picture = np.zeros((21, 21, 3), np.uint8)
     picture[8:13, 8:13] = 255
-    seen = shapes.view(picture, 1.0, np.pi / 4, np.array([40.0, 15.0]), (30, 60))
+    seen = view(picture, 1.0, np.pi / 4, np.array([40.0, 15.0]), (30, 60))
     bright = np.argwhere(seen[8:23, 33:48, 0] > 128)  # beyond, the border is mirrored
     np.testing.assert_allclose(bright.mean(axis=0)[::-1], (40 - 33, 15 - 8), atol=1.0)
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.1, 30))
 def test_a_path_keeps_its_speed(seed, max_speed):
-    path = shapes.sway(np.random.default_rng(seed), 40, max_speed)
+    path = sway(np.random.default_rng(seed), 40, max_speed)
     assert np.linalg.norm(np.diff(path, axis=0), axis=1).max() <= max_speed * 1.001
 
 
@@ -102,7 +105,7 @@ def test_a_square_is_where_it_was_put():
 def test_a_half_covered_pixel_is_a_blend():
     layer = square((50.3, 40.6), 10, (250, 0, 60), angle=0.3)
     picture, _ = Scene(SIZE, [layer]).compose(GREY, 0)
-    alpha = shapes.coverage(CORNERS, layer.radius[0], 0.3, layer.centre[0], SIZE)[..., None]
+    alpha = coverage(CORNERS, layer.radius[0], 0.3, layer.centre[0], SIZE)[..., None]
     assert ((alpha > 0.2) & (alpha < 0.8)).any()
     np.testing.assert_allclose(picture, 128 + (layer.patch[0, 0] - 128.0) * alpha, atol=0.51)
 
@@ -154,7 +157,8 @@ def test_masks_are_the_visible_pixels_of_the_picture(seed, monkeypatch):
     """With one flat colour a layer, the picture itself says what is on top."""
     colours = iter(COLOURS)
     monkeypatch.setattr(
-        "sam2train.synthetic.cut_out", lambda *args: np.full((20, 20, 3), next(colours), np.uint8)
+        "sam2train.data_synthetic.cut_out",
+        lambda *args: np.full((20, 20, 3), next(colours), np.uint8),
     )
     scene = draw(seed, prob_occlusion=1.0, prob_leave=0.5, max_speed=0.1)
     flat = np.array([layer.patch[0, 0] for layer in scene.layers])
@@ -211,7 +215,7 @@ def test_frame_0_shows_an_object_whatever_is_asked_for(seed, num_frames, num_obj
 
 
 def test_where_no_layout_shows_all_objects_the_last_one_has_no_events(monkeypatch):
-    monkeypatch.setattr("sam2train.synthetic.SHOWN_AT_FIRST", 2.0)
+    monkeypatch.setattr("sam2train.data_synthetic.SHOWN_AT_FIRST", 2.0)
     for seed in range(5):
         scene = draw(seed, prob_occlusion=1.0, prob_leave=1.0)
         assert sorted(layer.object_id for layer in scene.layers) == [1, 2, 3]
@@ -350,9 +354,9 @@ def test_a_picture_smaller_than_the_object_does():
 def test_numbers_of_objects_are_drawn_from_their_range():
     rng = np.random.default_rng(0)
     config = SyntheticConfig(min_objects=2, max_objects=4)
-    assert {draw_num_objects(config, None, rng) for _ in range(50)} == {2, 3, 4}
-    assert {draw_num_objects(config, 3, rng) for _ in range(50)} == {2, 3}
-    assert {draw_num_objects(config, 1, rng) for _ in range(50)} == {1}
+    assert {sample_num_objects(config, None, rng) for _ in range(50)} == {2, 3, 4}
+    assert {sample_num_objects(config, 3, rng) for _ in range(50)} == {2, 3}
+    assert {sample_num_objects(config, 1, rng) for _ in range(50)} == {1}
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,9 @@ from conftest import (
 )
 from PIL import Image
 
-from sam2train import coco as coco_module
-from sam2train import datasets
+from sam2train import data_coco, data_source
 from sam2train.clips import is_empty
-from sam2train.coco import read_coco_videos
+from sam2train.data_coco import CocoVideos
 from sam2train.errors import UserError
 
 # Identity
@@ -617,7 +616,7 @@ def test_many_problems_are_counted(coco):
     message = fails(edit(coco, change))
     assert "24 problems" in message
     assert message.count("\n  - ") == 12
-    assert message.endswith("... and 12 more")
+    assert message.endswith("\n  and 12 more")
 
 
 def test_warnings_gather_what_is_alike(coco):
@@ -678,7 +677,7 @@ def test_a_byte_order_mark_is_read(coco):
 def test_many_images_are_indexed_without_decoding_them(coco, monkeypatch):
     """Twenty thousand images take seconds: headers are read once each, pictures never."""
     calls = Counter()
-    header = coco_module.read_header(coco.parent / "video_001/frame_000.png")
+    header = data_coco.read_header(coco.parent / "video_001/frame_000.png")
 
     def count(path):
         calls[path] += 1
@@ -687,8 +686,8 @@ def test_many_images_are_indexed_without_decoding_them(coco, monkeypatch):
     def refuse(*args):
         raise AssertionError("a picture was decoded")
 
-    monkeypatch.setattr(coco_module, "read_header", count)
-    monkeypatch.setattr(datasets, "read_image", refuse)
+    monkeypatch.setattr(data_coco, "read_header", count)
+    monkeypatch.setattr(data_source, "read_image", refuse)
 
     def grow(content):
         image, annotation = content["images"][0], content["annotations"][0]
@@ -697,9 +696,9 @@ def test_many_images_are_indexed_without_decoding_them(coco, monkeypatch):
         ]
         content["annotations"] = [annotation | {"id": k, "image_id": k} for k in range(2000)]
 
-    videos, warnings = read_coco_videos(edit(coco, grow))
-    assert len(videos) == 20
-    assert warnings == []
+    source = CocoVideos(edit(coco, grow))
+    assert len(source.videos) == 20
+    assert source.warnings == []
     assert calls.total() == 2000
 
 

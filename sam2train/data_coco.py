@@ -1,4 +1,4 @@
-"""A COCO video JSON -> videos with annotations, or everything that is wrong with the file."""
+"""A COCO video JSON -> its videos with their masks, or everything that is wrong with the file."""
 
 from __future__ import annotations
 
@@ -9,37 +9,61 @@ from itertools import pairwise
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
+import numpy as np
+
+from sam2train.data_pictures import Header, decode_segmentation, read_header, segmentation_area
+from sam2train.data_source import Annotation, Frame, Video, VideoSource, listed, tracking_warnings
 from sam2train.errors import UserError
 from sam2train.files import read_json
-from sam2train.images import Header, read_header, segmentation_area
-from sam2train.videos import Annotation, DataError, Frame, Video, listed, tracking_warnings
 
 _IDENTITY_KEYS = ("track_id", "instance_id", "object_id", "category_id")
 
 
-def read_coco_videos(
-    path: Path, image_root: str | Path | None = None
-) -> tuple[list[Video], list[str]]:
-    """The videos of a COCO video JSON, and warnings about what was read with a grain of salt.
+class CocoVideos(VideoSource):
+    """The videos of a COCO video JSON.
+
+    Args:
+        path: the annotation file. `images` need `id`, `video_id`, `order_in_video` and `path` (or
+            `file_name`); `annotations` need `image_id` and `segmentation`. Objects are told apart
+            by `track_id`, `instance_id` or `object_id`, else by category.
+        image_root: folder that image paths are relative to; None takes that of the file.
 
     Raises:
         UserError: all problems of the file at once.
     """
-    content = _read_coco(path)
-    if image_root is not None and not Path(image_root).is_dir():
-        raise UserError(f"dataset.image_root: {image_root} is no folder")
-    problems: list[str] = []
-    warnings: list[str] = []
-    if path.read_bytes().startswith(codecs.BOM_UTF8):
-        warnings.append("the file begins with a byte order mark; read without it")
-    images = _read_images(content["images"], path.parent, image_root, problems, warnings)
-    frames = {image_id: Frame(image.path, {}) for image_id, image in images.items()}
-    _read_annotations(content["annotations"], images, frames, problems, warnings)
-    videos = _group_videos(images, frames, problems)
-    warnings += tracking_warnings(videos)
-    if problems:
-        raise DataError(path, problems, videos, warnings)
-    return videos, warnings
+
+    mask_hint = (
+        "expected a `segmentation` (RLE or polygons) in at least one; boxes alone train nothing "
+        "here"
+    )
+
+    def __init__(self, path: Path, image_root: str | Path | None = None):
+        content = _read_coco(path)
+        if image_root is not None and not Path(image_root).is_dir():
+            raise UserError(f"dataset.image_root: {image_root} is no folder")
+        problems: list[str] = []
+        warnings: list[str] = []
+        if path.read_bytes().startswith(codecs.BOM_UTF8):
+            warnings.append("the file begins with a byte order mark; read without it")
+        images = _read_images(content["images"], path.parent, image_root, problems, warnings)
+        frames = {image_id: Frame(image.path, {}) for image_id, image in images.items()}
+        _read_annotations(content["annotations"], images, frames, problems, warnings)
+        videos = _group_videos(images, frames, problems)
+        warnings += tracking_warnings(videos)
+        super().__init__(path, videos, warnings, problems)
+
+    def read_masks(
+        self, video: Video, frame_idx: int, object_id: int | str
+    ) -> dict[int | str, np.ndarray]:
+        """The mask of one object: each has a segmentation of its own."""
+        annotation = video.frames[frame_idx].annotations[object_id]
+        try:
+            return {object_id: decode_segmentation(annotation.segmentation, video.size)}
+        except ValueError as problem:
+            raise UserError(
+                f"annotation {annotation.annotation_id} (object {object_id}, "
+                f"{video.frames[frame_idx].path}): {problem}"
+            ) from None
 
 
 def _read_coco(path: Path) -> dict[str, Any]:
@@ -180,13 +204,13 @@ def _as_id(value: Any) -> int | str | None:
 
 
 def _image_names(entry: dict[str, Any]) -> list[str]:
-    """Where an image may lie, by the keys that say something."""
+    """The paths that an entry gives, `path` before `file_name`."""
     names = (entry.get(key) for key in ("path", "file_name"))
     return [name for name in names if isinstance(name, str) and name]
 
 
 def _is_absolute(name: str) -> bool:
-    """Also for a Windows path that is read elsewhere."""
+    """Whether a path is absolute, on this system or on Windows."""
     return PurePath(name).is_absolute() or PureWindowsPath(name).is_absolute()
 
 
@@ -195,9 +219,8 @@ def _locate(
 ) -> tuple[Path | None, Header | str]:
     """The file of an image with its header, or with what is wrong with it.
 
-    It lies at the path as given, or else at `file_name`, from `image_root` or else from the folder
-    of the annotations. Of an absolute path of another machine, the tail may exist under
-    `image_root`.
+    Relative paths begin at `image_root`, or at the folder of the annotations where it is None. The
+    last parts of an absolute path that does not exist here are looked for under `image_root`.
     """
     names = _image_names(entry)
     if not names:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pycocotools import mask as rle
@@ -36,7 +39,7 @@ def read_header(path: Path) -> Header:
             # picture in search of one at its end.
             skip = image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info)
             orientation = 1 if skip else image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception as problem:  # Pillow's parsers raise whatever comes: struct.error, KeyError
+    except Exception as problem:  # Pillow's parsers also raise struct.error, KeyError and others
         raise UserError(_why_unreadable(path, problem)) from problem
     shown = (width, height) if 5 <= orientation <= 8 else (height, width)
     return Header((height, width), shown, 2 <= orientation <= 8)
@@ -54,7 +57,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
-            image.load()  # Pillow raises for a truncated file; OpenCV would return half a picture
+            image.load()  # raises for a truncated file, of which OpenCV returns half a picture
             if size is None or (image.height, image.width) != tuple(size):
                 image = ImageOps.exif_transpose(image)
             pixels = _to_rgb(image)
@@ -80,7 +83,7 @@ def read_id_mask(path: Path) -> np.ndarray:
             mode, pixels = image.mode, np.asarray(image)
     except Exception as problem:
         raise UserError(_why_unreadable(path, problem)) from problem
-    if pixels.ndim == 3:  # grey all the same, in a few masks of DAVIS-2016
+    if pixels.ndim == 3:  # a few masks of DAVIS-2016 are grey in RGB files
         colours = pixels[..., :3] if pixels.shape[2] > 2 else pixels[..., :1]
         pixels = colours[..., 0] if (colours == colours[..., :1]).all() else pixels
     if pixels.ndim != 2 or pixels.dtype.kind not in "bui" or not 0 <= pixels.min() <= MAX_ID:
@@ -124,6 +127,57 @@ def _why_unreadable(path: Path, problem: Exception) -> str:
     return f"{path}: {what}"
 
 
+class Film:
+    """Frames of films, read in order: the next frame is decoded at once, an earlier one means
+    starting over.
+
+    Frames are counted by decoding, never sought: seeking lands beside the wanted frame in some
+    films. Each thread and each process keeps one film open.
+    """
+
+    def __init__(self) -> None:
+        self._state = threading.local()
+
+    def __reduce__(self) -> tuple:
+        return Film, ()
+
+    def read(self, path: Path, frame_idx: int) -> np.ndarray:
+        """(H, W, 3) uint8 RGB.
+
+        Raises:
+            UserError: the film cannot be read that far.
+        """
+        process, opened, capture, position = getattr(self._state, "open", (None, None, None, 0))
+        # A forked process would share the position in the file with its parent.
+        if (process, opened) != (os.getpid(), path) or position > frame_idx:
+            # A decoder with threads of its own cannot be closed in a forked process: it would wait
+            # for threads that exist in its parent only.
+            one_thread = [cv2.CAP_PROP_N_THREADS, 1]
+            capture, position = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, one_thread), 0
+        while position < frame_idx and capture.grab():
+            position += 1
+        good, pixels = capture.read()
+        if not good:
+            self._state.open = (None, None, None, 0)
+            raise UserError(f"{path}: ends or is damaged at frame {position}")
+        self._state.open = (os.getpid(), path, capture, position + 1)
+        return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+
+
+def read_film_header(path: Path) -> tuple[tuple[int, int], int]:
+    """(H, W) and the number of frames, without decoding them.
+
+    Raises:
+        UserError: OpenCV cannot read the film.
+    """
+    capture = cv2.VideoCapture(str(path))
+    good, first = capture.read()
+    num_frames = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    if not good or num_frames < 1:
+        raise UserError(f"{path}: is no film that OpenCV can read")
+    return first.shape[:2], num_frames
+
+
 def decode_segmentation(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
     """(H, W) bool from COCO: compressed or uncompressed RLE, or polygons; nothing is an empty mask.
 
@@ -143,8 +197,8 @@ def segmentation_area(segmentation: Any, size: tuple[int, int]) -> int:
 def run_lengths(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
     """(R,) int64: pixels outside, inside, outside, ... the mask, down one column after the other.
 
-    pycocotools decodes runs that do not fill the frame, with whatever the memory held in the rest;
-    so they are read and checked here.
+    They are read and checked here because pycocotools accepts runs that do not fill the frame, and
+    leaves the rest of the mask uninitialised.
 
     Raises:
         ValueError: see `decode_segmentation`.
@@ -205,12 +259,13 @@ def _encode_polygons(polygons: list, size: tuple[int, int]) -> bytes:
     for polygon in polygons:
         if not isinstance(polygon, list):
             raise ValueError("expected polygons [[x1, y1, x2, y2, ...], ...]")
-        # pycocotools takes four numbers for a box, and fills garbage for an odd count.
+        # pycocotools takes four numbers for a box, and reads beyond the list for an odd count.
         if len(polygon) < 6 or len(polygon) % 2:
             raise ValueError(
                 f"a polygon of {len(polygon)} numbers; expected x, y pairs of 3 corners or more"
             )
-        # Its time and memory grow with the outline, so a stray coordinate would fill both.
+        # pycocotools needs time and memory in proportion to the outline: one stray coordinate
+        # would exhaust both.
         far = 10 * max(size)
         if not all(isinstance(value, int | float) and abs(value) <= far for value in polygon):
             raise ValueError(f"a polygon has a corner that is no number or beyond +-{far} px")

@@ -4,23 +4,24 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import SHARED, SIZE, edit, encode, make_coco, make_frames
+from conftest import SHARED, SIZE, edit, encode, load, make_coco, make_frames
 from PIL import Image
 from rich.console import Console
-from test_sav import write_film, write_json
-from test_vos import make_vos
+from test_data_pictures import write_film
+from test_data_sav import write_json
+from test_data_vos import make_vos
 
-from sam2train import cli
-from sam2train.check import check_data
+from sam2train import cli, data_report
 from sam2train.config import build
-from sam2train.experiment import Experiment
+from sam2train.data_report import check_data
+from sam2train.datasets import DatasetConfig
 
 
 def check(path, kind="coco", **keys):
     """The report on an experiment that trains on a path, with clips of 4 frames."""
     keys = {name: str(value) if name.endswith("path") else value for name, value in keys.items()}
     raw = {"dataset_type": kind, "data_path": str(path), "video_clip_length": 4} | keys
-    return check_data(build(Experiment, {"dataset": raw}, "experiment"))
+    return check_data(build(DatasetConfig, raw, "dataset"))
 
 
 def training(report):
@@ -69,6 +70,28 @@ def test_made_up_objects_have_no_figures(tmp_path):
     found = training(report).statistics
     assert (found["frames"], found["objects"], found["masks"]) == (5, 0, 0)
     assert found["share_of_absent_frames"] is found["mask_area_as_share_of_frame"] is None
+
+
+# When objects show
+
+
+def test_masks_and_presence(tmp_path):
+    # Object 1 is always there, 2 appears late and vanishes, 3 goes and comes back.
+    absent = [(1, 0, 2), (1, 5, 2), (1, 2, 3)]
+    videos = load(make_coco(tmp_path, num_objects=3, absent=absent)).videos
+    masks = data_report.mask_table(videos)
+    assert len(masks) == 18
+    assert masks.loc[masks["area"] == 0, ["object_id", "frame"]].values.tolist() == [
+        ["2", 0],
+        ["3", 2],
+        ["2", 5],
+    ]
+    assert masks["area"].max() == pytest.approx(14 * 16 / (48 * 64))
+    counts = {"objects": 3, "late": 1, "vanish": 2, "return": 1}
+    assert data_report.presence_counts(masks) == counts
+    text = data_report.presence_text(masks)
+    assert "Of 3 objects, 1 appear after the first frame, 2 vanish, and 1 of these" in text
+    assert "Half of the masks cover less than 7.3% of" in text
 
 
 # Errors
@@ -231,7 +254,7 @@ def test_a_long_list_is_cut_for_people_alone(tmp_path):
     report.show(console)
     shown = console.export_text()
     assert shown.count("error:") == 40
-    assert "... and 10 more of these; --json lists all" in shown
+    assert "and 10 more of these; --json lists all" in shown
     assert report.to_json().count("cut short") == 50
 
 

@@ -1,28 +1,22 @@
 import json
-import os
-import pickle
 
-import cv2
 import numpy as np
 import pytest
 from conftest import SIZE, encode, moving_masks
 from PIL import Image
+from test_data_pictures import level, write_film
 from torch.utils.data import DataLoader
 
-from sam2train.build import build_dataset
 from sam2train.config import build
+from sam2train.data_clips import ClipDataset, clip_settings
+from sam2train.data_sav import SavVideos
+from sam2train.data_vos import VosVideos
+from sam2train.datasets import build_dataset
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment
-from sam2train.sav import Film, SAVDataset
-from sam2train.vos import VOSDataset
 
 NUM_FRAMES = 10  # of which 0, 4 and 8 are labelled
 MASKS = moving_masks(NUM_FRAMES, 2, SIZE)
-
-
-def level(t):
-    """The grey of frame t."""
-    return 20 + 20 * t
 
 
 def write_json(path, *, rows=(0, 4, 8), ids=(3, 5), change=None):
@@ -43,15 +37,9 @@ def write_frames(folder, frames=range(NUM_FRAMES)):
         Image.fromarray(np.full((*SIZE, 3), level(t), np.uint8)).save(folder / f"{t:05d}.png")
 
 
-def write_film(path, num_frames=NUM_FRAMES):
-    film = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 24, SIZE[::-1])
-    for t in range(num_frames):
-        film.write(np.full((*SIZE, 3), level(t), np.uint8))
-    film.release()
-
-
 def dataset_of(path, **options):
-    return SAVDataset(path, **({"image_size": SIZE, "video_clip_length": 2} | options))
+    settings = clip_settings(**({"image_size": SIZE, "video_clip_length": 2} | options))
+    return ClipDataset(SavVideos(path), settings)
 
 
 def fails(path):
@@ -147,30 +135,6 @@ def test_a_list_chooses_videos_that_may_lie_deeper(tmp_path):
 # Films
 
 
-def test_frames_of_a_film_in_any_order(tmp_path):
-    write_film(tmp_path / "a.mp4", 12)
-    write_film(tmp_path / "b.mp4", 3)
-    film = Film()
-    for name, t in [("a", 0), ("a", 1), ("a", 7), ("a", 3), ("b", 2), ("a", 11), ("a", 11)]:
-        pixels = film.read(tmp_path / f"{name}.mp4", t)
-        assert pixels.shape == (*SIZE, 3)
-        assert abs(pixels.astype(int) - level(t)).max() <= 6
-    with pytest.raises(UserError, match=r"b\.mp4: ends or is damaged at frame 3"):
-        film.read(tmp_path / "b.mp4", 5)
-    assert pickle.loads(pickle.dumps(film)).read(tmp_path / "a.mp4", 2)[0, 0, 0] > 0
-
-
-def test_colours_of_a_film_are_in_the_right_order(tmp_path):
-    film = cv2.VideoWriter(
-        str(tmp_path / "red.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 24, SIZE[::-1]
-    )
-    film.write(np.full((*SIZE, 3), (0, 0, 250), np.uint8))  # OpenCV's order: blue, green, red
-    film.release()
-    red, green, blue = Film().read(tmp_path / "red.mp4", 0).mean(axis=(0, 1))
-    assert red > 200
-    assert max(green, blue) < 50
-
-
 def test_a_worker_opens_a_film_of_its_own(tmp_path):
     write_json(tmp_path / "sav_1_manual.json")
     write_film(tmp_path / "sav_1.mp4")
@@ -179,7 +143,6 @@ def test_a_worker_opens_a_film_of_its_own(tmp_path):
     loader = DataLoader(dataset, None, sampler=[(e, 0) for e in range(4)], num_workers=1)
     for epoch, clip in enumerate(loader):
         assert (clip.images == dataset[epoch, 0].images).all()
-    assert dataset._film._open[0] == os.getpid()
 
 
 # What is refused
@@ -191,7 +154,7 @@ def test_a_worker_opens_a_film_of_its_own(tmp_path):
         (lambda c: c.pop("masklet"), "`masklet` is missing"),
         (lambda c: c["masklet"][1].pop(), r"have \[1, 2\] entries"),
         (lambda c: c["masklet_id"].append(1), r"have \[2, 3\] entries"),
-        (lambda c: c.update(masklet_id=[5, 5]), r"`masklet_id` is \[5, 5\]; .* each another one"),
+        (lambda c: c.update(masklet_id=[5, 5]), r"`masklet_id` is \[5, 5\]; .* all different"),
         (lambda c: c.update(masklet_id=["a", None]), "expected a number or text for each"),
         (lambda c: c.update(masklet_id=[[1], {}]), "expected a number or text for each"),
         (lambda c: c["masklet"].extend(c["masklet"]), "6 labelled frames do not fit 10 frames"),
@@ -243,10 +206,11 @@ def test_an_experiment_takes_masklets_and_the_pngs_of_the_validation_set(tmp_pat
     raw = {"dataset_type": "sav", "data_path": str(tmp_path / "train")}
     raw["val_path"] = str(tmp_path / "val")
     experiment = build(Experiment, {"dataset": raw}, "experiment")
+    sections = experiment.dataset, experiment.augment, experiment.trainer.seed
     train, val = (
-        build_dataset(experiment, path, training=False, say=lambda text: None)
+        build_dataset(*sections, path, training=False, say=lambda text: None)
         for path in (raw["data_path"], raw["val_path"])
     )
-    assert isinstance(train, SAVDataset)
-    assert isinstance(val, VOSDataset)
+    assert isinstance(train.source, SavVideos)
+    assert isinstance(val.source, VosVideos)
     assert val.read_mask(val.videos[0], 0, 0).sum() == MASKS[0, 0].sum()

@@ -15,14 +15,15 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from sam2train.config import Section
-from sam2train.shapes import coverage, outline, sway, view
 
-MIN_RADIUS = 4.0  # px; below it an outline is no shape any more
-MAX_LAYOUTS = 20  # drawn until every object shows on the first frame; the last has no events
+MIN_RADIUS = 4.0  # px; a smaller outline covers too few pixels to have a shape
+MAX_LAYOUTS = 20  # tried until every object shows on frame 0; the last one has no events
 SHOWN_AT_FIRST = 0.4  # share of each object that frame 0 must show for a layout to be taken
-SPAN = 30  # frames of a video, or more, to one round of events
-CUTS = 4  # places of a picture looked at for a texture that stands out
-STANDS_OUT = 25.0  # grey values between an object and its surroundings; less gets help
+SPAN = 30  # frames for one round of events, at least
+CUTS = 4  # places of a picture tried for a texture that stands out
+SUPERSAMPLE = 4  # outlines are filled on a grid this much finer, which gives the soft edge
+# Grey values; an object closer to its surroundings than this is brightened or darkened.
+STANDS_OUT = 25.0
 
 
 class SyntheticConfig(Section):
@@ -59,10 +60,10 @@ class Layer:
     radius: np.ndarray  # (T,) px
     angle: np.ndarray  # (T,) radians
     object_id: int = 0
-    patch: np.ndarray | None = None  # (S, S, 3) uint8, what it looks like; None: unseen
+    patch: np.ndarray | None = None  # (S, S, 3) uint8, its texture; None: not painted
 
     def full_area(self, frame_idx: int) -> float:
-        """px, the area if nothing hid it."""
+        """px, the area where nothing hides it."""
         return cv2.contourArea(self.outline.astype(np.float32)) * self.radius[frame_idx] ** 2
 
 
@@ -81,7 +82,7 @@ class Scene:
         """A frame with the objects on it, and their masks.
 
         Args:
-            picture: (H, W, 3) uint8; left as it is.
+            picture: (H, W, 3) uint8; it is not changed.
 
         Returns:
             (H, W, 3) uint8, and (N, H, W) bool by object id from 1: where an object is the topmost
@@ -125,7 +126,7 @@ class Scene:
             yield layer, (slice(low[1], high[1]), slice(low[0], high[0])), low, alpha
 
 
-def draw_num_objects(
+def sample_num_objects(
     config: SyntheticConfig, max_objects: int | None, rng: np.random.Generator
 ) -> int:
     """N, within the config's range and at most `max_objects`."""
@@ -133,24 +134,25 @@ def draw_num_objects(
     return drawn if max_objects is None else min(drawn, max_objects)
 
 
-def draw_scene(
+def sample_scene(
     background: np.ndarray,
     num_frames: int,
     num_objects: int,
     config: SyntheticConfig,
-    draw_picture: Callable[[np.random.Generator], np.ndarray],
+    sample_picture: Callable[[np.random.Generator], np.ndarray],
     rng: np.random.Generator,
 ) -> Scene:
-    """Objects for `num_frames` frames; at least one, as a rule each, shows on frame 0.
+    """Objects for `num_frames` frames. At least one of them shows on frame 0, nearly always all.
 
     Args:
-        background: (H, W, 3) uint8, frame 0: gives the size, and what objects must stand out from.
-        draw_picture: another picture, (H, W, 3) uint8 of any size, to cut an object from.
+        background: (H, W, 3) uint8, frame 0: objects get its size and stand out from it.
+        sample_picture: another picture, (H, W, 3) uint8 of any size, to cut an object from.
     """
     size = background.shape[:2]
     for attempt in range(1, MAX_LAYOUTS + 1):
-        with_events = attempt < MAX_LAYOUTS  # without, the topmost object hides nowhere
-        scene = Scene(size, _draw_layers(size, num_frames, num_objects, config, with_events, rng))
+        # Without events nothing hides the topmost object, so it shows on frame 0.
+        with_events = attempt < MAX_LAYOUTS
+        scene = Scene(size, _sample_layers(size, num_frames, num_objects, config, with_events, rng))
         areas = scene.masks(0).sum(axis=(1, 2))
         full = {layer.object_id: layer.full_area(0) for layer in scene.layers}
         if all(areas[o - 1] >= SHOWN_AT_FIRST * full[o] for o in full if o):
@@ -158,13 +160,13 @@ def draw_scene(
     if not config.paste:
         return Scene(size, [layer for layer in scene.layers if layer.object_id])
     dressed = [
-        replace(layer, patch=cut_out(draw_picture(rng), layer, background, rng))
+        replace(layer, patch=cut_out(sample_picture(rng), layer, background, rng))
         for layer in scene.layers
     ]
     return Scene(size, dressed)
 
 
-def _draw_layers(
+def _sample_layers(
     size: tuple[int, int],
     num_frames: int,
     num_objects: int,
@@ -181,7 +183,7 @@ def _draw_layers(
         swing = np.sin(2 * np.pi * frames / rng.uniform(22, 48) + rng.uniform(0, 6.3))
         radius = middle * config.max_zoom ** (rng.uniform(0, 0.5) * swing)
         radius = np.maximum(radius, MIN_RADIUS)
-        paths = [_draw_path(radius, size, config.max_speed * side, rng) for _ in range(5)]
+        paths = [_sample_path(radius, size, config.max_speed * side, rng) for _ in range(5)]
         layers.append(
             Layer(
                 outline(rng),
@@ -197,7 +199,8 @@ def _draw_layers(
     # A long video has several events, a short clip one of each kind at most.
     spans = np.linspace(0, num_frames, max(num_frames // SPAN, 1) + 1)
     for first, last in pairwise(spans.tolist()):
-        # Half the length of an event: a short clip has to see its end, a long one not only it.
+        # Half the length of an event in frames: it ends within a short clip, and in a long video
+        # there are frames without it.
         width = float(np.clip(0.45 * (last - first), 2, 12))
         _add_events(layers, num_objects, size, (first + width, last - 1), width, config, rng)
     return layers
@@ -212,24 +215,29 @@ def _add_events(
     config: SyntheticConfig,
     rng: np.random.Generator,
 ) -> None:
-    """Let objects, the first of the layers, leave or be hidden, at a peak between two frames."""
+    """Make some of the objects, the first of the layers, leave the frame or be hidden.
 
-    def draw_peak() -> float:
+    Args:
+        peaks: first and last frame for the middle of an event.
+        width: frames from the middle of an event to its ends.
+    """
+
+    def sample_peak() -> float:
         return float(rng.uniform(peaks[0], max(peaks)))
 
     leaving = rng.random(num_objects) < config.prob_leave
     if rng.random() < config.prob_occlusion:
         below, above = np.sort(rng.integers(num_objects, size=2))
-        if layers[above].radius[0] > layers[below].radius[0]:  # so not one and the same
-            layers[above] = _pass_in_front(layers[above], layers[below], draw_peak(), width)
+        if layers[above].radius[0] > layers[below].radius[0]:  # false where both are one object
+            layers[above] = _pass_in_front(layers[above], layers[below], sample_peak(), width)
         else:
-            layers.append(_draw_occluder(layers[below], draw_peak(), width, rng))
+            layers.append(_sample_occluder(layers[below], sample_peak(), width, rng))
         leaving[[below, above]] = False
     for place in np.flatnonzero(leaving):
-        layers[place] = _leave(layers[place], size, draw_peak(), width)
+        layers[place] = _leave(layers[place], size, sample_peak(), width)
 
 
-def _draw_path(
+def _sample_path(
     radius: np.ndarray, size: tuple[int, int], max_speed: float, rng: np.random.Generator
 ) -> np.ndarray:
     """(T, 2) px: smooth, and always well inside the frame."""
@@ -248,13 +256,13 @@ def _clearance(place: np.ndarray, radius: float, layers: list[Layer]) -> float:
 
 
 def hump(num_frames: int, peak: float, width: float) -> np.ndarray:
-    """(T,) 0..1: smoothly up, flat at 1 around the peak, and down, 0 beyond `width` from it."""
+    """(T,) 0..1: a smooth hill, 1 around the peak and 0 beyond `width` frames from it."""
     away = np.clip(np.abs(np.arange(num_frames) - peak) / width, 0, 1)
     return np.minimum(1.6 * (0.5 + 0.5 * np.cos(np.pi * away)), 1.0)
 
 
 def _leave(layer: Layer, size: tuple[int, int], peak: float, width: float) -> Layer:
-    """Out over the nearest border, all of it, and back."""
+    """The layer, moved over the nearest border until none of it shows, and back."""
     at = min(round(peak), len(layer.centre) - 1)
     x, y = layer.centre[at]
     gaps = {(-1, 0): x, (1, 0): size[1] - x, (0, -1): y, (0, 1): size[0] - y}
@@ -264,14 +272,14 @@ def _leave(layer: Layer, size: tuple[int, int], peak: float, width: float) -> La
 
 
 def _pass_in_front(partner: Layer, subject: Layer, peak: float, width: float) -> Layer:
-    """The partner comes to where the subject is, and goes back."""
+    """The partner, moved to where the subject is at the peak, and back."""
     at = min(round(peak), len(subject.centre) - 1)
     way = subject.centre[at] - partner.centre[at]
     rise = hump(len(subject.centre), peak, width)[:, None]
     return replace(partner, centre=partner.centre + rise * way)
 
 
-def _draw_occluder(subject: Layer, peak: float, width: float, rng: np.random.Generator) -> Layer:
+def _sample_occluder(subject: Layer, peak: float, width: float, rng: np.random.Generator) -> Layer:
     """A shape that is not annotated, on a straight line across the subject."""
     frames = np.arange(len(subject.centre))
     at = min(round(peak), len(frames) - 1)
@@ -293,7 +301,7 @@ def cut_out(
 ) -> np.ndarray:
     """(S, S, 3) uint8: a square of a picture, the one of a few that stands out most.
 
-    Its tones are changed a little, and brightened or darkened where even it would not be seen.
+    Its tones are changed a little. It is brightened or darkened where it would not stand out.
     """
     diameter = int(np.ceil(2 * layer.radius.max()))
     height, width = background.shape[:2]
@@ -302,7 +310,7 @@ def cut_out(
     around = background[max(y - reach, 0) : y + reach, max(x - reach, 0) : x + reach]
     around_tone = _tone(around.astype(np.float32))
 
-    # Seen at about the scale it has in its own picture.
+    # The cut-out has about the scale that it has in its own picture.
     wanted = diameter * min(picture.shape[:2]) / min(height, width)
     gain, offset = rng.uniform(0.85, 1.15, 3), rng.uniform(-20, 20)
     best, best_distance = None, -1.0
@@ -328,3 +336,70 @@ def cut_out(
 def _tone(pixels: np.ndarray) -> np.ndarray:
     """(6,): mean and spread of each colour."""
     return np.concatenate([pixels.mean(axis=(0, 1)), pixels.std(axis=(0, 1))])
+
+
+# Outlines, smooth paths, soft-edged fills and turned pictures
+
+
+def outline(rng: np.random.Generator) -> np.ndarray:
+    """(K, 2) closed outline about the origin, largest distance 1: one of six shape families."""
+    theta = np.linspace(0, 2 * np.pi, 72, endpoint=False)
+    radius = np.ones_like(theta)
+    family = rng.integers(6)
+    if family == 0:  # a blob
+        for order in range(2, 6):
+            radius += rng.uniform(0.0, 0.5 / order) * np.cos(order * theta + rng.uniform(0, 6.3))
+    elif family == 1:  # a star
+        arms, depth = rng.integers(3, 7), rng.uniform(0.15, 0.4)
+        radius += depth * np.cos(arms * theta)
+    elif family == 2:  # a polygon; the running mean rounds its corners
+        sides = rng.integers(3, 7)
+        radius = 1 / np.cos(theta % (2 * np.pi / sides) - np.pi / sides)
+        radius = (radius + np.roll(radius, 1) + np.roll(radius, -1)) / 3
+    elif family == 3:  # a bean: a disc with one deep dent
+        radius -= rng.uniform(0.35, 0.7) * np.exp(-(((theta - np.pi) / 0.6) ** 2))
+    if family == 4:  # a thick arc, from a C to a horseshoe
+        gap, inner = rng.uniform(0.5, 1.3), rng.uniform(0.4, 0.6)
+        arc = np.linspace(gap, 2 * np.pi - gap, 36)
+        theta, radius = np.r_[arc, arc[::-1]], np.r_[np.ones(36), np.full(36, inner)]
+    points = radius[:, None] * np.stack([np.cos(theta), np.sin(theta)], 1)
+    points[:, 1] *= rng.uniform(0.55, 1.0) if family in (2, 5) else rng.uniform(0.85, 1.0)
+    points -= points.mean(0)
+    return points / np.linalg.norm(points, axis=1).max()
+
+
+def sway(rng: np.random.Generator, num_frames: int, max_speed: float) -> np.ndarray:
+    """(T, 2) smooth path around (0, 0) that never moves more than max_speed a frame."""
+    heading = rng.uniform(0, 2 * np.pi)
+    speed = max_speed * rng.uniform(0.4, 1.0) * np.array([np.cos(heading), np.sin(heading)])
+    omega = 2 * np.pi / rng.uniform(22, 48, 2)  # one swing takes 22 to 48 frames
+    return speed / omega * np.sin(np.arange(num_frames)[:, None] * omega + rng.uniform(0, 6.3, 2))
+
+
+def coverage(
+    points: np.ndarray, radius: float, angle: float, centre: np.ndarray, size: tuple[int, int]
+) -> np.ndarray:
+    """(H, W) float32: the share of each pixel, 0..1, that a scaled and turned outline covers.
+
+    Args:
+        points: (K, 2) outline about the origin, (x, y).
+        radius: px, what a distance of 1 becomes.
+        angle: radians, from x towards y.
+        centre: (2,) px, (x, y), where the origin comes to lie.
+    """
+    cos, sin = np.cos(angle), np.sin(angle)
+    points = points @ np.array([[cos, sin], [-sin, cos]]) * radius
+    points = (points + centre) * SUPERSAMPLE
+    fine = np.zeros((size[0] * SUPERSAMPLE, size[1] * SUPERSAMPLE), np.uint8)
+    cv2.fillPoly(fine, [np.round(points).astype(np.int32)], 255)
+    return cv2.resize(fine, size[::-1], interpolation=cv2.INTER_AREA) / np.float32(255)
+
+
+def view(
+    picture: np.ndarray, scale: float, angle: float, target: np.ndarray, size: tuple[int, int]
+) -> np.ndarray:
+    """(H, W, 3): the square picture scaled, turned, its middle put at target, (x, y) px."""
+    cos, sin = scale * np.cos(angle), scale * np.sin(angle)
+    matrix = np.array([[cos, -sin, 0.0], [sin, cos, 0.0]])
+    matrix[:, 2] = target - matrix[:, :2] @ np.full(2, len(picture) / 2)
+    return cv2.warpAffine(picture, matrix, size[::-1], borderMode=cv2.BORDER_REFLECT_101)

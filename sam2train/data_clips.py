@@ -1,0 +1,394 @@
+"""From a video to one of its clips: which frames, which objects, with which prompts."""
+
+from __future__ import annotations
+
+import mmap
+import multiprocessing
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sam2train.clips import Clip, Prompt
+from sam2train.data_source import ClipPixels, Video, VideoSource
+from sam2train.errors import UserError
+from sam2train.prompts import PromptGenerator, types_like
+from sam2train.transforms import AugmentConfig, augment, normalise, resize_image, resize_mask
+
+# A process that was killed while it held the lock must not stop the others.
+_PATIENCE = 5.0  # seconds
+
+
+@dataclass(frozen=True)
+class ClipSettings:
+    """How the clips of a data set are drawn, the same for every data format."""
+
+    image_size: tuple[int, int]  # (H, W), frames are stretched to it
+    video_clip_length: int  # T; a video with fewer frames is padded with invalid ones
+    prompts: PromptGenerator
+    max_objects: int | None  # of a clip, drawn at random; None takes all
+    max_frame_stride: int  # largest step between neighbouring frames, in labelled ones
+    max_conditioning_frames: int  # a clip has 1 to this many
+    augment: AugmentConfig
+    seed: int
+
+
+def clip_settings(
+    image_size: tuple[int, int] = (512, 512),
+    video_clip_length: int = 5,
+    prompt_types: Sequence[str] | None = None,
+    num_of_pos_points: int | tuple[int, int] = 1,
+    include_center: bool = False,
+    num_of_neg_points: int = 0,
+    *,
+    box_jitter: float = 0.0,
+    prompt_weights: Sequence[float] | None = None,
+    max_objects: int | None = None,
+    max_frame_stride: int = 1,
+    max_conditioning_frames: int = 1,
+    augment: AugmentConfig | None = None,
+    seed: int = 0,
+) -> ClipSettings:
+    """The settings of clips, from the arguments that the constructors of all data sets share.
+
+    Args:
+        prompt_types, num_of_pos_points, include_center, num_of_neg_points, box_jitter,
+            prompt_weights: see `PromptGenerator`.
+        augment: None changes nothing.
+        The others: see `ClipSettings`.
+
+    Raises:
+        UserError: a number out of its range.
+    """
+    counts = {
+        "video_clip_length": (video_clip_length, 1),
+        "max_objects": (1 if max_objects is None else max_objects, 1),
+        "max_frame_stride": (max_frame_stride, 1),
+        "max_conditioning_frames": (max_conditioning_frames, 1),
+        "seed": (seed, 0),
+    }
+    for name, (number, least) in counts.items():
+        if not isinstance(number, numbers.Integral) or number < least:
+            raise UserError(f"{name}: {number!r}; expected a whole number of at least {least}")
+    sides = tuple(image_size) if isinstance(image_size, Sequence | np.ndarray) else ()
+    if len(sides) != 2 or not all(isinstance(s, numbers.Integral) and s > 0 for s in sides):
+        raise UserError(f"image_size: {image_size!r}; expected (height, width) in pixels")
+    points = (num_of_pos_points, include_center, num_of_neg_points)
+    return ClipSettings(
+        sides,
+        video_clip_length,
+        PromptGenerator(prompt_types, *points, box_jitter=box_jitter, weights=prompt_weights),
+        max_objects,
+        max_frame_stride,
+        max_conditioning_frames,
+        augment or AugmentConfig(),
+        seed,
+    )
+
+
+class ClipDataset:
+    """Clips of indexed videos: `dataset[i]` is a random clip of video i.
+
+    Another epoch, by `set_epoch` or as `dataset[epoch, i]`, gives another clip of the same video.
+    A clip depends on the seed, the epoch and i alone, whatever the process that loads it. Clips
+    have labelled frames only; `videos` has all frames, for evaluation.
+
+    Args:
+        source: reads the videos, whatever format they have.
+        settings: what the clips are like.
+        mask_cache_mb: bound of the cache of decoded masks, for all processes together.
+
+    Raises:
+        UserError: no video has a mask.
+    """
+
+    def __init__(self, source: VideoSource, settings: ClipSettings, mask_cache_mb: int = 256):
+        self.source, self.settings = source, settings
+        self.videos, self.warnings = source.videos, source.warnings
+        self.image_size, self.prompts = settings.image_size, settings.prompts
+        self.epoch = 0
+        self.cache = MaskCache(mask_cache_mb * 2**20, self.videos, self.image_size)
+        self.trainable = [
+            video
+            for video in self.videos
+            if source.makes_objects or any(video.visible(t) for t in video.labelled)
+        ]
+        if not self.trainable:
+            raise UserError(f"{source.path}: no annotation has a mask; {source.mask_hint}")
+
+    def __len__(self) -> int:
+        return len(self.trainable)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch of `dataset[i]`, 0 before; for loaders without `ClipSampler`."""
+        self.epoch = epoch
+
+    def __getitem__(self, index: int | tuple[int, int]) -> Clip:
+        place, rng = locate_clip(index, len(self), self.settings.seed, self.epoch)
+        video, settings = self.trainable[place], self.settings
+        indices, num_padding = sample_frames(
+            video, settings.video_clip_length, settings.max_frame_stride, rng
+        )
+        size, most = self.image_size, settings.max_objects
+        pixels = self.source.sample_clip(video, indices, size, most, rng)
+        if pixels is None:
+            objects = sample_objects(video, indices, most, rng)
+            images = [resize_image(self.read_frame(video, t), size) for t in indices]
+            masks = [[self.read_mask(video, t, o, size) for o in objects] for t in indices]
+            pixels = ClipPixels(np.stack(images), np.stack(masks), objects)
+        return finish_clip(video, indices, pixels, num_padding, settings, rng)
+
+    def read_frame(self, video: Video, frame_idx: int) -> np.ndarray:
+        """(H, W, 3) uint8 at the video's own size."""
+        return self.source.read_frame(video, frame_idx)
+
+    def read_mask(
+        self,
+        video: Video,
+        frame_idx: int,
+        object_id: int | str,
+        size: tuple[int, int] | None = None,
+    ) -> np.ndarray:
+        """(H, W) bool of one object, empty where it does not show; at `size`, or the video's own
+        where none is given."""
+        size = video.size if size is None else tuple(size)
+        if not self.source.has_mask(video, frame_idx, object_id):
+            return np.zeros(size, bool)
+        mask = self.cache.get(video, frame_idx, object_id, size)
+        if mask is None:
+            decoded = {
+                o: resize_mask(mask, size)
+                for o, mask in self.source.read_masks(video, frame_idx, object_id).items()
+            }
+            for other_id, other in decoded.items():
+                self.cache.put(video, frame_idx, other_id, other)
+            mask = decoded[object_id]
+        return mask
+
+
+def locate_clip(
+    index: int | tuple[int, int], num_clips: int, seed: int, epoch: int = 0
+) -> tuple[int, np.random.Generator]:
+    """The video that `dataset[i]` or `dataset[epoch, i]` means, and random numbers for its clip.
+
+    Args:
+        epoch: taken where the index has none.
+
+    Raises:
+        IndexError: beyond the end, which also ends a loop over the data set.
+    """
+    epoch, index = index if isinstance(index, tuple) else (epoch, index)
+    if not -num_clips <= index < num_clips:
+        raise IndexError(f"clip {index} of {num_clips}")
+    index %= num_clips
+    return index, np.random.default_rng([seed, epoch, index])
+
+
+def sample_frames(
+    video: Video, clip_length: int, max_stride: int, rng: np.random.Generator
+) -> tuple[list[int], int]:
+    """Frames of one clip: (T',) ascending positions of labelled ones, and the T - T' missing.
+
+    The first frame shows an object where the video allows it: objects are prompted on the first
+    frame that shows them, so the rest of the clip is left for tracking. Without annotations, a clip
+    may start on any frame.
+
+    Args:
+        clip_length: T.
+        max_stride: largest step, in labelled frames; lowered where the video is too short for it.
+    """
+    places = video.labelled
+    num_frames = len(places)
+    taken = min(clip_length, num_frames)
+    fits = (num_frames - 1) // max(taken - 1, 1)
+    stride = int(rng.integers(1, max(min(max_stride, fits), 1) + 1))
+    starts = np.arange(num_frames - stride * (taken - 1))
+    shows = [bool(video.visible(t)) for t in places]
+    if not any(shows):
+        shows = [True] * num_frames
+    good = [start for start in starts if shows[start]]
+    if not good:  # the objects of this video appear late
+        good = [start for start in starts if any(shows[start + stride * t] for t in range(taken))]
+    if not good:  # or between the frames of this stride
+        stride, good = 1, [min(shows.index(True), num_frames - taken)]
+    start = int(good[rng.integers(len(good))])
+    return [places[start + stride * t] for t in range(taken)], clip_length - taken
+
+
+def sample_objects(
+    video: Video, indices: Sequence[int], max_objects: int | None, rng: np.random.Generator
+) -> list[int | str]:
+    """The objects of a clip: all that show on its frames, or `max_objects` of them at random.
+
+    An object that shows on the last frame only leaves nothing to track, so the others come first.
+    """
+    shown = [o for o in video.object_ids if any(o in video.visible(t) for t in indices)]
+    if max_objects is None or len(shown) <= max_objects:
+        return shown
+    early = {o for o in shown if any(o in video.visible(t) for t in indices[:-1])}
+    order = rng.choice(len(shown), len(shown), replace=False)
+    chosen = sorted(order, key=lambda place: shown[place] not in early)[:max_objects]
+    return [shown[place] for place in sorted(chosen)]
+
+
+def sample_prompts(
+    masks: np.ndarray,
+    object_ids: Sequence[int | str],
+    settings: ClipSettings,
+    rng: np.random.Generator,
+) -> list[Prompt]:
+    """Prompts of the objects of a clip on its conditioning frames.
+
+    As in SAM 2's training, an object is prompted on the first frame that shows it. With
+    `max_conditioning_frames` above 1, further conditioning frames are drawn for the whole clip. On
+    these, each object that is visible and was prompted earlier gets another prompt: a mask if its
+    first prompt was a mask, else points or a box.
+
+    Args:
+        masks: (T', N, H, W) bool; every object shows somewhere.
+    """
+    more: list[int] = []
+    if settings.max_conditioning_frames > 1:
+        num_more = int(rng.integers(settings.max_conditioning_frames))
+        later = np.arange(1, len(masks))
+        more = sorted(rng.choice(later, min(num_more, len(later)), replace=False).tolist())
+    prompts = []
+    for place, object_id in enumerate(object_ids):
+        shows = masks[:, place].any(axis=(1, 2))  # (T',)
+        first = int(shows.argmax())
+        among: list[str] | None = None
+        for t in [first, *(t for t in more if t > first and shows[t])]:
+            prompt = settings.prompts.generate(
+                masks[t, place], rng, object_id=object_id, frame_index=t, among=among
+            )
+            among = types_like(prompt["type"])
+            prompts.append(prompt)
+    return prompts
+
+
+def finish_clip(
+    video: Video,
+    indices: list[int],
+    pixels: ClipPixels,
+    num_padding: int,
+    settings: ClipSettings,
+    rng: np.random.Generator,
+) -> Clip:
+    """A clip from its frames and masks: augmented, prompted, padded.
+
+    Args:
+        indices: positions of the frames in the video, ascending.
+        pixels: at the clip's size; an object without a pixel left is dropped.
+        num_padding: T - T'.
+    """
+    images, masks, object_ids = pixels
+    # A clip is played backwards only if its last frame has something to prompt.
+    if rng.random() < settings.augment.reverse and masks[-1].any():
+        indices = indices[::-1]
+        images, masks = np.ascontiguousarray(images[::-1]), np.ascontiguousarray(masks[::-1])
+    augmented = augment(images, masks, settings.augment, rng)
+    if augmented[1].any():  # a crop or turn that loses every object is not applied
+        images, masks = augmented
+
+    # The augmentation may have moved some of the objects out of the picture.
+    kept = np.flatnonzero(masks.any(axis=(0, 2, 3)))
+    object_ids, masks = [object_ids[place] for place in kept], masks[:, kept]
+    prompts = sample_prompts(masks, object_ids, settings, rng)
+    if num_padding:
+        images = np.concatenate([images, np.repeat(images[-1:], num_padding, axis=0)])
+        masks = np.concatenate([masks, np.zeros((num_padding, *masks.shape[1:]), bool)])
+        indices = [*indices, *[indices[-1]] * num_padding]
+    return Clip(
+        images=normalise(images),
+        masks=torch.from_numpy(np.ascontiguousarray(masks)),
+        prompts=prompts,
+        video_id=video.video_id,
+        frame_indices=[int(t) for t in indices],
+        object_ids=object_ids,
+        frame_valid=torch.arange(len(indices)) < len(indices) - num_padding,
+        frame_size=video.size,
+    )
+
+
+class MaskCache:
+    """Masks of videos, packed to bits, in one block of memory that forked processes share.
+
+    A mask that is in the cache is never dropped. Each epoch visits the videos in a new order, so
+    dropping the mask that was not used for longest would often drop one that is needed next. Masks
+    are kept at two sizes: that of the clips and the video's own. A copy sent to a process that was
+    not forked keeps nothing.
+
+    Args:
+        max_bytes: size of the block, its table included; memory is taken as it fills.
+        videos: those whose masks may come.
+        image_size: (H, W) of the clips.
+    """
+
+    def __init__(self, max_bytes: int, videos: Sequence[Video], image_size: tuple[int, int]):
+        self.image_size = image_size
+        self._first: dict[int | str, int] = {}  # video id -> row of its first frame and object
+        num_rows = 0
+        for video in videos:
+            self._first[video.video_id] = num_rows
+            num_rows += len(video.frames) * len(video.object_ids)
+        num_words = 1 + 2 * num_rows
+        # An anonymous map, not /dev/shm: containers often give that 64 MB.
+        self._block = mmap.mmap(-1, max_bytes) if max_bytes > 8 * num_words else None
+        if self._block is not None:
+            words = np.frombuffer(self._block, np.int64, num_words)
+            self._end = words[:1]  # where the next mask goes
+            self._offsets = words[1:].reshape(2, num_rows)  # of each mask in the block; 0 is none
+            self._bytes = np.frombuffer(self._block, np.uint8)
+            self._end[0] = 8 * num_words
+            self._lock = multiprocessing.Lock()
+
+    def __reduce__(self) -> tuple:
+        return MaskCache, (0, [], self.image_size)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the table and the masks take so far."""
+        return 0 if self._block is None else int(self._end[0])
+
+    def get(
+        self, video: Video, frame_idx: int, object_id: int | str, size: tuple[int, int]
+    ) -> np.ndarray | None:
+        """(H, W) bool, a copy that the caller may change; None where it is not in the cache."""
+        place = self._place(video, frame_idx, object_id, size)
+        if place is None or not self._lock.acquire(timeout=_PATIENCE):
+            return None
+        offset = int(self._offsets[place])
+        self._lock.release()
+        if offset == 0:
+            return None
+        num_pixels = size[0] * size[1]
+        packed = self._bytes[offset : offset + (num_pixels + 7) // 8]
+        return np.unpackbits(packed, count=num_pixels).view(bool).reshape(size)
+
+    def put(self, video: Video, frame_idx: int, object_id: int | str, mask: np.ndarray) -> None:
+        """Keep a mask (H, W) bool, if there is room and its size is one of the two."""
+        place = self._place(video, frame_idx, object_id, mask.shape)
+        if place is None:
+            return
+        packed = np.packbits(mask)
+        if not self._lock.acquire(timeout=_PATIENCE):
+            return
+        try:
+            offset = int(self._end[0])
+            if self._offsets[place] == 0 and offset + packed.nbytes <= len(self._bytes):
+                self._bytes[offset : offset + packed.nbytes] = packed
+                self._end[0] = offset + packed.nbytes
+                self._offsets[place] = offset  # last: from now on others read it
+        finally:
+            self._lock.release()
+
+    def _place(
+        self, video: Video, frame_idx: int, object_id: int | str, size: tuple[int, int]
+    ) -> tuple[int, int] | None:
+        """Where the table has a mask; None for one that is never kept."""
+        if self._block is None or size not in (self.image_size, video.size):
+            return None
+        row = self._first[video.video_id] + frame_idx * len(video.object_ids)
+        return int(size != self.image_size), row + video.object_ids.index(object_id)

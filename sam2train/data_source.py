@@ -1,0 +1,187 @@
+"""The index that every data format is read into: a format is a child of `VideoSource`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sam2train.data_pictures import Film, read_image
+from sam2train.errors import UserError
+
+_SHOWN_PROBLEMS = 12
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """One object on one frame."""
+
+    annotation_id: int | str  # for messages
+    segmentation: Any  # where the mask is; only the source that made the index reads it
+    area: int  # pixels
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One frame of a video; on a labelled one, objects without an entry are absent."""
+
+    path: Path  # of the picture, or of the file that holds many frames
+    annotations: dict[int | str, Annotation]  # by object id
+    is_labelled: bool = True  # False: nobody looked for objects here
+    page: int | None = None  # position in the film at `path`; None: the file is one picture
+
+
+@dataclass(frozen=True)
+class Video:
+    """The frames of one video in order, all of one size."""
+
+    video_id: int | str
+    size: tuple[int, int]  # (H, W)
+    frames: list[Frame]
+    object_ids: list[int | str]  # in order of appearance
+
+    @property
+    def labelled(self) -> list[int]:
+        """The frames to learn from and to score: on these, absent means absent."""
+        return [t for t, frame in enumerate(self.frames) if frame.is_labelled]
+
+    def visible(self, frame_idx: int) -> list[int | str]:
+        """Objects with at least one annotated pixel on a frame."""
+        annotations = self.frames[frame_idx].annotations
+        return [o for o in self.object_ids if o in annotations and annotations[o].area > 0]
+
+
+class ClipPixels(NamedTuple):
+    """Frames and masks of one clip, before augmentation."""
+
+    images: np.ndarray  # (T', H, W, 3) uint8
+    masks: np.ndarray  # (T', N, H, W) bool
+    object_ids: list[int | str]  # (N,)
+
+
+class VideoSource:
+    """The videos at one path: indexed when the source is made, pixels and masks read on demand.
+
+    Each data format is a child of this class. It fills `videos` and `warnings` and implements
+    `read_masks`; where frames are neither pictures nor films, `read_picture` too. The other methods
+    are for formats that do more than read. A source is copied into the processes that load data,
+    and `read_picture` is called from several threads.
+
+    Args:
+        path: where the videos come from, for messages.
+        videos: all that can be read, each with all its frames.
+        warnings: what was read in another way than it is written, a line each.
+        problems: what is wrong with the data, a line each.
+
+    Raises:
+        DataError: there are problems.
+    """
+
+    # Ends the message about a source without any mask.
+    mask_hint = "expected at least one object with a pixel"
+    # True: masks are drawn by the source, and the index has no annotations.
+    makes_objects = False
+
+    def __init__(
+        self,
+        path: Path,
+        videos: list[Video],
+        warnings: Sequence[str] = (),
+        problems: Sequence[str] = (),
+    ):
+        self.path, self.videos, self.warnings = path, videos, list(warnings)
+        self._film = Film()
+        if problems:
+            raise DataError(self, problems)
+
+    def read_picture(self, video: Video, frame_idx: int) -> np.ndarray:
+        """(H, W, 3) uint8: a frame as it lies on disk, at the video's own size.
+
+        Raises:
+            UserError: the file is missing, damaged, or of another size.
+        """
+        frame = video.frames[frame_idx]
+        if frame.page is not None:
+            return self._film.read(frame.path, frame.page)
+        return read_image(frame.path, video.size)
+
+    def read_masks(
+        self, video: Video, frame_idx: int, object_id: int | str
+    ) -> dict[int | str, np.ndarray]:
+        """Masks by object id, (H, W) bool at the video's own size: that of one object, and those of
+        other objects on the frame that are decoded with it at no further cost.
+
+        Raises:
+            UserError: the file is missing, damaged, or of another size.
+        """
+        raise NotImplementedError
+
+    def read_frame(self, video: Video, frame_idx: int) -> np.ndarray:
+        """(H, W, 3) uint8: a frame as a model sees it, at the video's own size."""
+        return self.read_picture(video, frame_idx)
+
+    def has_mask(self, video: Video, frame_idx: int, object_id: int | str) -> bool:
+        """Whether `read_masks` would find a pixel of the object, as far as the index knows."""
+        annotation = video.frames[frame_idx].annotations.get(object_id)
+        return annotation is not None and annotation.area > 0
+
+    def sample_clip(
+        self,
+        video: Video,
+        indices: Sequence[int],
+        size: tuple[int, int],
+        max_objects: int | None,
+        rng: np.random.Generator,
+    ) -> ClipPixels | None:
+        """A training clip with objects of its own; None: it has those of the index.
+
+        Args:
+            indices: (T',) frames of the clip, ascending.
+            size: (H, W) of the clip.
+        """
+        return None
+
+
+class DataError(UserError):
+    """Everything that is wrong with the data at a path, in one message.
+
+    Attributes:
+        source: what could be read.
+        problems: all of them, where the message shows the first few.
+    """
+
+    def __init__(self, source: VideoSource, problems: Sequence[str]):
+        self.source, self.problems = source, list(problems)
+        shown = problems[:_SHOWN_PROBLEMS]
+        rest = len(problems) - len(shown)
+        super().__init__(
+            f"{source.path}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n  - "
+            + "\n  - ".join(shown)
+            + (f"\n  and {rest} more" if rest else "")
+        )
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def tracking_warnings(videos: Sequence[Video]) -> list[str]:
+    """Warnings about videos from which no tracking can be learned."""
+    without, short = [], []
+    for video in videos:
+        num_shown = Counter(o for t in video.labelled for o in video.visible(t))
+        if not num_shown:
+            without.append(f"video {video.video_id!r}")
+        elif max(num_shown.values()) == 1:
+            short.append(f"video {video.video_id!r}")
+    told = {
+        "no object, so no clip for training": without,
+        "no object is on more than one frame: nothing to track": short,
+    }
+    return [f"{listed(names)}: {what}" for what, names in told.items() if names]
