@@ -285,17 +285,14 @@ def conclusion(table: pd.DataFrame, question: Question, what: str = JANDF) -> st
 
 def _scored_at(table: pd.DataFrame) -> str:
     """Which checkpoint `differences` scored on which videos."""
-    if set(table["split"]) == {"val", "test"}:
+    splits = set(table["split"])
+    if splits == {"val", "test"}:
         return (
-            "The validation videos score the last step; the test videos, which chose nothing, the "
-            "checkpoint that was best on validation."
+            "Validation scores are those of the last step; test scores are those of the checkpoint "
+            "that was best on validation."
         )
-    if set(table["split"]) == {"val"}:
-        return (
-            "The validation videos score the last step, which no score chose; there are no test "
-            "videos."
-        )
-    return "The test videos score the last step."
+    names = SPLITS[splits.pop()]
+    return f"The scores are those of the last step on {names} videos, which chose no checkpoint."
 
 
 def horizon_sentences(results: pd.DataFrame, question: Question, metric: str = "horizon/J") -> str:

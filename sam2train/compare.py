@@ -16,6 +16,7 @@ from sam2train.ablation import (
     GAIN,
     HORIZON,
     JANDF,
+    MASKMEM,
     Question,
     brief,
     compact_results,
@@ -171,19 +172,22 @@ def collect_results(folder: Path | None, console: Console) -> None:
         for picture in draw_results(path):
             say(console, f"wrote {picture}")
         results = read_results(path)
-        for question in questions(path.stem, results):
-            _say_answer(results, question, console)
+        for place, question in enumerate(questions(path.stem, results)):
+            _say_answer(results, question, console, in_full=place == 0)
 
 
-def _say_answer(results: pd.DataFrame, question: Question, console: Console) -> None:
-    """Tables in Markdown, with what they allow to say: J&F, its gain, and the horizon's far end."""
-    for what, gain in ((JANDF, False), (GAIN, True)):
+def _say_answer(
+    results: pd.DataFrame, question: Question, console: Console, *, in_full: bool
+) -> None:
+    """The table of J&F in Markdown with what it allows to say; in full, that of the gain, too, and
+    for numbers of memories the horizon's far end."""
+    for what, gain in ((JANDF, False), (GAIN, True))[: 1 + in_full]:
         table = differences(results, question, gain=gain)
         if len(table):
             say(console, f"\n{markdown(brief(table, question, what))}\n")
             console.print(conclusion(table, question, what), markup=False, highlight=False)
     for metric in HORIZON:
-        if (results["metric"] == metric).any():
+        if in_full and question.by == MASKMEM and (results["metric"] == metric).any():
             said = horizon_sentences(results, question, metric)
             console.print(said, markup=False, highlight=False)
     say(console, "")

@@ -238,7 +238,7 @@ class TestClaims:
             "Shown in J&F: prompt_types mask is higher than point (over seeds and videos; 4 "
             "comparisons, corrected by Holm; p up to 0.05). No other difference is shown."
         )
-        assert "the test videos, which chose nothing, the checkpoint that was best on" in text
+        assert "test scores are those of the checkpoint that was best on validation." in text
 
     def test_the_splits_change_sign(self):
         """Each split alone is far from 0, as an interval over seeds or videos would say."""
@@ -260,7 +260,7 @@ class TestClaims:
         table = differences(made_table({"mask": (0.03,)}, splits=("val",)), POINT)
         text = conclusion(table, POINT)
         assert "mask is higher than point (over seeds and videos; 1 comparison; p up to" in text
-        assert text.endswith("there are no test videos.")
+        assert text.endswith("last step on validation videos, which chose no checkpoint.")
 
     def test_many_comparisons_hide_what_one_would_show(self):
         """A p value that passes alone, and not as one of five."""
