@@ -214,7 +214,8 @@ class Download(FileCommand):
         experiment = self.experiment()
         from sam2train.pretrained import fetch_checkpoint
 
-        fetch_checkpoint(experiment.model, _console())
+        model = experiment.model
+        fetch_checkpoint(model.checkpoint_path, model.config_path, _console())
         return 0
 
 

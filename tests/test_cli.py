@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import make_coco
 from test_results import make_run
@@ -18,6 +19,7 @@ from test_results import make_run
 from sam2train import checkpoint, cli, commands
 from sam2train.commands import COMMANDS
 from sam2train.errors import UserError
+from sam2train.pretrained import build_sam2, resolve_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -667,3 +669,15 @@ def test_a_run_killed_at_once_writes_the_same_rows(experiment, tmp_path):
     assert [row["step"] for row in found[0] if "loss" in row] == [5, 9]
     for name in ("scores.csv", "horizon.csv"):
         assert (parts / name).read_text() == (whole / name).read_text()
+
+
+def test_download_checks_the_file_that_is_there(experiment, capsys, tmp_path):
+    config = "sam2train/configs/sam2.1_hiera_demo.yaml"
+    sam2 = build_sam2(resolve_config(config), image_size=64, num_maskmem=7)
+    torch.save({"model": sam2.state_dict()}, tmp_path / "mine.pt")
+    assert cli.main([str(experiment), "--download", "model.checkpoint_path=mine.pt"]) == 0
+    assert "mine.pt is there, and loads" in " ".join(capsys.readouterr().out.split())
+    message = fails(capsys, experiment, "--download")
+    assert "model.checkpoint_path is null" in message
+    message = fails(capsys, experiment, "--download", "model.checkpoint_path=other.pt")
+    assert "Meta publishes no other.pt" in message
