@@ -99,9 +99,9 @@ def coverage(kind, num_seeds, num_videos, *, method=crossed, repeats=4000, most=
 def main() -> None:
     print("| seeds | videos | " + " | ".join(KINDS) + " |")
     print("|---" * (len(KINDS) + 2) + "|")
-    seeds = [(num,) for num in NUM_SEEDS] + [(3, 3), (5, 5), (10, 10), (3, 10)]
-    for num_seeds in seeds:
-        for num_videos in NUM_VIDEOS if len(num_seeds) == 1 else (12, 60):
+    others = [(3, 3), (5, 5), (10, 10), (3, 10), (2,)]
+    for num_seeds in [(num,) for num in NUM_SEEDS] + others:
+        for num_videos in (12, 60) if num_seeds in others else NUM_VIDEOS:
             row(num_seeds, num_videos, repeats=10000)
     for method, most, repeats in ((satterthwaite, 1, 10000), (bootstrap, 4, 1000)):
         print(f"\n{method.__name__}, up to {most} objects a video:\n")
