@@ -70,6 +70,7 @@ def root(tmp_path_factory):
 def execute(path: Path, root: Path, monkeypatch) -> nbformat.NotebookNode:
     """The notebook with the outputs of a kernel of its own."""
     monkeypatch.setenv("SAM2TRAIN_ROOT", str(root))
+    monkeypatch.setenv("PYTHONPATH", str(NOTEBOOKS.parent))  # as if the package was installed
     monkeypatch.setenv("IPYTHONDIR", str(root / "ipython"))
     monkeypatch.setenv("MPLCONFIGDIR", str(root / "matplotlib"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
