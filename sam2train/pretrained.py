@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from sam2train.errors import UserError
-from sam2train.files import REPOSITORY, resolve_path
+from sam2train.files import REPOSITORY, check_unpacked_size, resolve_path
 from sam2train.machine import say
 
 if TYPE_CHECKING:
@@ -216,7 +216,10 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
             )
         raise UserError(message + "\nor train from random weights with model.checkpoint_path=null")
     try:
+        check_unpacked_size(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError as problem:
+        raise UserError(f"model.checkpoint_path: {problem}") from None
     except Exception as problem:  # torch raises a dozen types for a damaged file
         raise UserError(
             f"model.checkpoint_path: {path} is not a checkpoint that torch can read "

@@ -75,13 +75,15 @@ class Trial:
         Raises:
             OSError: the folder cannot be written, or the process not started.
         """
-        checkpoint = self.folder / "checkpoints" / "last.pt"
-        if not checkpoint.exists():
+        checkpoints = self.folder / "checkpoints"
+        # A run that was killed while it saved may have the one before alone.
+        begun = any((checkpoints / name).exists() for name in ("last.pt", "previous.pt"))
+        if not begun:
             self._clear()
         self.folder.mkdir(parents=True, exist_ok=True)
         typed = self.folder / VALUES
         words = [*command, "--run-dir", str(self.folder)]
-        words += ["--resume"] * checkpoint.exists()
+        words += ["--resume"] * begun
         with (self.folder / LOG).open("a") as log:
             print("$", shlex.join(words), file=log, flush=True)
             self.process = subprocess.Popen(

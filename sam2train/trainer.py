@@ -1,18 +1,17 @@
-"""The loop: evaluate, save, stop, step, log; always in this order."""
+"""The loop: save, evaluate, stop, step, log; always in this order."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from torch.utils.data import DataLoader
 
@@ -27,6 +26,7 @@ from sam2train.audit import (
 from sam2train.build import base_hash, build_model, uses_bf16
 from sam2train.clips import BatchedVideoDatapoint, collate_fn
 from sam2train.config import to_yaml
+from sam2train.config_yaml import read_yaml
 from sam2train.corrections import SimulatedUser
 from sam2train.datasets import ClipSampler, build_dataset
 from sam2train.errors import UserError
@@ -40,7 +40,7 @@ from sam2train.evaluate import (
     track_video,
 )
 from sam2train.experiment import Experiment, as_begun
-from sam2train.files import write_text
+from sam2train.files import sweep_partials, write_text
 from sam2train.horizon import numbers
 from sam2train.losses import divide_losses, sum_losses
 from sam2train.machine import (
@@ -68,6 +68,13 @@ from sam2train.tracking import Tracker
 from sam2train.video_overlays import OverlayDrawer
 
 
+def _load_to_resume(path: Path, say: Callable[[str], None]) -> tuple[dict[str, Any], Path]:
+    """What a run goes on from, and the file that it is from; see `checkpoint.load_last`."""
+    if path.name == checkpoint.LAST:
+        return checkpoint.load_last(path.parent, say)
+    return checkpoint.load(path), path
+
+
 class Trainer:
     """Trains one experiment into one run folder.
 
@@ -92,9 +99,13 @@ class Trainer:
         resume: Path | None = None,
         console: Console | None = None,
     ):
-        content = resume and checkpoint.load(resume)
-        if content:
-            experiment = as_begun(experiment, yaml.safe_load(content["config"]))
+        console = console or Console()
+        warn = partial(say, console)
+        content = None
+        if resume is not None:
+            content, resume = _load_to_resume(resume, warn)
+            settings = read_yaml(content["config"], f"{resume}, its settings")
+            experiment = as_begun(experiment, settings)
         self.experiment = experiment
         self.settings = to_yaml(experiment)
         self.config = experiment.trainer
@@ -107,8 +118,6 @@ class Trainer:
         self.audit: dict[str, float] = {}  # until it is logged
         self.audited = False
         self.stop = StopRequests()
-        console = console or Console()
-        warn = partial(say, console)
         data, val = experiment.dataset.data_path, experiment.dataset.val_path
         test = experiment.dataset.test_path
         sections = experiment.dataset, experiment.augment, experiment.clips_seed
@@ -129,9 +138,13 @@ class Trainer:
         self.base_hash = base_hash(experiment)
         # What the test videos are scored with beside the best checkpoint.
         self.base_weights = {name: p.detach().clone() for name, p in self.parameters.items()}
+        # (steps done, last step scored) as `last.pt` has them
+        self._saved: tuple[int, int | None] | None = None
         if content:
             run_id = self._restore(content, resume)
         self.run_id = run_id
+        for folder in (run_dir, run_dir / "checkpoints", run_dir / "overlays"):
+            sweep_partials(folder)
         self.score_rows = RowsFile(run_dir / "scores.csv", SCORE_COLUMNS, self.scored)
         self.horizon_rows = RowsFile(run_dir / "horizon.csv", HORIZON_COLUMNS, self.scored)
         self.tracker = Tracker(
@@ -157,7 +170,6 @@ class Trainer:
             FloatingPointError: a loss or gradient that is not finite, with step and clips.
         """
         config, tracker = self.config, self.tracker
-        saved = self.step or None  # a resumed run has its checkpoint
         with self.stop, tracker:
             self._write_run_files()
             tracker.parameters(self.model.parameter_report())
@@ -181,13 +193,16 @@ class Trainer:
                 batches = self._batches()
                 while True:
                     last = self.step >= config.num_steps
-                    if self.step != self.scored and (last or self.step % config.val_every == 0):
+                    scoring = self.val_data and self.step != self.scored
+                    scoring = scoring and (last or self.step % config.val_every == 0)
+                    # Before an evaluation, too: it may take long, and a signal ends it.
+                    if last or scoring or self.step % config.save_every == 0:
+                        self._save_last()
+                    if scoring and self.stop.received is None:
                         self._evaluate()
-                    due = last or (self.step and self.step % config.save_every == 0)
-                    if due and self.step != saved:
-                        self._save("last.pt")
+                    if last or self.stop.received is not None:
+                        self._save_last()
                     if self.stop.received is not None:
-                        self._save("last.pt")
                         raise self.stop.interrupted()
                     if last:
                         break
@@ -305,8 +320,6 @@ class Trainer:
     # -- scores and pictures --------------------------------------------------------------------
 
     def _evaluate(self) -> None:
-        if not self.val_data:
-            return
         drawer = OverlayDrawer(
             self.val_data,
             self.run_dir / "overlays",
@@ -323,20 +336,23 @@ class Trainer:
             on_frame=drawer.see_frame,
             on_video=drawer.see_video,
         )
+        # Before anything is written: a signal in here leaves the step without a score.
+        copied = None
+        if not self.baseline:
+            copied = self._score(copy_first_mask, self.val_data, "val", COPY, 0)
         self.latest, self.scored = scores.means, self.step
         values = {f"val/{name}": value for name, value in self.latest.items()}
         self.tracker.record(self.step, values | numbers(scores.horizon))
         self.tracker.summary(numbers(scores.horizon))
         self.tracker.overlays(self.step, drawer.overlays)
-        if not self.baseline:
+        if copied:
             self.baseline = self.latest
-            copied = self._score(copy_first_mask, self.val_data, "val", COPY, 0)
             self.tracker.summary({f"{COPY}/J_and_F": copied.means["J_and_F"]})
             self._show_scores("validation", 0, (COPY, 0))
         score = self.latest["J_and_F"]
         if score > self.best:
             self.best = score
-            self._save("best.pt")
+            self._save(checkpoint.BEST)
         if self.step:
             self.tracker.say(
                 f"step {self.step}: J&F {score:.3f} on the validation videos "
@@ -350,14 +366,15 @@ class Trainer:
         # A run that goes on after its end reports again.
         for file in (self.score_rows, self.horizon_rows):
             file.rows = [row for row in file.rows if row["split"] != "test"]
-        path = self.run_dir / "checkpoints" / ("best.pt" if self.val_data else "last.pt")
+        path = (
+            self.run_dir / "checkpoints" / (checkpoint.BEST if self.val_data else checkpoint.LAST)
+        )
         content = checkpoint.load(path)
         step, track = content["step"], partial(track_video, self.model, bf16=self.bf16)
-        heed = {"on_frame": self._heed_signal}
         with self._weights(content["model"]):
-            scores = self._score(track, self.test_data, "test", TRAINED, step, **heed)
+            scores = self._score(track, self.test_data, "test", TRAINED, step)
         with self._weights(self.base_weights):
-            base = self._score(track, self.test_data, "test", BASE, 0, **heed)
+            base = self._score(track, self.test_data, "test", BASE, 0)
         copied = self._score(copy_first_mask, self.test_data, "test", COPY, 0)
         values = scores.means | numbers(scores.horizon)
         values = {f"test/{name}": value for name, value in values.items()}
@@ -382,7 +399,18 @@ class Trainer:
         on_frame: OnFrame | None = None,
         on_video: OnVideo | None = None,
     ) -> Scores:
-        """Score and keep the rows, the curves of models only: the copy has no memory."""
+        """Score and keep the rows, the curves of models only: the copy has no memory.
+
+        Raises:
+            Interrupted: between two frames, where a signal asked for it; all is saved by then.
+        """
+
+        def heed(index: int, seen: SeenFrame) -> None:
+            if self.stop.received is not None:
+                raise self.stop.interrupted()
+            if on_frame is not None:
+                on_frame(index, seen)
+
         scores = score(
             track,
             data,
@@ -392,7 +420,7 @@ class Trainer:
             step=step,
             seed=self.experiment.prompts_seed,
             label=LABELS.get(model, f"step {step}"),
-            on_frame=on_frame,
+            on_frame=heed,
             on_video=on_video,
         )
         self.score_rows.add(scores.objects)
@@ -419,11 +447,6 @@ class Trainer:
         policy = self.experiment.evaluation.frame_policy
         self.tracker.console.print(scores_table(f"{split} videos, frames: {policy}", rows))
 
-    def _heed_signal(self, index: int, seen: SeenFrame) -> None:
-        """Stop between two frames where that was asked for; all is saved by now."""
-        if self.stop.received is not None:
-            raise self.stop.interrupted()
-
     @contextmanager
     def _weights(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
         """Other values of the trained parameters, for a while."""
@@ -436,14 +459,21 @@ class Trainer:
 
     # -- what is kept ---------------------------------------------------------------------------
 
+    def _save_last(self) -> None:
+        """Write `last.pt`, unless it has this step and its score; the one before is kept."""
+        if self._saved != (self.step, self.scored):
+            self._save(checkpoint.LAST)
+            self._saved = self.step, self.scored
+
     def _save(self, name: str) -> None:
         weights = self.model.sam2.state_dict()
         everything = len(self.parameters) == len(list(self.model.sam2.parameters()))
         # Over random weights nobody could tell what the rest was; all of them need no base.
         if self.base_hash is not None and not everything:
             weights = {key: weights[key] for key in self.parameters}
+        folder = self.run_dir / "checkpoints"
         checkpoint.save(
-            self.run_dir / "checkpoints" / name,
+            folder / name,
             {
                 "model": {key: value.detach().cpu() for key, value in weights.items()},
                 "base": {
@@ -462,27 +492,37 @@ class Trainer:
                 "run_id": self.run_id,
                 "audited": self.audited,
                 # best.pt is for use, last.pt for going on.
-                "optimizer": self.optimizer.state_dict() if name == "last.pt" else None,
+                "optimizer": self.optimizer.state_dict() if name == checkpoint.LAST else None,
                 "rng": {
                     "torch": torch.get_rng_state(),
                     "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
                 },
             },
+            previous=folder / checkpoint.PREVIOUS if name == checkpoint.LAST else None,
         )
 
     def _restore(self, content: Mapping[str, Any], path: Path) -> str:
         if content["optimizer"] is None:
             raise UserError(f"{path}: has no optimiser state; go on from last.pt of the same run")
         checkpoint.apply_weights(self.model.sam2, content, self.base_hash, path)
-        self.optimizer.load_state_dict(content["optimizer"])
+        checkpoint.restore_optimizer(self.optimizer, content["optimizer"], path)
         self.step, self.best = content["step"], content["best"]
         self.audited = content.get("audited", True)  # checkpoints from before this key were
         self.baseline, self.latest = content["baseline"], content["scores"]
         # Checkpoints from before this key were written after their step was scored, if it was due.
         self.scored = content.get("scored", self.step)
-        torch.set_rng_state(content["rng"]["torch"])
-        if content["rng"]["cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(content["rng"]["cuda"])
+        if path.name == checkpoint.LAST:
+            self._saved = self.step, self.scored
+        try:
+            torch.set_rng_state(content["rng"]["torch"])
+            if torch.cuda.is_available():  # another machine may have fewer devices
+                states = content["rng"]["cuda"][: torch.cuda.device_count()]
+                torch.cuda.set_rng_state_all(states)
+        except (RuntimeError, TypeError) as problem:
+            raise UserError(
+                f"{path}: rng is not the state of torch's generators ({problem}); take another "
+                "checkpoint of the run"
+            ) from None
         if self.interaction is not None:
             self.interaction.num_clips = self.num_clips
         return content["run_id"]

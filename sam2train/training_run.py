@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from sam2train.checkpoint import LAST, PREVIOUS
 from sam2train.config import flatten
 from sam2train.config_yaml import load_yaml
 from sam2train.errors import UserError
@@ -37,7 +38,7 @@ _FILES = {
     "horizon.csv": "how long the memory holds",
     "overlays": "ground truth, prediction and errors as pictures",
     "checkpoints/best.pt": "the weights of the highest validation J&F",
-    "checkpoints/last.pt": "to go on from",
+    "checkpoints/last.pt": "to go on from; previous.pt is the one before",
 }
 
 
@@ -70,7 +71,7 @@ def train(
         experiment = check_same_experiment(experiment, run_dir)
     else:
         run_dir = run_dir or Path("runs") / file_name(name) / run_id
-        if (run_dir / "checkpoints").exists():
+        if _can_go_on(run_dir):
             raise UserError(
                 f"--run-dir {run_dir}: a run is there already; add --resume to go on with it, or "
                 "name another folder"
@@ -115,12 +116,12 @@ def find_checkpoint(named: Path | None, run_dir: Path | None, runs: Path) -> Pat
     """
     place = named or run_dir
     if place is None:
-        found = sorted(runs.glob("*/checkpoints/last.pt"), key=lambda path: path.stat().st_mtime)
-        if not found:
+        newest = _newest_run(runs)
+        if newest is None:
             raise UserError(f"--resume: no run with a checkpoint under {runs}/; name one")
-        return found[-1]
-    path = place / "checkpoints" / "last.pt" if place.is_dir() else place
-    if not path.is_file():
+        return _last_of(newest)
+    path = _last_of(place) if place.is_dir() else place
+    if not path.is_file() and not (place.is_dir() and _can_go_on(place)):
         raise UserError(
             f"--resume: no checkpoint {path}; expected a run folder or RUN/checkpoints/last.pt"
         )
@@ -130,6 +131,26 @@ def find_checkpoint(named: Path | None, run_dir: Path | None, runs: Path) -> Pat
             "give one of them"
         )
     return path
+
+
+def _last_of(run_dir: Path) -> Path:
+    return run_dir / "checkpoints" / LAST
+
+
+def _can_go_on(run_dir: Path) -> bool:
+    """Whether a run wrote a checkpoint there; it has the one before alone if it was killed between
+    renaming the two."""
+    return any((run_dir / "checkpoints" / name).exists() for name in (LAST, PREVIOUS))
+
+
+def _newest_run(runs: Path) -> Path | None:
+    """The run below a folder that wrote a checkpoint last."""
+    found = [
+        (path.stat().st_mtime, path.parent.parent)
+        for name in (LAST, PREVIOUS)
+        for path in runs.glob(f"*/checkpoints/{name}")
+    ]
+    return max(found)[1] if found else None
 
 
 def check_same_experiment(experiment: Experiment, run_dir: Path) -> Experiment:

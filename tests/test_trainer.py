@@ -108,7 +108,11 @@ def test_a_run_writes_what_the_readme_names(experiment, tmp_path):
     environment = json.loads((run_dir / "environment.json").read_text())
     assert environment["packages"]["torch"].startswith(torch.__version__.split("+")[0])
     assert len(list((run_dir / "overlays").glob("step_*.png"))) == 3
-    assert {p.name for p in (run_dir / "checkpoints").iterdir()} == {"last.pt", "best.pt"}
+    assert {p.name for p in (run_dir / "checkpoints").iterdir()} == {
+        "last.pt",
+        "previous.pt",
+        "best.pt",
+    }
 
 
 def test_best_is_the_checkpoint_of_the_best_score(experiment, tmp_path):
@@ -142,7 +146,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(
 
     def save_and_crash(name):
         saved(name)
-        if name == "last.pt":
+        if name == "last.pt" and first.step == stopped_at:
             raise RuntimeError("the machine goes down")
 
     first._save = save_and_crash
