@@ -53,6 +53,8 @@ from sam2train.machine import (
 )
 from sam2train.metrics import BASE, COPY, TRAINED
 from sam2train.optimizer import build_optimizer, set_learning_rates
+from sam2train.run_folder import RunFolder
+from sam2train.runlog import RunLog
 from sam2train.scoring import (
     HORIZON_COLUMNS,
     LABELS,
@@ -64,7 +66,6 @@ from sam2train.scoring import (
     scores_table,
     shared_video_warnings,
 )
-from sam2train.tracking import Tracker
 from sam2train.video_overlays import OverlayDrawer
 
 
@@ -98,7 +99,7 @@ class Trainer:
         self.experiment = experiment
         self.settings = to_yaml(experiment)
         self.config = experiment.trainer
-        self.run_dir = run_dir
+        self.folder = RunFolder(run_dir)
         self.step = 0
         self.scored: int | None = None  # the last step that was scored on the validation videos
         self.best = -math.inf
@@ -132,11 +133,11 @@ class Trainer:
         if content:
             run_id = self._restore(content, resume)
         self.run_id = run_id
-        self.score_rows = RowsFile(run_dir / "scores.csv", SCORE_COLUMNS, self.scored)
-        self.horizon_rows = RowsFile(run_dir / "horizon.csv", HORIZON_COLUMNS, self.scored)
-        self.tracker = Tracker(
+        self.score_rows = RowsFile(self.folder.scores, SCORE_COLUMNS, self.scored)
+        self.horizon_rows = RowsFile(self.folder.horizon, HORIZON_COLUMNS, self.scored)
+        self.runlog = RunLog(
             experiment.tracking,
-            run_dir,
+            self.folder,
             run_id=run_id,
             name=name,
             settings=experiment.model_dump(mode="json"),
@@ -156,18 +157,18 @@ class Trainer:
             Interrupted: a signal asked the run to stop; it has saved first.
             FloatingPointError: a loss or gradient that is not finite, with step and clips.
         """
-        config, tracker = self.config, self.tracker
+        config, runlog = self.config, self.runlog
         saved = self.step or None  # a resumed run has its checkpoint
-        with self.stop, tracker:
+        with self.stop, runlog:
             self._write_run_files()
-            tracker.parameters(self.model.parameter_report())
+            runlog.parameters(self.model.parameter_report())
             for text in row_warnings(self.model, self.experiment):
-                tracker.say(f"warning: {text}")
+                runlog.say(f"warning: {text}")
             splits = {"train": self.train_data, "val": self.val_data, "test": self.test_data}
             warnings = shared_video_warnings({name: data for name, data in splits.items() if data})
             for warning in warnings:
-                tracker.say(f"warning: {warning}")
-            tracker.summary(
+                runlog.say(f"warning: {warning}")
+            runlog.summary(
                 {
                     "status": "running",
                     "steps": self.step,
@@ -178,25 +179,25 @@ class Trainer:
             )
             try:
                 self.model.train()
-                batches = self._batches()
+                batches = self.batches()
                 while True:
                     last = self.step >= config.num_steps
                     if self.step != self.scored and (last or self.step % config.val_every == 0):
-                        self._evaluate()
+                        self.evaluate()
                     due = last or (self.step and self.step % config.save_every == 0)
                     if due and self.step != saved:
-                        self._save("last.pt")
+                        self.save(self.folder.last)
                     if self.stop.received is not None:
-                        self._save("last.pt")
+                        self.save(self.folder.last)
                         raise self.stop.interrupted()
                     if last:
                         break
-                    scalars = self._train_step(batches)
+                    scalars = self.train_step(batches)
                     self.step += 1
                     clips = self.experiment.dataset.batch_size * config.grad_accumulation
-                    tracker.log(self.step, scalars, clips=clips)
+                    runlog.log(self.step, scalars, clips=clips)
                     if self.audit:
-                        tracker.record(self.step, self.audit)
+                        runlog.record(self.step, self.audit)
                         self.audit = {}
                 if self.baseline and self.step:
                     self._show_scores("validation", self.step, (TRAINED, 0), (COPY, 0))
@@ -213,7 +214,8 @@ class Trainer:
         """Clips that the steps so far have used."""
         return self.step * self.config.grad_accumulation * self.experiment.dataset.batch_size
 
-    def _batches(self) -> Iterator[BatchedVideoDatapoint]:
+    def batches(self) -> Iterator[BatchedVideoDatapoint]:
+        """The batches of the steps to come: without end, in an order that the seed gives."""
         config = self.experiment.dataset
         sampler = ClipSampler(
             len(self.train_data),
@@ -236,7 +238,7 @@ class Trainer:
             )
         )
 
-    def _train_step(self, batches: Iterator[BatchedVideoDatapoint]) -> dict[str, torch.Tensor]:
+    def train_step(self, batches: Iterator[BatchedVideoDatapoint]) -> dict[str, torch.Tensor]:
         """One optimiser step. Returns detached scalars, still on the device."""
         config = self.config
         set_learning_rates(self.optimizer, self.step, config.num_steps, self.experiment.optimizer)
@@ -300,16 +302,17 @@ class Trainer:
             text = ". ".join(entry.text for entry in idle if not entry.may_come)
             raise UserError(f"model.trainable_modules: {text}. trainer.audit=warn goes on without")
         for entry in idle:
-            self.tracker.say(f"warning: model.trainable_modules: {entry.text}")
+            self.runlog.say(f"warning: model.trainable_modules: {entry.text}")
 
     # -- scores and pictures --------------------------------------------------------------------
 
-    def _evaluate(self) -> None:
+    def evaluate(self) -> None:
+        """Score the validation videos, beside the copied first mask the first time; keep the best."""
         if not self.val_data:
             return
         drawer = OverlayDrawer(
             self.val_data,
-            self.run_dir / "overlays",
+            self.folder.overlays,
             f"step_{self.step:06d}",
             self.experiment.evaluation.num_overlays,
         )
@@ -325,20 +328,20 @@ class Trainer:
         )
         self.latest, self.scored = scores.means, self.step
         values = {f"val/{name}": value for name, value in self.latest.items()}
-        self.tracker.record(self.step, values | numbers(scores.horizon))
-        self.tracker.summary(numbers(scores.horizon))
-        self.tracker.overlays(self.step, drawer.overlays)
+        self.runlog.record(self.step, values | numbers(scores.horizon))
+        self.runlog.summary(numbers(scores.horizon))
+        self.runlog.overlays(self.step, drawer.overlays)
         if not self.baseline:
             self.baseline = self.latest
             copied = self._score(copy_first_mask, self.val_data, "val", COPY, 0)
-            self.tracker.summary({f"{COPY}/J_and_F": copied.means["J_and_F"]})
+            self.runlog.summary({f"{COPY}/J_and_F": copied.means["J_and_F"]})
             self._show_scores("validation", 0, (COPY, 0))
         score = self.latest["J_and_F"]
         if score > self.best:
             self.best = score
-            self._save("best.pt")
+            self.save(self.folder.best)
         if self.step:
-            self.tracker.say(
+            self.runlog.say(
                 f"step {self.step}: J&F {score:.3f} on the validation videos "
                 f"(step 0: {self.baseline['J_and_F']:.3f}, best: {self.best:.3f})"
             )
@@ -350,7 +353,7 @@ class Trainer:
         # A run that goes on after its end reports again.
         for file in (self.score_rows, self.horizon_rows):
             file.rows = [row for row in file.rows if row["split"] != "test"]
-        path = self.run_dir / "checkpoints" / ("best.pt" if self.val_data else "last.pt")
+        path = self.folder.best if self.val_data else self.folder.last
         content = checkpoint.load(path)
         step, track = content["step"], partial(track_video, self.model, bf16=self.bf16)
         heed = {"on_frame": self._heed_signal}
@@ -361,7 +364,7 @@ class Trainer:
         copied = self._score(copy_first_mask, self.test_data, "test", COPY, 0)
         values = scores.means | numbers(scores.horizon)
         values = {f"test/{name}": value for name, value in values.items()}
-        self.tracker.summary(
+        self.runlog.summary(
             {
                 **values,
                 "test/step": step,
@@ -417,7 +420,7 @@ class Trainer:
             if (key, model, step) in kept  # a file that was deleted comes back without the past
         ]
         policy = self.experiment.evaluation.frame_policy
-        self.tracker.console.print(scores_table(f"{split} videos, frames: {policy}", rows))
+        self.runlog.console.print(scores_table(f"{split} videos, frames: {policy}", rows))
 
     def _heed_signal(self, index: int, seen: SeenFrame) -> None:
         """Stop between two frames where that was asked for; all is saved by now."""
@@ -436,14 +439,15 @@ class Trainer:
 
     # -- what is kept ---------------------------------------------------------------------------
 
-    def _save(self, name: str) -> None:
+    def save(self, path: Path) -> None:
+        """Write a checkpoint: the last one to go on from, the best one for use."""
         weights = self.model.sam2.state_dict()
         everything = len(self.parameters) == len(list(self.model.sam2.parameters()))
         # Over random weights nobody could tell what the rest was; all of them need no base.
         if self.base_hash is not None and not everything:
             weights = {key: weights[key] for key in self.parameters}
         checkpoint.save(
-            self.run_dir / "checkpoints" / name,
+            path,
             {
                 "model": {key: value.detach().cpu() for key, value in weights.items()},
                 "base": {
@@ -458,11 +462,11 @@ class Trainer:
                 "scores": self.latest,
                 "baseline": self.baseline,
                 "scored": self.scored,
-                "window": self.tracker.state_dict(),
+                "window": self.runlog.state_dict(),
                 "run_id": self.run_id,
                 "audited": self.audited,
                 # best.pt is for use, last.pt for going on.
-                "optimizer": self.optimizer.state_dict() if name == "last.pt" else None,
+                "optimizer": self.optimizer.state_dict() if path == self.folder.last else None,
                 "rng": {
                     "torch": torch.get_rng_state(),
                     "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -488,15 +492,15 @@ class Trainer:
         return content["run_id"]
 
     def _write_run_files(self) -> None:
-        write_text(self.run_dir / "config.yaml", self.settings)
+        write_text(self.folder.config, self.settings)
         environment = json.dumps(describe_environment(self.device), indent=2)
-        write_text(self.run_dir / "environment.json", environment + "\n")
+        write_text(self.folder.environment, environment + "\n")
 
     def _summarise(self, status: str) -> None:
         values = {f"val/{name}": self.latest[name] for name in ("J", "F", "J_and_F") if self.latest}
         if self.baseline:
             values["baseline/J_and_F"] = self.baseline["J_and_F"]
             values["best/J_and_F"] = self.best
-        self.tracker.summary(
-            {**values, "steps": self.step, "seconds": self.tracker.seconds, "status": status}
+        self.runlog.summary(
+            {**values, "steps": self.step, "seconds": self.runlog.seconds, "status": status}
         )

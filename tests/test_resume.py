@@ -12,8 +12,9 @@ from rich.console import Console
 from sam2train import checkpoint, trainer
 from sam2train.experiment import Experiment
 from sam2train.machine import Interrupted
-from sam2train.scoring import HORIZON_COLUMNS, SCORE_COLUMNS, TRAINED, Scores
-from sam2train.tracking import Tracker
+from sam2train.metrics import TRAINED
+from sam2train.runlog import RunLog
+from sam2train.scoring import HORIZON_COLUMNS, SCORE_COLUMNS, Scores
 from sam2train.trainer import Trainer
 
 NUM_STEPS = 8
@@ -26,6 +27,7 @@ class SmallModel:
     def __init__(self, experiment):
         self.device = torch.device("cpu")
         self.sam2 = torch.nn.Linear(2, 2)
+        self.num_maskmem, self.untrained_rows = 0, {}
 
     def trainable_parameters(self):
         return dict(self.sam2.named_parameters())
@@ -81,7 +83,7 @@ def start(tmp_path, monkeypatch):
             some = {"interaction/iou_before": torch.tensor(0.1 * number)} if number % 3 else {}
             return {"loss": torch.tensor(1.0 / number), "lr": 1e-3 / number, **some}
 
-        run._train_step = step
+        run.train_step = step
         return run
 
     return build
@@ -100,7 +102,7 @@ def kill(run, place, at):
     `signal` and `signal in evaluation` ask it to stop, so that it saves first. At the others the
     process ends: with an error (`step`, `evaluated`, `saved`), or at once (`SIGKILL`).
     """
-    step, evaluate, save = run._train_step, run._evaluate, run._save
+    step, evaluate, save = run.train_step, run.evaluate, run.save
 
     def in_step(batches):
         if run.step == at and place == "signal":
@@ -121,10 +123,10 @@ def kill(run, place, at):
         if name == "last.pt" and run.step == at and place == "saved":
             raise Killed
 
-    run._train_step, run._evaluate, run._save = in_step, in_evaluation, in_save
+    run.train_step, run.evaluate, run.save = in_step, in_evaluation, in_save
     with pytest.MonkeyPatch.context() as patch:
         if place == "SIGKILL":
-            patch.setattr(Tracker, "__exit__", lambda *_: None)
+            patch.setattr(RunLog, "__exit__", lambda *_: None)
             patch.setattr(run, "_summarise", lambda status: None)
         with suppress(Killed, Interrupted):
             run.run()
