@@ -307,7 +307,7 @@ class Trainer:
     # -- scores and pictures --------------------------------------------------------------------
 
     def evaluate(self) -> None:
-        """Score the validation videos, beside the copied first mask the first time; keep the best."""
+        """Score the validation videos, the first time the copied mask too; keep the best."""
         if not self.val_data:
             return
         drawer = OverlayDrawer(

@@ -118,9 +118,9 @@ def kill(run, place, at):
         elif run.step == at and place == "evaluated":
             raise Killed
 
-    def in_save(name):
-        save(name)
-        if name == "last.pt" and run.step == at and place == "saved":
+    def in_save(path):
+        save(path)
+        if path.name == "last.pt" and run.step == at and place == "saved":
             raise Killed
 
     run.train_step, run.evaluate, run.save = in_step, in_evaluation, in_save
