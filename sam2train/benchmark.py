@@ -26,13 +26,15 @@ from sam2train.datasets import build_dataset
 from sam2train.errors import UserError
 from sam2train.evaluate import SeenFrame, TrackedVideo, Videos, copy_first_mask, track_video
 from sam2train.experiment import Experiment
-from sam2train.files import file_name, replacing, write_rows, write_text
+from sam2train.files import replacing, write_rows, write_text
 from sam2train.horizon import bin_name, numbers
 from sam2train.machine import cell, describe_environment, say
 from sam2train.mask_files import MaskFolder
 from sam2train.metrics import BASE, COPY, TRAINED
 from sam2train.model import SAM2Model
 from sam2train.prompt_cells import NOISE, Cell, CellPrompts, all_cells
+from sam2train.run_folder import RunFolder
+from sam2train.runlog import RunLog
 from sam2train.score_figures import horizon_figure, matrix_figure
 from sam2train.scoring import (
     FRAME_COLUMNS,
@@ -45,7 +47,6 @@ from sam2train.scoring import (
     scores_table,
     shared_split_warning,
 )
-from sam2train.tracking import Tracker
 from sam2train.video_overlays import OverlayDrawer
 
 SplitName = Literal["val", "test"]
@@ -96,7 +97,7 @@ class Benchmark:
         with_base: bool = True,
     ):
         self.experiment, self.split = experiment, split
-        self.run_dir, self.console = run_dir, console
+        self.folder, self.console = RunFolder(run_dir), console
         if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
             raise UserError(f"--run-dir {run_dir}: there is something already; name a new folder")
         path = getattr(experiment.dataset, f"{split}_path")
@@ -113,7 +114,7 @@ class Benchmark:
         base = _Contender(BASE, LABELS[BASE], 0, model)
         self.contenders = [base]
         if source != "base":
-            source = str(_checkpoint_of(Path(source)))
+            source = str(RunFolder(Path(source)).checkpoint or source)
             self.loaded = load_checkpoint(model, experiment, Path(source))
             label = Path(source).name
             if self.loaded.step is not None:
@@ -122,9 +123,9 @@ class Benchmark:
             if with_base:
                 # Random weights come from the experiment's seed: these are the same again.
                 self.contenders.append(_Contender(BASE, base.label, 0, build_model(experiment)))
-        self.tracker = Tracker(
+        self.runlog = RunLog(
             experiment.tracking,
-            run_dir,
+            self.folder,
             run_id=run_id,
             name=name,
             settings=experiment.model_dump(mode="json") | {"split": split, "checkpoint": source},
@@ -143,7 +144,7 @@ class Benchmark:
         masks = save_masks and MaskFolder(save_masks)
         drawer = OverlayDrawer(
             self.data,
-            self.run_dir / "overlays",
+            self.folder.overlays,
             self.split,
             self.experiment.evaluation.num_overlays,
         )
@@ -164,7 +165,7 @@ class Benchmark:
                 rows.append(self._score(copied, copy_first_mask, advance))
             self._write(rows)
             self._summarise(rows, summary)
-            self.tracker.overlays(rows[0].step, drawer.overlays)
+            self.runlog.overlays(rows[0].step, drawer.overlays)
             self._show(rows)
         if masks:
             self._say(f"  {save_masks!s:<48} masks as palette PNGs")
@@ -187,13 +188,13 @@ class Benchmark:
                             {**row, "clicks": cell.clicks, "noise": cell.noise}
                             for row in scores.objects
                         ]
-            write_rows(self.run_dir / "prompt_matrix.csv", rows, MATRIX_COLUMNS)
+            write_rows(self.folder.matrix, rows, MATRIX_COLUMNS)
             columns = (*SCORE_COLUMNS, "clicks", "noise")
-            write_rows(self.run_dir / "prompt_matrix_objects.csv", objects, columns)
-            figure = self.run_dir / "prompt_matrix.png"
+            write_rows(self.folder.matrix_objects, objects, columns)
+            figure = self.folder.matrix_figure
             with replacing(figure) as unfinished:
                 self._matrix_figure(rows).savefig(unfinished, format="png", dpi=150)
-            self.tracker.report(self.contenders[0].step, {"prompt_matrix": rows}, [figure])
+            self.runlog.report(self.contenders[0].step, {"prompt_matrix": rows}, [figure])
             first = {c.key: c.label for c in self.contenders}
             for key, label in first.items():
                 part = [row for row in rows if row["model"] == key]
@@ -206,7 +207,7 @@ class Benchmark:
             "noise: how far a click, a corner or a mask's box is moved at most, as a share of the "
             "object's box; in brackets: change from clean, 95 % interval over videos"
         )
-        self._places("prompt_matrix.csv", "prompt_matrix_objects.csv", "prompt_matrix.png")
+        self._places("matrix", "matrix_objects", "matrix_figure")
         return rows
 
     # -- parts ----------------------------------------------------------------------------------
@@ -236,18 +237,18 @@ class Benchmark:
 
     @contextmanager
     def _record(self) -> Iterator[dict[str, Any]]:
-        """Open the tracker around a command; what is put into the dict ends in summary.json."""
+        """Open the runlog around a command; what is put into the dict ends in summary.json."""
         config = self.experiment.model
         warning = shared_split_warning(self.experiment.dataset)
         warnings = [warning] if warning else []
         warnings += self.loaded.notes if self.loaded else ()
-        with self.tracker as tracker:
+        with self.runlog as runlog:
             # Not config.yaml: that is what makes a folder a run, to be resumed and compared.
-            write_text(self.run_dir / "evaluation.yaml", to_yaml(self.experiment))
+            write_text(self.folder.evaluation, to_yaml(self.experiment))
             environment = describe_environment(self.contenders[0].model.device)
-            write_text(self.run_dir / "environment.json", json.dumps(environment, indent=2) + "\n")
+            write_text(self.folder.environment, json.dumps(environment, indent=2) + "\n")
             for text in warnings:
-                tracker.say(f"warning: {text}")
+                runlog.say(f"warning: {text}")
             summary: dict[str, Any] = {
                 "split": self.split,
                 "frame_policy": self.experiment.evaluation.frame_policy,
@@ -263,13 +264,13 @@ class Benchmark:
                 "warnings": warnings,
                 "status": "running",
             }
-            tracker.summary(summary)
+            runlog.summary(summary)
             try:
                 yield summary
             except BaseException:
-                tracker.summary({"status": "failed", "seconds": tracker.seconds})
+                runlog.summary({"status": "failed", "seconds": runlog.seconds})
                 raise
-            tracker.summary(summary | {"status": "finished", "seconds": tracker.seconds})
+            runlog.summary(summary | {"status": "finished", "seconds": runlog.seconds})
 
     @contextmanager
     def _progress(self, passes: int) -> Iterator[Callable[..., None]]:
@@ -288,10 +289,10 @@ class Benchmark:
             [row for scores in rows for row in getattr(scores, name)]
             for name in ("objects", "horizon", "frames")
         )
-        write_rows(self.run_dir / "scores.csv", objects, SCORE_COLUMNS)
-        write_rows(self.run_dir / "horizon.csv", horizon, HORIZON_COLUMNS)
-        write_rows(self.run_dir / "frames.csv", frames, FRAME_COLUMNS)
-        figure = self.run_dir / "horizon.png"
+        write_rows(self.folder.scores, objects, SCORE_COLUMNS)
+        write_rows(self.folder.horizon, horizon, HORIZON_COLUMNS)
+        write_rows(self.folder.frames, frames, FRAME_COLUMNS)
+        figure = self.folder.horizon_figure
         drawn = horizon_figure(
             {scores.label: scores.horizon for scores in rows},
             {scores.label: scores.frames for scores in rows},
@@ -299,12 +300,12 @@ class Benchmark:
         )
         with replacing(figure) as unfinished:
             drawn.savefig(unfinished, format="png", dpi=120)
-        self.tracker.report(rows[0].step, {"scores": objects, "horizon": horizon}, [figure])
+        self.runlog.report(rows[0].step, {"scores": objects, "horizon": horizon}, [figure])
 
     def _summarise(self, rows: Sequence[Scores], summary: dict[str, Any]) -> None:
         main = rows[0]
         values = {f"{self.split}/{name}": value for name, value in main.means.items()}
-        self.tracker.record(main.step, values | numbers(main.horizon))
+        self.runlog.record(main.step, values | numbers(main.horizon))
         summary |= values | numbers(main.horizon)
         for scores in rows[1:]:
             key, apart = scores.model, difference(scores, main)
@@ -330,26 +331,14 @@ class Benchmark:
         self.console.print(horizon_table(rows))
         if num := main["num_not_scored"]:
             self._say(f"{num} objects have no frame to score under {policy!r}")
-        names = ("scores.csv", "horizon.csv", "frames.csv", "horizon.png", "overlays")
-        self._places(*names)
+        self._places("scores", "horizon", "frames", "horizon_figure", "overlays")
 
     def _places(self, *names: str) -> None:
-        about = {
-            "scores.csv": "J, F and J&F of every object, baselines included",
-            "horizon.csv": "J by frames since the prompt, recall after an absence, ...",
-            "frames.csv": "every frame of every object",
-            "horizon.png": "the same as pictures",
-            "overlays": "ground truth, prediction and errors as pictures",
-            "prompt_matrix.csv": "a row for each prompt and noise",
-            "prompt_matrix_objects.csv": "a row for each object in each of them",
-            "prompt_matrix.png": "the same as a heat map",
-        }
-        self._say(f"\nwrote {self.run_dir}/")
-        for name in (n for n in (*names, "summary.json") if (self.run_dir / n).exists()):
-            text = about.get(name, "scores, settings and warnings")
-            self._say(f"  {self.run_dir / name!s:<48} {text}")
-        if self.tracker.how_to_sync:
-            self._say(f"upload it: {self.tracker.how_to_sync}")
+        self._say(f"\nwrote {self.folder.path}/")
+        for line in self.folder.contents(*names, "summary"):
+            self._say(line)
+        if self.runlog.wandb.how_to_sync:
+            self._say(f"upload it: {self.runlog.wandb.how_to_sync}")
 
     def _matrix_row(
         self, cell: Cell, contender: _Contender, scores: Scores, clean: Scores
@@ -375,13 +364,6 @@ class Benchmark:
 
     def _say(self, text: str) -> None:
         say(self.console, text)
-
-
-def _checkpoint_of(source: Path) -> Path:
-    """A file as it is; of a run's folder the best checkpoint, else the last."""
-    names = ("best.pt", "last.pt")
-    found = [path for name in names if (path := source / "checkpoints" / name).is_file()]
-    return found[0] if found else source
 
 
 def horizon_table(rows: Sequence[Scores]) -> Table:
@@ -438,8 +420,7 @@ def run_benchmark(
 ) -> None:
     """One command; the folder is runs/<name>/evaluations/<run id> unless it is named."""
     kind = "prompt-matrix" if matrix else "evaluate"
-    folder = Path("runs") / file_name(name) / "evaluations"
-    run_dir = run_dir or folder / f"{run_id}-{kind}-{split}"
+    run_dir = run_dir or RunFolder.of_evaluations(name) / f"{run_id}-{kind}-{split}"
     benchmark = Benchmark(
         experiment,
         source,

@@ -15,10 +15,9 @@ import torch
 
 from sam2train.errors import UserError
 from sam2train.files import check_unpacked_size, read_end, replacing
+from sam2train.run_folder import RunFolder
 
 FORMAT = 2  # 1 had no digest
-LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
-DAMAGED = "damaged.pt"  # what `last.pt` is called once a run has gone on without it
 # A file is the zip that torch writes; its comment, at the very end, is the sha256 of all bytes
 # before the hexadecimal digits. Other programs read such a zip as they read one without a comment.
 _MARK = b"sha256:"
@@ -105,8 +104,8 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_last(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, Any], Path]:
-    """The last whole checkpoint of a run's folder of checkpoints, and its path.
+def load_last(folder: RunFolder, say: Callable[[str], None]) -> tuple[dict[str, Any], Path]:
+    """The last whole checkpoint of a run, and its path.
 
     Where `last.pt` is damaged or missing, `previous.pt` is taken; `say` gets a line on it. A
     damaged `last.pt` is renamed to `damaged.pt`, so that the next save does not make it the one
@@ -115,7 +114,7 @@ def load_last(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, Any],
     Raises:
         UserError: neither is whole, or `last.pt` is whole and not of this version.
     """
-    last, previous = folder / LAST, folder / PREVIOUS
+    last, previous = folder.last, folder.previous
     try:
         return load(last), last
     except DamagedCheckpoint as problem:
@@ -132,7 +131,7 @@ def load_last(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, Any],
             "no checkpoint of this run is whole; start again in another folder"
         ) from None
     if last.exists():
-        os.replace(last, folder / DAMAGED)
+        os.replace(last, folder.damaged)
     say(f"{fault}\ngoing on from the one before, {previous}, of step {content['step']}")
     return content, previous
 

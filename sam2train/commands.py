@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from sam2train.run_folder import RUNS, RunFolder
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -115,7 +117,7 @@ class Train(FileCommand):
         experiment = self.experiment()
         if self.resume is not None:
             named = None if self.resume is True else self.resume
-            checkpoint = find_checkpoint(named, self.run_dir, Path("runs") / self.name)
+            checkpoint = find_checkpoint(named, self.run_dir, RunFolder.of_experiment(self.name))
         words = [self.path, *self.words, *["--smoke"] * self.smoke]
         return train(
             experiment,
@@ -147,7 +149,7 @@ class Sweep(FileCommand):
         from sam2train.sweep import run_sweep
 
         name = f"{self.path.stem}-smoke" if self.smoke else self.path.stem
-        folder = self.run_dir or Path("runs/sweeps") / name
+        folder = self.run_dir or RUNS / "sweeps" / name
         extra = [*self.words, *["--smoke"] * self.smoke]
         return run_sweep(self.path, folder, extra=extra, count=self.count, jobs=self.jobs)
 
@@ -307,7 +309,7 @@ class Runs(Command):
     """List the runs below a folder, runs/ by default, with their scores."""
 
     group, flag = "Look at finished runs", "--runs"
-    folder: Path = operand(type=Path, nargs="?", const=Path("runs"), metavar="FOLDER")
+    folder: Path = operand(type=Path, nargs="?", const=RUNS, metavar="FOLDER")
 
     def run(self) -> int:
         from sam2train.compare import show_runs

@@ -14,7 +14,7 @@ from sam2train.data_report import batch_table, data_table
 from sam2train.datasets import build_dataset
 from sam2train.experiment import Experiment
 from sam2train.machine import say
-from sam2train.tracking import parameter_table
+from sam2train.runlog import parameter_table
 
 
 def describe(experiment: Experiment, console: Console) -> None:

@@ -20,7 +20,7 @@ from sam2train.model import ModelConfig
 from sam2train.optimizer import OptimizerConfig
 from sam2train.pretrained import selects
 from sam2train.prompts import PROMPTS, check_prompts
-from sam2train.tracking import TrackingConfig
+from sam2train.runlog_wandb import TrackingConfig
 from sam2train.transforms import AugmentConfig
 
 # What --smoke changes: two steps of anything, in seconds.

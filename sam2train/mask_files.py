@@ -15,7 +15,7 @@ from sam2train.data_videos import PICTURE_SUFFIXES
 from sam2train.errors import UserError
 from sam2train.evaluate import SeenFrame
 from sam2train.files import file_name, write_text
-from sam2train.overlays import object_colours
+from sam2train.pictures import object_colours
 
 
 class MaskFolder:

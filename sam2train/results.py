@@ -17,6 +17,7 @@ from sam2train.config_yaml import load_yaml
 from sam2train.errors import UserError
 from sam2train.files import read_json
 from sam2train.metrics import TRAINED
+from sam2train.runlog_wandb import STEP_AXIS
 from sam2train.stats import (
     Interval,
     crossed_difference,
@@ -25,7 +26,6 @@ from sam2train.stats import (
     mean_interval,
     seed_difference,
 )
-from sam2train.tracking import STEP_AXIS
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -53,6 +53,8 @@ from sam2train.machine import (
 )
 from sam2train.metrics import BASE, COPY, TRAINED
 from sam2train.optimizer import build_optimizer, set_learning_rates
+from sam2train.run_folder import RunFolder
+from sam2train.runlog import RunLog
 from sam2train.scoring import (
     HORIZON_COLUMNS,
     LABELS,
@@ -64,14 +66,14 @@ from sam2train.scoring import (
     scores_table,
     shared_video_warnings,
 )
-from sam2train.tracking import Tracker
 from sam2train.video_overlays import OverlayDrawer
 
 
 def _load_to_resume(path: Path, say: Callable[[str], None]) -> tuple[dict[str, Any], Path]:
     """What a run goes on from, and the file that it is from; see `checkpoint.load_last`."""
-    if path.name == checkpoint.LAST:
-        return checkpoint.load_last(path.parent, say)
+    folder = RunFolder.of_checkpoint(path)
+    if path == folder.last:
+        return checkpoint.load_last(folder, say)
     return checkpoint.load(path), path
 
 
@@ -109,7 +111,7 @@ class Trainer:
         self.experiment = experiment
         self.settings = to_yaml(experiment)
         self.config = experiment.trainer
-        self.run_dir = run_dir
+        self.folder = RunFolder(run_dir)
         self.step = 0
         self.scored: int | None = None  # the last step that was scored on the validation videos
         self.best = -math.inf
@@ -143,13 +145,13 @@ class Trainer:
         if content:
             run_id = self._restore(content, resume)
         self.run_id = run_id
-        for folder in (run_dir, run_dir / "checkpoints", run_dir / "overlays"):
-            sweep_partials(folder)
-        self.score_rows = RowsFile(run_dir / "scores.csv", SCORE_COLUMNS, self.scored)
-        self.horizon_rows = RowsFile(run_dir / "horizon.csv", HORIZON_COLUMNS, self.scored)
-        self.tracker = Tracker(
+        for place in (run_dir, self.folder.checkpoints, self.folder.overlays):
+            sweep_partials(place)
+        self.score_rows = RowsFile(self.folder.scores, SCORE_COLUMNS, self.scored)
+        self.horizon_rows = RowsFile(self.folder.horizon, HORIZON_COLUMNS, self.scored)
+        self.runlog = RunLog(
             experiment.tracking,
-            run_dir,
+            self.folder,
             run_id=run_id,
             name=name,
             settings=experiment.model_dump(mode="json"),
@@ -169,17 +171,17 @@ class Trainer:
             Interrupted: a signal asked the run to stop; it has saved first.
             FloatingPointError: a loss or gradient that is not finite, with step and clips.
         """
-        config, tracker = self.config, self.tracker
-        with self.stop, tracker:
+        config, runlog = self.config, self.runlog
+        with self.stop, runlog:
             self._write_run_files()
-            tracker.parameters(self.model.parameter_report())
+            runlog.parameters(self.model.parameter_report())
             for text in row_warnings(self.model, self.experiment):
-                tracker.say(f"warning: {text}")
+                runlog.say(f"warning: {text}")
             splits = {"train": self.train_data, "val": self.val_data, "test": self.test_data}
             warnings = shared_video_warnings({name: data for name, data in splits.items() if data})
             for warning in warnings:
-                tracker.say(f"warning: {warning}")
-            tracker.summary(
+                runlog.say(f"warning: {warning}")
+            runlog.summary(
                 {
                     "status": "running",
                     "steps": self.step,
@@ -190,7 +192,7 @@ class Trainer:
             )
             try:
                 self.model.train()
-                batches = self._batches()
+                batches = self.batches()
                 while True:
                     last = self.step >= config.num_steps
                     scoring = self.val_data and self.step != self.scored
@@ -199,19 +201,19 @@ class Trainer:
                     if last or scoring or self.step % config.save_every == 0:
                         self._save_last()
                     if scoring and self.stop.received is None:
-                        self._evaluate()
+                        self.evaluate()
                     if last or self.stop.received is not None:
                         self._save_last()
                     if self.stop.received is not None:
                         raise self.stop.interrupted()
                     if last:
                         break
-                    scalars = self._train_step(batches)
+                    scalars = self.train_step(batches)
                     self.step += 1
                     clips = self.experiment.dataset.batch_size * config.grad_accumulation
-                    tracker.log(self.step, scalars, clips=clips)
+                    runlog.log(self.step, scalars, clips=clips)
                     if self.audit:
-                        tracker.record(self.step, self.audit)
+                        runlog.record(self.step, self.audit)
                         self.audit = {}
                 if self.baseline and self.step:
                     self._show_scores("validation", self.step, (TRAINED, 0), (COPY, 0))
@@ -228,7 +230,8 @@ class Trainer:
         """Clips that the steps so far have used."""
         return self.step * self.config.grad_accumulation * self.experiment.dataset.batch_size
 
-    def _batches(self) -> Iterator[BatchedVideoDatapoint]:
+    def batches(self) -> Iterator[BatchedVideoDatapoint]:
+        """The batches of the steps to come: without end, in an order that the seed gives."""
         config = self.experiment.dataset
         sampler = ClipSampler(
             len(self.train_data),
@@ -251,7 +254,7 @@ class Trainer:
             )
         )
 
-    def _train_step(self, batches: Iterator[BatchedVideoDatapoint]) -> dict[str, torch.Tensor]:
+    def train_step(self, batches: Iterator[BatchedVideoDatapoint]) -> dict[str, torch.Tensor]:
         """One optimiser step. Returns detached scalars, still on the device."""
         config = self.config
         set_learning_rates(self.optimizer, self.step, config.num_steps, self.experiment.optimizer)
@@ -315,14 +318,15 @@ class Trainer:
             text = ". ".join(entry.text for entry in idle if not entry.may_come)
             raise UserError(f"model.trainable_modules: {text}. trainer.audit=warn goes on without")
         for entry in idle:
-            self.tracker.say(f"warning: model.trainable_modules: {entry.text}")
+            self.runlog.say(f"warning: model.trainable_modules: {entry.text}")
 
     # -- scores and pictures --------------------------------------------------------------------
 
-    def _evaluate(self) -> None:
+    def evaluate(self) -> None:
+        """Score the validation videos, the first time the copied mask too; keep the best."""
         drawer = OverlayDrawer(
             self.val_data,
-            self.run_dir / "overlays",
+            self.folder.overlays,
             f"step_{self.step:06d}",
             self.experiment.evaluation.num_overlays,
         )
@@ -342,19 +346,19 @@ class Trainer:
             copied = self._score(copy_first_mask, self.val_data, "val", COPY, 0)
         self.latest, self.scored = scores.means, self.step
         values = {f"val/{name}": value for name, value in self.latest.items()}
-        self.tracker.record(self.step, values | numbers(scores.horizon))
-        self.tracker.summary(numbers(scores.horizon))
-        self.tracker.overlays(self.step, drawer.overlays)
+        self.runlog.record(self.step, values | numbers(scores.horizon))
+        self.runlog.summary(numbers(scores.horizon))
+        self.runlog.overlays(self.step, drawer.overlays)
         if copied:
             self.baseline = self.latest
-            self.tracker.summary({f"{COPY}/J_and_F": copied.means["J_and_F"]})
+            self.runlog.summary({f"{COPY}/J_and_F": copied.means["J_and_F"]})
             self._show_scores("validation", 0, (COPY, 0))
         score = self.latest["J_and_F"]
         if score > self.best:
             self.best = score
-            self._save(checkpoint.BEST)
+            self.save(self.folder.best)
         if self.step:
-            self.tracker.say(
+            self.runlog.say(
                 f"step {self.step}: J&F {score:.3f} on the validation videos "
                 f"(step 0: {self.baseline['J_and_F']:.3f}, best: {self.best:.3f})"
             )
@@ -366,9 +370,7 @@ class Trainer:
         # A run that goes on after its end reports again.
         for file in (self.score_rows, self.horizon_rows):
             file.rows = [row for row in file.rows if row["split"] != "test"]
-        path = (
-            self.run_dir / "checkpoints" / (checkpoint.BEST if self.val_data else checkpoint.LAST)
-        )
+        path = self.folder.best if self.val_data else self.folder.last
         content = checkpoint.load(path)
         step, track = content["step"], partial(track_video, self.model, bf16=self.bf16)
         with self._weights(content["model"]):
@@ -378,7 +380,7 @@ class Trainer:
         copied = self._score(copy_first_mask, self.test_data, "test", COPY, 0)
         values = scores.means | numbers(scores.horizon)
         values = {f"test/{name}": value for name, value in values.items()}
-        self.tracker.summary(
+        self.runlog.summary(
             {
                 **values,
                 "test/step": step,
@@ -445,7 +447,7 @@ class Trainer:
             if (key, model, step) in kept  # a file that was deleted comes back without the past
         ]
         policy = self.experiment.evaluation.frame_policy
-        self.tracker.console.print(scores_table(f"{split} videos, frames: {policy}", rows))
+        self.runlog.console.print(scores_table(f"{split} videos, frames: {policy}", rows))
 
     @contextmanager
     def _weights(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
@@ -462,18 +464,18 @@ class Trainer:
     def _save_last(self) -> None:
         """Write `last.pt`, unless it has this step and its score; the one before is kept."""
         if self._saved != (self.step, self.scored):
-            self._save(checkpoint.LAST)
+            self.save(self.folder.last)
             self._saved = self.step, self.scored
 
-    def _save(self, name: str) -> None:
+    def save(self, path: Path) -> None:
+        """Write a checkpoint: the last one to go on from, the best one for use."""
         weights = self.model.sam2.state_dict()
         everything = len(self.parameters) == len(list(self.model.sam2.parameters()))
         # Over random weights nobody could tell what the rest was; all of them need no base.
         if self.base_hash is not None and not everything:
             weights = {key: weights[key] for key in self.parameters}
-        folder = self.run_dir / "checkpoints"
         checkpoint.save(
-            folder / name,
+            path,
             {
                 "model": {key: value.detach().cpu() for key, value in weights.items()},
                 "base": {
@@ -488,17 +490,17 @@ class Trainer:
                 "scores": self.latest,
                 "baseline": self.baseline,
                 "scored": self.scored,
-                "window": self.tracker.state_dict(),
+                "window": self.runlog.state_dict(),
                 "run_id": self.run_id,
                 "audited": self.audited,
                 # best.pt is for use, last.pt for going on.
-                "optimizer": self.optimizer.state_dict() if name == checkpoint.LAST else None,
+                "optimizer": self.optimizer.state_dict() if path == self.folder.last else None,
                 "rng": {
                     "torch": torch.get_rng_state(),
                     "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
                 },
             },
-            previous=folder / checkpoint.PREVIOUS if name == checkpoint.LAST else None,
+            previous=self.folder.previous if path == self.folder.last else None,
         )
 
     def _restore(self, content: Mapping[str, Any], path: Path) -> str:
@@ -511,7 +513,7 @@ class Trainer:
         self.baseline, self.latest = content["baseline"], content["scores"]
         # Checkpoints from before this key were written after their step was scored, if it was due.
         self.scored = content.get("scored", self.step)
-        if path.name == checkpoint.LAST:
+        if path == self.folder.last:
             self._saved = self.step, self.scored
         try:
             torch.set_rng_state(content["rng"]["torch"])
@@ -528,15 +530,15 @@ class Trainer:
         return content["run_id"]
 
     def _write_run_files(self) -> None:
-        write_text(self.run_dir / "config.yaml", self.settings)
+        write_text(self.folder.config, self.settings)
         environment = json.dumps(describe_environment(self.device), indent=2)
-        write_text(self.run_dir / "environment.json", environment + "\n")
+        write_text(self.folder.environment, environment + "\n")
 
     def _summarise(self, status: str) -> None:
         values = {f"val/{name}": self.latest[name] for name in ("J", "F", "J_and_F") if self.latest}
         if self.baseline:
             values["baseline/J_and_F"] = self.baseline["J_and_F"]
             values["best/J_and_F"] = self.best
-        self.tracker.summary(
-            {**values, "steps": self.step, "seconds": self.tracker.seconds, "status": status}
+        self.runlog.summary(
+            {**values, "steps": self.step, "seconds": self.runlog.seconds, "status": status}
         )

@@ -13,13 +13,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sam2train.checkpoint import LAST, PREVIOUS
 from sam2train.config import flatten
 from sam2train.config_yaml import load_yaml
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment, as_begun, load_experiment
-from sam2train.files import file_name
 from sam2train.machine import Interrupted
+from sam2train.run_folder import RunFolder
 from sam2train.trainer import Trainer
 
 # What a resumed run may change: these move no result, or say only how far the run goes.
@@ -31,15 +30,6 @@ _FREE = (
     "trainer.device",
     "trainer.num_steps",
 )
-_FILES = {
-    "summary.json": "scores and parameter counts",
-    "metrics.jsonl": "losses and scores by step",
-    "scores.csv": "scores of every object",
-    "horizon.csv": "how long the memory holds",
-    "overlays": "ground truth, prediction and errors as pictures",
-    "checkpoints/best.pt": "the weights of the highest validation J&F",
-    "checkpoints/last.pt": "to go on from; previous.pt is the one before",
-}
 
 
 def train(
@@ -67,11 +57,11 @@ def train(
     """
     run_id = new_run_id()
     if checkpoint is not None:
-        run_dir = checkpoint.parent.parent
+        run_dir = RunFolder.of_checkpoint(checkpoint).path
         experiment = check_same_experiment(experiment, run_dir)
     else:
-        run_dir = run_dir or Path("runs") / file_name(name) / run_id
-        if _can_go_on(run_dir):
+        run_dir = run_dir or RunFolder.of_experiment(name) / run_id
+        if RunFolder(run_dir).can_go_on:
             raise UserError(
                 f"--run-dir {run_dir}: a run is there already; add --resume to go on with it, or "
                 "name another folder"
@@ -79,7 +69,7 @@ def train(
     trainer = Trainer(
         experiment, run_dir, run_id=run_id, name=name, resume=checkpoint, console=console
     )
-    say = trainer.tracker.say
+    say = trainer.runlog.say
     try:
         trainer.run()
     except Interrupted as stopped:
@@ -89,11 +79,12 @@ def train(
             _die_of_sigterm()
         return int(stopped.code)
     say(f"\nwrote {run_dir}/")
-    for place, what in _FILES.items():
-        if (run_dir / place).exists():
-            say(f"  {run_dir / place!s:<48} {what}")
-    if trainer.tracker.how_to_sync:
-        say(f"look at it: wandb leet {run_dir}/wandb    upload it: {trainer.tracker.how_to_sync}")
+    folder = trainer.folder
+    names = ("summary", "metrics", "scores", "horizon", "overlays", "best", "last")
+    for line in folder.contents(*names):
+        say(line)
+    if upload := trainer.runlog.wandb.how_to_sync:
+        say(f"look at it: wandb leet {folder.wandb}    upload it: {upload}")
     return 0
 
 
@@ -119,38 +110,31 @@ def find_checkpoint(named: Path | None, run_dir: Path | None, runs: Path) -> Pat
         newest = _newest_run(runs)
         if newest is None:
             raise UserError(f"--resume: no run with a checkpoint under {runs}/; name one")
-        return _last_of(newest)
-    path = _last_of(place) if place.is_dir() else place
-    if not path.is_file() and not (place.is_dir() and _can_go_on(place)):
+        return newest.last
+    path = RunFolder(place).last if place.is_dir() else place
+    if not path.is_file() and not (place.is_dir() and RunFolder(place).can_go_on):
         raise UserError(
             f"--resume: no checkpoint {path}; expected a run folder or RUN/checkpoints/last.pt"
         )
-    if run_dir is not None and run_dir.resolve() != path.resolve().parent.parent:
+    # Resolved first: a link to a checkpoint goes on where the checkpoint is.
+    if run_dir is not None and run_dir.resolve() != RunFolder.of_checkpoint(path.resolve()).path:
+        goes_on = RunFolder.of_checkpoint(path).path
         raise UserError(
-            f"--resume {named} goes on in {path.parent.parent}, and --run-dir names {run_dir}; "
-            "give one of them"
+            f"--resume {named} goes on in {goes_on}, and --run-dir names {run_dir}; give one of "
+            "them"
         )
     return path
 
 
-def _last_of(run_dir: Path) -> Path:
-    return run_dir / "checkpoints" / LAST
-
-
-def _can_go_on(run_dir: Path) -> bool:
-    """Whether a run wrote a checkpoint there; it has the one before alone if it was killed between
-    renaming the two."""
-    return any((run_dir / "checkpoints" / name).exists() for name in (LAST, PREVIOUS))
-
-
-def _newest_run(runs: Path) -> Path | None:
+def _newest_run(runs: Path) -> RunFolder | None:
     """The run below a folder that wrote a checkpoint last."""
     found = [
-        (path.stat().st_mtime, path.parent.parent)
-        for name in (LAST, PREVIOUS)
-        for path in runs.glob(f"*/checkpoints/{name}")
+        (path.stat().st_mtime, folder.path)
+        for folder in map(RunFolder, runs.glob("*"))
+        for path in (folder.last, folder.previous)
+        if path.is_file()
     ]
-    return max(found)[1] if found else None
+    return RunFolder(max(found)[1]) if found else None
 
 
 def check_same_experiment(experiment: Experiment, run_dir: Path) -> Experiment:
@@ -162,7 +146,7 @@ def check_same_experiment(experiment: Experiment, run_dir: Path) -> Experiment:
     Raises:
         UserError: the resumed run would mix two experiments.
     """
-    config_file = run_dir / "config.yaml"
+    config_file = RunFolder(run_dir).config
     # Loaded as a file of a user's: a key that is younger than the run has its default there.
     config = load_yaml(config_file)
     before = as_begun(load_experiment(config_file), config)

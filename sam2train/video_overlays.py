@@ -13,8 +13,7 @@ from sam2train.data_source import Video
 from sam2train.evaluate import SeenFrame, TrackedVideo, Videos
 from sam2train.files import file_name, printable
 from sam2train.metrics import ObjectScores
-from sam2train.overlays import comparison, id_mask, pick_frames, save_png
-from sam2train.tracking import Overlay
+from sam2train.pictures import Overlay, comparison, id_mask, pick_frames, save_png
 from sam2train.transforms import resize_mask_smoothly
 
 MAX_FRAMES = 8  # of a picture

@@ -14,6 +14,7 @@ from torch import nn
 from sam2train import checkpoint
 from sam2train.errors import UserError
 from sam2train.pretrained import read_weights
+from sam2train.run_folder import RunFolder
 
 CONTENT = {
     "model": {"weight": torch.arange(6.0).view(2, 3)},
@@ -191,7 +192,8 @@ def test_each_missing_and_each_wrong_key_is_named(tmp_path, key):
 
 
 def test_the_one_before_is_kept(tmp_path):
-    last, previous = tmp_path / checkpoint.LAST, tmp_path / checkpoint.PREVIOUS
+    folder = RunFolder(tmp_path)
+    last, previous = folder.last, folder.previous
     for step in (1, 2, 3):
         checkpoint.save(last, {**CONTENT, "step": step}, previous)
     assert [checkpoint.load(path)["step"] for path in (last, previous)] == [3, 2]
@@ -217,12 +219,13 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_last_falls_back_to_the_one_before(tmp_path, damage):
-    last, previous = tmp_path / checkpoint.LAST, tmp_path / checkpoint.PREVIOUS
+    folder = RunFolder(tmp_path)
+    last, previous = folder.last, folder.previous
     checkpoint.save(last, {**CONTENT, "step": 1}, previous)
     checkpoint.save(last, {**CONTENT, "step": 2}, previous)
     DAMAGES[damage](last)
     said = []
-    content, path = checkpoint.load_last(tmp_path, said.append)
+    content, path = checkpoint.load_last(RunFolder(tmp_path), said.append)
     assert (content["step"], path) == (1, previous)
     assert str(last) in said[0]
     assert f"{previous}, of step 1" in said[0]
@@ -232,14 +235,14 @@ def test_a_damaged_last_falls_back_to_the_one_before(tmp_path, damage):
     _flip(previous)
     _flip(last)
     with pytest.raises(UserError, match=r"no checkpoint of this run is whole; start again"):
-        checkpoint.load_last(tmp_path, said.append)
+        checkpoint.load_last(RunFolder(tmp_path), said.append)
 
 
 def test_a_newer_last_is_no_reason_to_go_back(tmp_path):
-    checkpoint.save(tmp_path / checkpoint.PREVIOUS, CONTENT)
-    torch.save({"format": 9}, tmp_path / checkpoint.LAST)
+    checkpoint.save(RunFolder(tmp_path).previous, CONTENT)
+    torch.save({"format": 9}, RunFolder(tmp_path).last)
     with pytest.raises(UserError, match="newer version"):
-        checkpoint.load_last(tmp_path, print)
+        checkpoint.load_last(RunFolder(tmp_path), print)
 
 
 @pytest.mark.parametrize("read", [checkpoint.load, read_weights])

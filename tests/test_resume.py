@@ -14,8 +14,8 @@ from sam2train import checkpoint, trainer
 from sam2train.experiment import Experiment
 from sam2train.machine import Interrupted
 from sam2train.metrics import TRAINED
+from sam2train.runlog import RunLog
 from sam2train.scoring import HORIZON_COLUMNS, SCORE_COLUMNS, Scores
-from sam2train.tracking import Tracker
 from sam2train.trainer import Trainer
 
 NUM_STEPS = 8
@@ -28,6 +28,7 @@ class SmallModel:
     def __init__(self, experiment):
         self.device = torch.device("cpu")
         self.sam2 = torch.nn.Linear(2, 2)
+        self.num_maskmem, self.untrained_rows = 0, {}
 
     def trainable_parameters(self):
         return dict(self.sam2.named_parameters())
@@ -85,7 +86,7 @@ def start(tmp_path, monkeypatch):
             some = {"interaction/iou_before": torch.tensor(0.1 * number)} if number % 3 else {}
             return {"loss": torch.tensor(1.0 / number), "lr": 1e-3 / number, **some}
 
-        run._train_step = step
+        run.train_step = step
         return run
 
     return build
@@ -105,7 +106,7 @@ def kill(run, place, at):
     N` between two frames of the N-th scoring of that step: it saves first. At the others the
     process ends: with an error (`step`, `evaluated`, `saved`), or at once (`SIGKILL`).
     """
-    step, evaluate, save, score = run._train_step, run._evaluate, run._save, run._score
+    step, evaluate, save, score = run.train_step, run.evaluate, run.save, run._score
     scorings = []
 
     def in_scoring(*arguments, **how):
@@ -128,16 +129,16 @@ def kill(run, place, at):
         elif run.step == at and place == "evaluated":
             raise Killed
 
-    def in_save(name):
-        save(name)
-        if name == "last.pt" and run.step == at and place == "saved":
+    def in_save(path):
+        save(path)
+        if path.name == "last.pt" and run.step == at and place == "saved":
             raise Killed
 
-    run._train_step, run._evaluate, run._save = in_step, in_evaluation, in_save
+    run.train_step, run.evaluate, run.save = in_step, in_evaluation, in_save
     run._score = in_scoring
     with pytest.MonkeyPatch.context() as patch:
         if place == "SIGKILL":
-            patch.setattr(Tracker, "__exit__", lambda *_: None)
+            patch.setattr(RunLog, "__exit__", lambda *_: None)
             patch.setattr(run, "_summarise", lambda status: None)
         with suppress(Killed, Interrupted):
             run.run()
@@ -155,8 +156,7 @@ def kills(save_every):
     yield from (("saved", at) for at in {*range(0, NUM_STEPS, save_every), NUM_STEPS})
 
 
-@pytest.mark.parametrize("save_every", [3, 4])
-@pytest.mark.parametrize("log_every", [2, 3, 5])
+@pytest.mark.parametrize(("log_every", "save_every"), [(2, 4), (3, 3), (5, 3)])
 def test_rows_after_a_kill_are_those_of_a_run_that_was_never_killed(
     start, tmp_path, log_every, save_every
 ):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sam2train.experiment import load_experiment
+from sam2train.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sam2train"
@@ -28,10 +29,20 @@ GROUPS = {
     },
     "scores": {
         *("metrics", "evaluate", "horizon", "scoring", "prompt_cells"),
-        *("overlays", "mask_files"),
+        *("pictures", "mask_files"),
     },
     "runs": {
-        *("experiment", "build", "tracking", "checkpoint", "audit", "trainer", "training_run"),
+        *(
+            "experiment",
+            "build",
+            "run_folder",
+            "runlog",
+            "runlog_wandb",
+            "checkpoint",
+            "audit",
+            "trainer",
+            "training_run",
+        ),
         *("benchmark", "export", "describe", "video_overlays", "score_figures"),
     },
     "reports": {
@@ -138,3 +149,29 @@ def test_no_path_of_the_machine_that_wrote_it():
         if path.suffix in {".py", ".md", ".yaml", ".toml", ".txt", ".ipynb"} and path.exists():
             text = path.read_text()
             assert not any(f"{folder}/" in text for folder in here), name
+
+
+def test_one_module_spells_the_names_of_a_run_s_files():
+    """Whole words of code, as in `folder / "scores.csv"`; not what a message or docstring says."""
+    places = [cell.cell_contents for cell in _closures(RunFolder)]
+    names = {name for place in places for name in (place, Path(place).name)}
+    names -= {"wandb", "overlays"}  # words for more than a folder
+    assert {"metrics.jsonl", "last.pt", "checkpoints"} <= names
+    spelled = {}
+    for path in PACKAGE.glob("*.py"):
+        texts = (node.value for node in ast.walk(ast.parse(path.read_text())) if _is_text(node))
+        words = (text for text in texts if " " not in text)
+        if found := {word for word in words if names & {word, word.split("/")[-1]}}:
+            spelled[path.stem] = found
+    assert spelled.pop("run_folder") >= {"metrics.jsonl", "checkpoints/last.pt"}
+    assert not spelled.keys() - {"results", "ablation"}  # TODO the reports group
+
+
+def _closures(folder: type) -> list:
+    """What the properties of a class keep: the name of a place each."""
+    properties = [part for part in vars(folder).values() if isinstance(part, property)]
+    return [cell for part in properties for cell in part.fget.__closure__ or ()]
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)

@@ -126,7 +126,7 @@ def test_best_is_the_checkpoint_of_the_best_score(experiment, tmp_path):
 
 @pytest.mark.parametrize(("stopped_at", "log_every"), [(2, 3), (3, 2)])
 def test_a_resumed_run_equals_one_that_was_never_stopped(
-    experiment, tmp_path, stopped_at, log_every
+    experiment, tmp_path, monkeypatch, stopped_at, log_every
 ):
     """Weights, optimiser, losses and scores, bit for bit, also with dropout and augmentation."""
     # The real dropout of SAM 2, switched on where the demo config has none.
@@ -142,14 +142,14 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(
     make_trainer(settings, whole).run()
 
     first = make_trainer(settings, parts)
-    saved = first._save
+    saved = first.save
 
-    def save_and_crash(name):
-        saved(name)
-        if name == "last.pt" and first.step == stopped_at:
+    def save_and_crash(path):
+        saved(path)
+        if path.name == "last.pt" and first.step == stopped_at:
             raise RuntimeError("the machine goes down")
 
-    first._save = save_and_crash
+    first.save = save_and_crash
     with pytest.raises(RuntimeError, match="goes down"):
         first.run()
     torch.manual_seed(12345)  # another process has another state
@@ -200,7 +200,7 @@ def gradients_of_a_step(settings, run_dir):
     with torch.no_grad():  # random weights call every object absent, and such masks learn nothing
         trainer.model.sam2.sam_mask_decoder.pred_obj_score_head.layers[-1].bias += 4
     trainer.model.train()
-    scalars = trainer._train_step(trainer._batches())
+    scalars = trainer.train_step(trainer.batches())
     found = {n: p.grad.clone() for n, p in trainer.parameters.items() if p.grad is not None}
     return found, {name: float(value) for name, value in scalars.items()}
 
@@ -255,7 +255,7 @@ def step_zero(experiment, run_dir, **sections):
     settings = experiment(**sections)
     trainer = make_trainer(settings, run_dir)
     first = {name: p.detach().clone() for name, p in trainer.parameters.items()}
-    clips = next(iter(trainer._batches()))
+    clips = next(iter(trainer.batches()))
     trainer.run()
     return (run_dir / "scores.csv").read_text(), first, (clips.names, clips.img_batch)
 
@@ -335,7 +335,7 @@ def test_a_signal_saves_first_and_the_run_goes_on(experiment, tmp_path):
     run_dir = tmp_path / "run"
     settings = experiment(trainer={"save_every": 100, "val_every": 100})
     trainer = make_trainer(settings, run_dir)
-    step = trainer._train_step
+    step = trainer.train_step
 
     def step_and_signal(batches):
         scalars = step(batches)
@@ -343,7 +343,7 @@ def test_a_signal_saves_first_and_the_run_goes_on(experiment, tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
         return scalars
 
-    trainer._train_step = step_and_signal
+    trainer.train_step = step_and_signal
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted) as stopped:
         trainer.run()
@@ -361,7 +361,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(experiment, tmp_path
     before = {name: value.clone() for name, value in trainer.model.sam2.state_dict().items()}
     clip = trainer.train_data[0]
     clip.images[:, :, 10, 10] = float("nan")
-    trainer._batches = lambda: iter([collate_fn([clip])])
+    trainer.batches = lambda: iter([collate_fn([clip])])
     with pytest.raises(FloatingPointError, match=r"step 1: .*not finite.* video 1 frames \d\.\.\d"):
         trainer.run()
     assert_same(before, trainer.model.sam2.state_dict())
@@ -385,7 +385,7 @@ def test_a_run_may_be_told_to_go_on_without_a_gradient(experiment, tmp_path, mon
     )
     trainer = make_trainer(settings, tmp_path / "run")
     said = []
-    monkeypatch.setattr(trainer.tracker, "say", said.append)
+    monkeypatch.setattr(trainer.runlog, "say", said.append)
     before = {name: value.clone() for name, value in trainer.model.sam2.state_dict().items()}
     trainer.run()
     assert "memory_attention got no gradient" in "".join(said)
@@ -495,14 +495,14 @@ def test_what_hangs_on_the_draw_is_a_warning(experiment, tmp_path, monkeypatch):
     )
     trainer = make_trainer(settings, tmp_path / "run")
     said = []
-    monkeypatch.setattr(trainer.tracker, "say", said.append)
+    monkeypatch.setattr(trainer.runlog, "say", said.append)
     trainer.run()
     assert "warning: model.trainable_modules: mask_downsample got no gradient" in "".join(said)
 
 
 def said_by(trainer, monkeypatch) -> list[str]:
     said = []
-    monkeypatch.setattr(trainer.tracker, "say", said.append)
+    monkeypatch.setattr(trainer.runlog, "say", said.append)
     return said
 
 

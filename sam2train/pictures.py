@@ -9,6 +9,7 @@ import colorsys
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,32 @@ POSITIVE, NEGATIVE = (0, 190, 70), (225, 0, 30)
 
 MAX_SHEET = (1700, 2000)  # (H, W) px: a sheet on one screen, text still readable
 GUTTER, GAP, STRIP = 30, 6, 26  # px: row names at the left, space between cells, frame labels
+
+
+@dataclass(frozen=True, eq=False)
+class Overlay:
+    """One frame with its masks, to be judged by a person.
+
+    Raises ValueError for what W&B would show wrong without a word: it casts a float frame to
+    black, and stretches a mask of another size.
+    """
+
+    name: str
+    path: Path  # the composed PNG, on disk
+    frame: np.ndarray  # (H, W, 3) uint8
+    prediction: np.ndarray  # (H, W) object ids, 0..255, 0 is background
+    ground_truth: np.ndarray  # (H, W) as `prediction`
+    class_labels: Mapping[int, str]  # object id -> text
+
+    def __post_init__(self) -> None:
+        if self.frame.dtype != np.uint8 or self.frame.shape[2:] != (3,):
+            raise ValueError(f"frame is {self.frame.dtype} {self.frame.shape}, not uint8 (H, W, 3)")
+        for mask in (self.prediction, self.ground_truth):
+            if mask.shape != self.frame.shape[:2] or mask.min() < 0 or mask.max() > 255:
+                raise ValueError(
+                    f"mask of shape {mask.shape} with ids {mask.min()}..{mask.max()} on a frame of "
+                    f"{self.frame.shape[:2]}; W&B needs equal sizes and ids in 0..255"
+                )
 
 
 def colour(index: int) -> tuple[int, int, int]:
