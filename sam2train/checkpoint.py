@@ -37,12 +37,36 @@ def save(path: Path, content: Mapping[str, Any], previous: Path | None = None) -
     """
     with replacing(path) as partial:
         with open(partial, "w+b") as file:
-            torch.save({"format": FORMAT, **content}, file)
+            writer = _Writer(file)
+            try:
+                torch.save({"format": FORMAT, **content}, writer)
+            except Exception:
+                if writer.fault is not None:
+                    raise writer.fault from None  # torch tells of an incomplete zip
+                raise
             _seal(file)
             file.flush()
             os.fsync(file.fileno())
         if previous is not None and path.exists():
             os.replace(path, previous)
+
+
+class _Writer:
+    """The file for torch, which makes faults of its own of the disk's; keeps the first."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.fault: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as problem:
+            self.fault = problem
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def _seal(file: BinaryIO) -> None:

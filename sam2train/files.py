@@ -36,17 +36,31 @@ def replacing(path: Path) -> Iterator[Path]:
     or the new one. After an error the temporary file is deleted. Missing folders are made.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name[:_NAME_KEPT]}.{os.getpid()}{_PARTIAL_SUFFIX}")
     try:
-        yield partial
-        _flush(partial)
-        os.replace(partial, path)
+        with naming(path):
+            yield partial
+            _flush(partial)
+            os.replace(partial, path)
     finally:
         with contextlib.suppress(OSError):  # hides nothing: what went wrong above is raised
             partial.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # Windows and some network disks flush no folders
         _flush(path.parent)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError in the block the path of the file where it has none: what `write` raises on
+    a full disk does not say where."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.filename is None and problem.errno is not None:
+            problem.filename = str(path)
+        raise
 
 
 _PARTIAL_SUFFIX = ".part"

@@ -43,6 +43,10 @@ class RunFolder:
     matrix_objects = _place("prompt_matrix_objects.csv", "a row for each object in each of them")
     matrix_figure = _place("prompt_matrix.png", "the same as a heat map")
 
+    def bad_batch(self, step: int) -> Path:
+        """Where a step that was not finite leaves what it was made of."""
+        return self.path / f"bad_batch_{step}.pt"
+
     @classmethod
     def of_checkpoint(cls, path: Path) -> RunFolder:
         """The run that a checkpoint lies in."""

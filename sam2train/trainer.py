@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch.utils.data import DataLoader
 
 from sam2train import checkpoint
 from sam2train.audit import (
@@ -23,11 +22,13 @@ from sam2train.audit import (
     row_warnings,
     rows_left,
 )
+from sam2train.bad_batch import save_bad_batch
 from sam2train.build import base_hash, build_model, uses_bf16
-from sam2train.clips import BatchedVideoDatapoint, collate_fn
+from sam2train.clips import BatchedVideoDatapoint
 from sam2train.config import to_yaml
 from sam2train.config_yaml import read_yaml
 from sam2train.corrections import SimulatedUser
+from sam2train.data_loader import load_batches
 from sam2train.datasets import ClipSampler, build_dataset
 from sam2train.errors import UserError
 from sam2train.evaluate import (
@@ -47,8 +48,6 @@ from sam2train.machine import (
     Interrupted,
     StopRequests,
     describe_environment,
-    leave_group,
-    num_cores,
     say,
 )
 from sam2train.metrics import BASE, COPY, TRAINED
@@ -147,8 +146,8 @@ class Trainer:
         self.run_id = run_id
         for place in (run_dir, self.folder.checkpoints, self.folder.overlays):
             sweep_partials(place)
-        self.score_rows = RowsFile(self.folder.scores, SCORE_COLUMNS, self.scored)
-        self.horizon_rows = RowsFile(self.folder.horizon, HORIZON_COLUMNS, self.scored)
+        self.score_rows = RowsFile(self.folder.scores, SCORE_COLUMNS, self.scored, say=warn)
+        self.horizon_rows = RowsFile(self.folder.horizon, HORIZON_COLUMNS, self.scored, say=warn)
         self.runlog = RunLog(
             experiment.tracking,
             self.folder,
@@ -220,7 +219,10 @@ class Trainer:
                 self._report_on_test()
             except BaseException as error:
                 status = "interrupted" if isinstance(error, Interrupted) else "failed"
-                self._summarise(status)
+                try:
+                    self._summarise(status)
+                except Exception as second:  # what ended the run is what must be told
+                    error.add_note(f"and {self.folder.summary} could not be written: {second}")
                 raise
             self._summarise("finished")
         return self.latest
@@ -239,20 +241,26 @@ class Trainer:
             seed=self.experiment.clips_seed,
             start=self.num_clips,
         )
-        return iter(
-            DataLoader(
-                self.train_data,
-                batch_size=config.batch_size,
-                sampler=sampler,
-                # More processes than cores only wait for each other; the clips are the same.
-                num_workers=min(config.num_workers, num_cores()),
-                collate_fn=collate_fn,
-                worker_init_fn=leave_group,
-                pin_memory=self.device.type == "cuda",
-                # Its own generator: the loader must not draw from the one that dropout uses.
-                generator=torch.Generator().manual_seed(self.experiment.clips_seed),
-            )
+        return load_batches(
+            self.train_data,
+            sampler,
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+            pin_memory=self.device.type == "cuda",
+            seed=self.experiment.clips_seed,
+            say=self.runlog.say,
         )
+
+    def _next_batches(
+        self, batches: Iterator[BatchedVideoDatapoint]
+    ) -> list[BatchedVideoDatapoint]:
+        """The batches of one step; a signal ends the wait for them, once the run has saved."""
+        try:
+            with self.stop.while_waiting():
+                return list(itertools.islice(batches, self.config.grad_accumulation))
+        except Interrupted:
+            self._save_last()
+            raise
 
     def train_step(self, batches: Iterator[BatchedVideoDatapoint]) -> dict[str, torch.Tensor]:
         """One optimiser step. Returns detached scalars, still on the device."""
@@ -260,7 +268,8 @@ class Trainer:
         set_learning_rates(self.optimizer, self.step, config.num_steps, self.experiment.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         # All of them first, on the CPU: each loss is divided by the objects of the whole step.
-        collected = list(itertools.islice(batches, config.grad_accumulation))
+        collected = self._next_batches(batches)
+        before = self._rng_states(), self.audited
         num_objects = sum(batch.masks.shape[1] for batch in collected)
         sums: dict[str, torch.Tensor] = {}
         num_learning = 0
@@ -284,21 +293,48 @@ class Trainer:
         if self.interaction is not None:
             scalars |= self.interaction.take_scalars()
         tracked = any(map(has_tracked_frame, collected))
-        names = [name for batch in collected for name in batch.names]
         if not self.audited:
             self._audit_gradients(tracked)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
 
         # The one host sync of a healthy step, placed before a bad batch can reach the weights.
         if not torch.isfinite(scalars["loss"] + grad_norm):
-            raise FloatingPointError(
-                f"step {self.step + 1}: loss {scalars['loss'].item():.3g} or gradient norm "
-                f"{grad_norm.item():.3g} is not finite, on {'; '.join(names)}. The weights are "
-                "those before this step; lower optimizer.learning_rate or look at these clips"
-            )
+            raise self._not_finite(collected, scalars, grad_norm, *before)
         self.optimizer.step()
         lr = max(group["lr"] for group in self.optimizer.param_groups)
         return {**scalars, "grad_norm": grad_norm, "lr": lr}
+
+    def _not_finite(
+        self,
+        batches: list[BatchedVideoDatapoint],
+        scalars: Mapping[str, torch.Tensor],
+        grad_norm: torch.Tensor,
+        rng: Mapping[str, Any],
+        audited: bool,
+    ) -> FloatingPointError:
+        """What to raise after a step that is not finite; keeps its batches, and the state before
+        it as the last checkpoint.
+
+        Args:
+            rng, audited: from before the step.
+        """
+        step, path = self.step + 1, self.folder.bad_batch(self.step + 1)
+        names = [name for batch in batches for name in batch.names]
+        text = (
+            f"step {step}: loss {scalars['loss'].item():.3g} or gradient norm "
+            f"{grad_norm.item():.3g} is not finite, on {'; '.join(names)}. "
+        )
+        try:
+            losses = {n: v for n, v in scalars.items() if n.startswith("loss")}
+            found = save_bad_batch(path, step, batches, losses, self.model.sam2)
+            text += f"Bad first was {found}; {path} has the clips. "
+            self.audited = audited
+            if self._saved is None or self._saved[0] != self.step:
+                self.save(self.folder.last, rng)
+            text += f"{self.folder.last} is the state before this step. "
+        except OSError as problem:  # the bad step is what must be told
+            text += f"It could not be kept ({problem}). "
+        return FloatingPointError(text + "Lower optimizer.learning_rate or look at these clips")
 
     def _audit_gradients(self, tracked: bool) -> None:
         """Keep what each trained module got at the first step; a listed one without any stops.
@@ -467,8 +503,17 @@ class Trainer:
             self.save(self.folder.last)
             self._saved = self.step, self.scored
 
-    def save(self, path: Path) -> None:
-        """Write a checkpoint: the last one to go on from, the best one for use."""
+    def _rng_states(self) -> dict[str, Any]:
+        """Of torch's generators: what dropout draws from."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return {"torch": torch.get_rng_state(), "cuda": cuda}
+
+    def save(self, path: Path, rng: Mapping[str, Any] | None = None) -> None:
+        """Write a checkpoint: the last one to go on from, the best one for use.
+
+        Args:
+            rng: states of torch's generators, None for those of now.
+        """
         weights = self.model.sam2.state_dict()
         everything = len(self.parameters) == len(list(self.model.sam2.parameters()))
         # Over random weights nobody could tell what the rest was; all of them need no base.
@@ -495,10 +540,7 @@ class Trainer:
                 "audited": self.audited,
                 # best.pt is for use, last.pt for going on.
                 "optimizer": self.optimizer.state_dict() if path == self.folder.last else None,
-                "rng": {
-                    "torch": torch.get_rng_state(),
-                    "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-                },
+                "rng": rng or self._rng_states(),
             },
             previous=self.folder.previous if path == self.folder.last else None,
         )

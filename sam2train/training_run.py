@@ -17,6 +17,7 @@ from sam2train.config import flatten
 from sam2train.config_yaml import load_yaml
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment, as_begun, load_experiment
+from sam2train.files import read_json
 from sam2train.machine import Interrupted
 from sam2train.run_folder import RunFolder
 from sam2train.trainer import Trainer
@@ -124,6 +125,24 @@ def find_checkpoint(named: Path | None, run_dir: Path | None, runs: Path) -> Pat
             "them"
         )
     return path
+
+
+def find_unfinished(run_dir: Path | None, runs: Path) -> Path | None:
+    """The checkpoint that `--resume auto` goes on from; None where a run is to be started.
+
+    Args:
+        run_dir: the folder of the run, with --run-dir.
+        runs: the folder of the experiment's runs; where no run_dir is given, the newest one goes
+            on, unless it is finished.
+    """
+    folder = RunFolder(run_dir) if run_dir else _newest_run(runs)
+    if folder is None or not folder.can_go_on:
+        return None
+    if run_dir is None:
+        summary = read_json(folder.summary, "expected the summary of a run", optional=True)
+        if summary.get("status") == "finished":
+            return None
+    return folder.last
 
 
 def _newest_run(runs: Path) -> RunFolder | None:

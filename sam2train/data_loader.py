@@ -1,0 +1,186 @@
+"""Clips in batches, loaded in line or by other processes; an error there arrives as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+
+from sam2train.clips import BatchedVideoDatapoint, Clip, collate_fn
+from sam2train.data_clips import ClipDataset, locate_clip
+from sam2train.errors import MachineFault
+from sam2train.machine import leave_group, num_cores
+
+CLIP_TIMEOUT = (
+    300.0  # seconds; a clip is some pictures, and a slow network disk gives them in a few
+)
+
+
+def load_batches(
+    dataset: ClipDataset,
+    sampler: Sampler,
+    *,
+    batch_size: int,
+    num_workers: int,
+    pin_memory: bool,
+    seed: int,
+    say: Callable[[str], None],
+) -> Iterator[BatchedVideoDatapoint]:
+    """The batches of the places that a sampler gives, in its order.
+
+    Batches come through shared memory, or, where /dev/shm is full, through pipes, which is told.
+
+    Args:
+        num_workers: processes; at most as many as there are cores, 0 loads in line.
+
+    Raises:
+        UserError: as it was raised where the clip was loaded.
+        MachineFault: a process that ended, or a clip that does not come.
+    """
+    # More processes than cores only wait for each other; the clips are the same.
+    workers = min(num_workers, num_cores())
+    loader = DataLoader(
+        _Clips(dataset),
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=_collate,
+        worker_init_fn=leave_group,
+        pin_memory=pin_memory,
+        # Its own generator: the loader must not draw from the one that dropout uses.
+        generator=torch.Generator().manual_seed(seed),
+        # For a process that does not even say that it waits too long.
+        timeout=2 * CLIP_TIMEOUT * batch_size if workers else 0,
+    )
+    return _unwrap(iter(loader), workers, say)
+
+
+def _unwrap(
+    batches: Iterator[Any], workers: int, say: Callable[[str], None]
+) -> Iterator[BatchedVideoDatapoint]:
+    told = False
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as problem:  # torch's own words on a worker
+            raise _explain(problem, workers) or problem from None
+        if isinstance(batch, _Failure):
+            raise batch.error
+        if isinstance(batch, bytes):
+            if not told:
+                say(
+                    "/dev/shm is full: batches come through pipes, which is slower. Give it more "
+                    "memory (docker run --shm-size), or set dataset.num_workers=0"
+                )
+                told = True
+            batch = pickle.loads(batch)  # of a process of our own
+        yield batch
+
+
+def _explain(problem: RuntimeError, workers: int) -> MachineFault | None:
+    text = str(problem)
+    if "timed out" in text:
+        return MachineFault(
+            f"the processes that load data give no batch and no error ({text}): a disk that does "
+            "not answer? dataset.num_workers=0 loads in line"
+        )
+    if "DataLoader worker" in text:
+        first = text.splitlines()[0]
+        return MachineFault(
+            f"a process that loads data ended ({first.rstrip('. ')}). Out of memory is the usual "
+            f"cause: fewer of them (dataset.num_workers={workers} now), or a smaller "
+            "dataset.mask_cache_mb or dataset.batch_size, take less"
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An exception on its way out of a worker: torch would make text of it."""
+
+    error: Exception
+
+    @classmethod
+    def of(cls, error: Exception) -> _Failure:
+        if get_worker_info() is not None:
+            error.add_note("in a process that loads data:\n" + traceback.format_exc())
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # such an exception would be lost on the way, and the run would wait
+            error = RuntimeError(f"{type(error).__name__}: {error}")
+        return cls(error)
+
+
+class _Clips(Dataset):
+    """The clips of a data set, or what went wrong with them."""
+
+    def __init__(self, dataset: ClipDataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, place: tuple[int, int]) -> Clip | _Failure:
+        try:
+            with _time_limit(self.dataset, place):
+                return self.dataset[place]
+        except Exception as error:
+            return _Failure.of(error)
+
+
+@contextlib.contextmanager
+def _time_limit(dataset: ClipDataset, place: tuple[int, int]) -> Iterator[None]:
+    """Raise MachineFault with the video's id where a clip takes too long, such as on a network
+    disk that does not answer."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() != threading.main_thread():
+        yield
+        return
+
+    def give_up(number: int, frame: FrameType | None) -> None:
+        number, _ = locate_clip(place, len(dataset), dataset.settings.seed)
+        video = dataset.trainable[number].video_id
+        raise MachineFault(
+            f"a clip of video {video} was not loaded after {CLIP_TIMEOUT:g} s; does the disk with "
+            f"{dataset.trainable[number].frames[0].path.parent} answer?"
+        )
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, CLIP_TIMEOUT)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _collate(clips: Sequence[Clip | _Failure]) -> BatchedVideoDatapoint | _Failure | bytes:
+    try:
+        if failed := [clip for clip in clips if isinstance(clip, _Failure)]:
+            return failed[0]
+        batch = collate_fn(clips)
+        return batch if get_worker_info() is None else _share(batch)
+    except Exception as error:
+        return _Failure.of(error)
+
+
+def _share(batch: BatchedVideoDatapoint) -> BatchedVideoDatapoint | bytes:
+    """The batch with its tensors in shared memory, pickled where there is no room: torch would try
+    the same later, in a thread, whose error nobody gets, and the run would wait for ever."""
+    try:
+        for field in fields(batch):
+            if isinstance(value := getattr(batch, field.name), torch.Tensor):
+                value.share_memory_()
+    except (RuntimeError, OSError):
+        return pickle.dumps(batch)
+    return batch
