@@ -470,10 +470,10 @@ def test_output_that_nobody_reads_ends_quietly(words, buffering, tmp_path):
 
 def test_another_pipe_that_breaks_is_an_error(tmp_path):
     code = (
-        "from sam2train import cli, commands\n"
+        "import sys; from sam2train import cli, commands\n"
         "def run(command): raise BrokenPipeError('of a worker')\n"
         "commands.ListExperiments.run = run\n"
-        "cli.main(['--list'])\n"
+        "sys.exit(cli.main(['--list']))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
