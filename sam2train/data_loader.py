@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import pickle
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def load_batches(
         sampler=sampler,
         num_workers=workers,
         collate_fn=_collate,
-        worker_init_fn=leave_group,
+        worker_init_fn=_begin_worker,
         pin_memory=pin_memory,
         # Its own generator: the loader must not draw from the one that dropout uses.
         generator=torch.Generator().manual_seed(seed),
@@ -62,6 +63,18 @@ def load_batches(
         timeout=2 * CLIP_TIMEOUT * batch_size if workers else 0,
     )
     return _unwrap(iter(loader), workers, say)
+
+
+def _begin_worker(number: int) -> None:
+    """In a process that loads data: let signals be the run's business, and end without a word."""
+    leave_group(number)
+
+    def show(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+        # A thread that hands batches over finds that the run has ended while it took one.
+        if not issubclass(kind, OSError | EOFError):
+            sys.__excepthook__(kind, error, where)
+
+    sys.excepthook = show
 
 
 def _unwrap(

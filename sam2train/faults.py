@@ -83,7 +83,7 @@ def _explain_files(error: OSError) -> str:
     where = f"{os.fspath(error.filename)}: " if isinstance(error.filename, str) else ""
     reason = error.strerror or str(error) or type(error).__name__
     ways_out = {
-        errno.ENOSPC: f"the disk is full{_free(error.filename)}; free some",
+        errno.ENOSPC: f"the disk is full{_free(error.filename)}; make room",
         errno.EDQUOT: "your quota of this disk is used up; free some",
         errno.EROFS: "this disk can only be read; name another folder with --run-dir",
         errno.EACCES: "you may not do that there; change the permissions or name another folder",
@@ -102,5 +102,6 @@ def _free(filename: Any) -> str:
     folders = [*Path(filename).absolute().parents] if isinstance(filename, str) else []
     for folder in folders:
         if folder.exists():
-            return f" ({shutil.disk_usage(folder).free / 1e6:,.0f} MB are left)"
+            free = shutil.disk_usage(folder).free / 1e6
+            return f" ({free:,.0f} MB are free now, without the part that was written)"
     return ""
