@@ -38,6 +38,7 @@ class SplitReport:
     path: str
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what was concluded from the files, and why
     statistics: dict[str, Any] = field(default_factory=dict)
 
 
@@ -48,6 +49,7 @@ class DataReport:
     splits: dict[str, SplitReport]
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def verdict(self) -> str:
@@ -79,9 +81,9 @@ class DataReport:
             )
         console.print(table)
         for name, part in [*self.splits.items(), ("between the splits", self)]:
-            if part.errors or part.warnings:
+            if part.errors or part.warnings or part.notes:
                 say(f"\n{name}: {part.path}" if part is not self else f"\n{name}")
-            for kind, style in (("error", "red"), ("warning", "yellow")):
+            for kind, style in (("note", ""), ("error", "red"), ("warning", "yellow")):
                 lines = getattr(part, f"{kind}s")
                 for line in lines[:_SHOWN]:
                     say(f"  {kind}: {line}", style)
@@ -153,11 +155,13 @@ def _index(
     except DataError as problem:
         report.errors += problem.problems
         report.warnings += problem.source.warnings
+        report.notes += problem.source.notes
         return problem.source
     except UserError as problem:
         report.errors.append(str(problem))
         return None
     report.warnings += dataset.warnings
+    report.notes += dataset.source.notes
     return dataset.source
 
 

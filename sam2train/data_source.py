@@ -66,9 +66,9 @@ class ClipPixels(NamedTuple):
 class VideoSource:
     """The videos at one path: indexed when the source is made, pixels and masks read on demand.
 
-    Each data format is a child of this class. It fills `videos` and `warnings` and implements
-    `read_masks`; where frames are neither pictures nor films, `read_picture` too. The other methods
-    are for formats that do more than read. A source is copied into the processes that load data,
+    Each data format is a child of this class. It fills `videos`, `warnings` and `notes` and
+    implements `read_masks`; where frames are neither pictures nor films, `read_picture` too. The
+    other methods are for formats that do more than read. A source is copied into the processes that load data,
     and `read_picture` is called from several threads.
 
     Args:
@@ -76,6 +76,8 @@ class VideoSource:
         videos: all that can be read, each with all its frames.
         warnings: what was read in another way than it is written, a line each.
         problems: what is wrong with the data, a line each.
+        notes: what was concluded from the files where they leave a choice, and why: a line for each
+            file or video, such as "object identity from attributes.track_id".
 
     Raises:
         DataError: there are problems.
@@ -92,8 +94,10 @@ class VideoSource:
         videos: list[Video],
         warnings: Sequence[str] = (),
         problems: Sequence[str] = (),
+        notes: Sequence[str] = (),
     ):
-        self.path, self.videos, self.warnings = path, videos, list(warnings)
+        self.path, self.videos = path, videos
+        self.warnings, self.notes = list(warnings), list(notes)
         self._film = Film()
         if problems:
             raise DataError(self, problems)

@@ -31,7 +31,7 @@ from sam2train.prompts import (
 )
 from sam2train.transforms import AugmentConfig
 
-_SHOWN_WARNINGS = 5
+_SHOWN_LINES = 5  # of the notes and of the warnings of a path; --check-data lists all
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,8 @@ def build_dataset(
 
     Args:
         path: where the demo data belongs, it is drawn if it is not there.
-        say: gets a line for what takes a while and for what looks odd in the data.
+        say: gets a line for what takes a while, for what was concluded from the files, and for what
+            looks odd in the data.
 
     Raises:
         UserError: what is wrong with the data, all of it.
@@ -178,10 +179,11 @@ def build_dataset(
     if path.suffix == ".json" and not training and not known.takes_json:
         known = FORMATS["coco"]
     dataset = ClipDataset(known.read(path, config), settings, config.mask_cache_mb)
-    for warning in dataset.warnings[:_SHOWN_WARNINGS]:
-        say(f"{path}: {warning}")
-    if more := len(dataset.warnings[_SHOWN_WARNINGS:]):
-        say(f"{path}: and {more} more of these")
+    for kind, lines in (("notes", dataset.source.notes), ("warnings", dataset.warnings)):
+        for line in lines[:_SHOWN_LINES]:
+            say(f"{path}: {line}")
+        if more := len(lines[_SHOWN_LINES:]):
+            say(f"{path}: and {more} more {kind}; --check-data lists all")
     return dataset
 
 

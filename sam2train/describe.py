@@ -37,7 +37,7 @@ def describe(experiment: Experiment, console: Console) -> None:
     model = build_model(experiment)
     console.print(parameter_table(model.parameter_report()))
     for text in row_warnings(model, experiment):
-        say(f"warning: {text}")
+        warn(f"warning: {text}")
     data = datasets["training"]
     batch_size = experiment.dataset.batch_size
     batch = collate_fn([data[0, i % len(data)] for i in range(batch_size)])

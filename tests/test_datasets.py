@@ -494,6 +494,34 @@ def test_a_format_from_outside_is_checked_and_trained_on(arrays, capsys):
     assert (summary["status"], summary["steps"]) == ("finished", 2)
 
 
+def test_what_a_format_concluded_is_told_everywhere(arrays, monkeypatch, capsys):
+    """Once for each path when data is read, in full in the report, and without a say in it."""
+    notes = [f"conclusion {n}" for n in range(8)]
+
+    def read(path, config):
+        source = Arrays(path)
+        source.notes, source.warnings = notes, []
+        return source
+
+    monkeypatch.setitem(FORMATS, "arrays", Format("frames and ids in .npz files", read))
+    raw = {"dataset_type": "arrays", "data_path": str(arrays / "train")}
+    config, said = build(DatasetConfig, raw, "dataset"), []
+    build_dataset(config, AugmentConfig(), 0, config.data_path, training=True, say=said.append)
+    assert [line.split(": ", 1)[1] for line in said] == [
+        *notes[:5],
+        "and 3 more notes; --check-data lists all",
+    ]
+    words = [str(Path(__file__).parents[1] / "experiments" / "coco_point_bbox.yaml")]
+    words += [f"dataset.{key}={value}" for key, value in raw.items()]
+    words += ["dataset.val_path=null", "dataset.video_clip_length=5"]
+    assert cli.main([*words, "--check-data", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["splits"]["training"]["notes"] == notes
+    assert report["verdict"] == "ok"
+    assert cli.main([*words, "--check-data"]) == 0
+    assert "note: conclusion 7" in capsys.readouterr().out
+
+
 # The section
 
 
