@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,6 +174,26 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     """The first few names, and how many more there are."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
+
+
+def shared_pictures(videos: Sequence[Video]) -> list[str]:
+    """Problems of videos that have picture files in common: the masks of one lie on the pictures of
+    another."""
+    resolve = cache(Path.resolve)  # of folders: the disk is asked once for each
+    owners: dict[tuple[Path, int | None], Video] = {}
+    pairs: dict[tuple[int | str, int | str], list[str]] = {}
+    for video in videos:
+        for frame in video.frames:
+            place = resolve(frame.path.parent) / frame.path.name, frame.page
+            owner = owners.setdefault(place, video)
+            if owner is not video:
+                pair = (owner.video_id, video.video_id)
+                pairs.setdefault(pair, []).append(str(frame.path))
+    return [
+        f"videos {one!r} and {two!r} share {len(set(paths))} pictures ({listed(paths)}): give each "
+        "video pictures of its own, in folders with names of their own"
+        for (one, two), paths in pairs.items()
+    ]
 
 
 def tracking_warnings(videos: Sequence[Video]) -> list[str]:
