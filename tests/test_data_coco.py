@@ -1285,3 +1285,47 @@ def test_foreign_files_are_missing_their_frames_and_say_no_more():
         problems = message.split("\n  - ")[1:]
         assert all("no such file" in problem for problem in problems), message
     assert "`images` is missing" in fails(folder / "scalabel_rles_insseg_rle.json")
+
+
+# Inputs from reports: labelled frames, and for each object the pixels and the frames it is on.
+
+FIRST = {396: range(8), 360: range(8)}
+REPORTS = {
+    "burst_json": ([0, 2, 4, 6], {396: [0, 2, 4, 6], 360: [0, 2, 4, 6]}),
+    "cvat_track_in_attributes": (range(8), {396: range(4), 360: range(4, 8)}),
+    "track_id_per_class": (range(8), {396: range(4), 360: range(4, 8)}),
+    "sparse_all_frames_listed": ([0, 4], {396: [0, 4], 360: [0, 4]}),
+    "tao_frame_index": (range(8), FIRST),
+    "polygon_flat_list": (range(8), FIRST),
+    "polygon_and_stray_point": (range(8), FIRST),
+    "polygon_normalised": (range(8), FIRST),
+    "rle_bytes_repr": (range(8), FIRST),
+    "object_in_two_annotations": (range(8), {324: range(8), 360: range(8)}),
+    "label_studio_upload_paths": (range(8), FIRST),
+}
+
+
+@pytest.mark.skipif(not (SHARED / "reports").exists(), reason="needs the reports")
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("name", REPORTS)
+def test_reported_inputs_have_their_right_values(name, split):
+    labelled, objects = REPORTS[name]
+    root = SHARED / "reports" / name / "frames" if name == "label_studio_upload_paths" else None
+    dataset = load(SHARED / "reports" / name / f"{split}.json", image_root=root)
+    (video,) = dataset.videos
+    assert video.labelled == list(labelled)
+    assert len(video.frames) == 8
+    assert len(dataset.source.notes) + len(dataset.warnings) > 0
+    found = {}
+    for object_id in video.object_ids:
+        masks = [dataset.read_mask(video, t, object_id) for t in range(8)]
+        shown = [t for t, mask in enumerate(masks) if mask.any()]
+        found[int(masks[shown[0]].sum())] = shown
+    assert found == {area: list(frames) for area, frames in objects.items()}
+
+
+@pytest.mark.skipif(not (SHARED / "reports").exists(), reason="needs the reports")
+def test_reported_inputs_that_are_refused():
+    folder = SHARED / "reports"
+    assert "videos 1 and 2 share 8 pictures" in fails(folder / "file_name_collision/train.json")
+    assert "image_root" in fails(folder / "label_studio_upload_paths/train.json")
