@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -16,11 +16,14 @@ from sam2train.clips import collate_fn as collate_fn  # beside the data sets it 
 from sam2train.config import Section
 from sam2train.data_clips import ClipDataset, clip_settings
 from sam2train.data_coco import CocoVideos
+from sam2train.data_mask_values import MaskValues
+from sam2train.data_mevis import MevisVideos
+from sam2train.data_mots import MotsVideos
 from sam2train.data_sav import read_sav
 from sam2train.data_source import VideoSource
 from sam2train.data_synthetic import SyntheticConfig
 from sam2train.data_videos import MadeUpVideos
-from sam2train.data_vos import VosVideos
+from sam2train.data_vos import VosVideos, find_masks
 from sam2train.prompts import (
     DEFAULT_TYPES,
     BoxJitter,
@@ -61,10 +64,32 @@ FORMATS = {
         num_of_pos_points=(1, 3),
     ),
     "vos": Format(
-        "JPEGImages and Annotations as DAVIS has them", lambda path, config: VosVideos(path)
+        "JPEGImages and Annotations as DAVIS has them",
+        lambda path, config: read_folders(path, config.mask_values),
+        keys=("mask_values",),
     ),
-    "sav": Format("films or frames and SA-V's JSON", lambda path, config: read_sav(path)),
+    "sav": Format(
+        "films or frames and SA-V's JSON",
+        lambda path, config: read_sav(path, config.annotation_stride, config.mask_values),
+        keys=("annotation_stride", "mask_values"),
+    ),
+    "mots": Format(
+        "images and instances, PNGs of ids class * 1000 + number", lambda path, _: MotsVideos(path)
+    ),
+    "mevis": Format("JPEGImages and MeViS' mask_dict.json", lambda path, _: MevisVideos(path)),
 }
+
+
+def read_folders(path: Path, mask_values: MaskValues = "auto") -> VideoSource:
+    """Folders of mask pictures; what lies there as MOTS or MeViS have it is read as such, and a
+    note says so."""
+    if find_masks(path) is None:
+        for name, known in (("mots", MotsVideos), ("mevis", MevisVideos)):
+            if known.recognise(path):
+                source = known(path)
+                source.notes.insert(0, f"read as dataset_type: {name}, whose files lie here")
+                return source
+    return VosVideos(path, mask_values)
 
 
 class DatasetConfig(Section):
@@ -74,12 +99,28 @@ class DatasetConfig(Section):
         "coco", description="; ".join(f"{name}: {known.about}" for name, known in FORMATS.items())
     )
     data_path: str = Field(
-        description="training data: the COCO JSON, the folder of videos, or for vos and sav the "
-        "folder that holds them or a list of some of them (.txt) below it"
+        description="training data: the COCO JSON, the folder of videos, or for vos, sav, mots and "
+        "mevis the folder that holds them or a list of some of them (.txt) below it"
     )
     val_path: str | None = Field(None, description="videos that choose the best checkpoint")
     test_path: str | None = Field(None, description="videos that a result is reported on")
     image_root: str | None = Field(None, description="coco: what image paths are relative to")
+    mask_values: MaskValues = Field(
+        "auto",
+        description="vos, sav: what pixel values of masks mean; auto decides for each video and "
+        "says what; ids: palette index or grey value, 255 is void; colours: each colour is an "
+        "object; binary: one object, above half",
+    )
+    annotation_stride: int | None = Field(
+        None,
+        ge=1,
+        description="sav: frames from one labelled frame to the next; null: what the counts say",
+    )
+    intensity_range: Literal["auto", "full"] | tuple[float, float] = Field(
+        "auto",
+        description="pictures of more than 8 bits: the values that become black and white in all "
+        "frames of a video; auto takes the 0.5th and 99.5th percentile, full the file's own range",
+    )
     image_size: tuple[int, int] = Field((512, 512), description="(H, W) of the model's input")
     video_clip_length: int = Field(5, ge=1, description="T, frames of a clip")
     max_frame_stride: int = Field(1, ge=1, description="largest step between frames of a clip")
@@ -125,6 +166,13 @@ class DatasetConfig(Section):
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"expected one of {', '.join(FORMATS)}{hint}")
         return name
+
+    @field_validator("intensity_range")
+    @classmethod
+    def _ascending(cls, wanted: Any) -> Any:
+        if isinstance(wanted, tuple) and wanted[0] >= wanted[1]:
+            raise ValueError("expected [black, white] with black below white")
+        return wanted
 
     @model_validator(mode="after")
     def _fits_together(self) -> DatasetConfig:
@@ -178,7 +226,10 @@ def build_dataset(
     # A COCO JSON has real masks: what trains on anything else can be validated on them.
     if path.suffix == ".json" and not training and not known.takes_json:
         known = FORMATS["coco"]
-    dataset = ClipDataset(known.read(path, config), settings, config.mask_cache_mb)
+    source = known.read(path, config)
+    if config.intensity_range != "auto":
+        source.scale_levels(config.intensity_range)
+    dataset = ClipDataset(source, settings, config.mask_cache_mb)
     for kind, lines in (("notes", dataset.source.notes), ("warnings", dataset.warnings)):
         for line in lines[:_SHOWN_LINES]:
             say(f"{path}: {line}")
