@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from sam2train.data_pictures import Header, decode_segmentation, read_header, segmentation_area
+from sam2train.data_pictures import Header, read_header
+from sam2train.data_rle import decode_segmentation, segmentation_area
 from sam2train.data_source import Annotation, Frame, Video, VideoSource, listed, tracking_warnings
 from sam2train.errors import UserError
 from sam2train.files import read_json

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sam2train.data_pictures import decode_segmentation, segmentation_area
+from sam2train.data_rle import decode_segmentation, segmentation_area
 from sam2train.data_source import (
     Annotation,
     Video,

@@ -6,12 +6,11 @@ import os
 import struct
 import threading
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from pycocotools import mask as rle
 
 from sam2train.errors import UserError
 
@@ -360,97 +359,3 @@ def _read_tracks(read: Any, seek: Any, tell: Any, end: int) -> tuple[int, list[d
                 tracks[-1]["edits"] = [(duration, start) for duration, start, _ in found]
         seek(after)
     return film_scale, tracks
-
-
-def decode_segmentation(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) bool from COCO: compressed or uncompressed RLE, or polygons; nothing is an empty mask.
-
-    Raises:
-        ValueError: what is wrong with it, without saying where; the caller knows that.
-    """
-    runs = run_lengths(segmentation, size)
-    columns = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size[1], size[0])
-    return np.ascontiguousarray(columns.T)
-
-
-def segmentation_area(segmentation: Any, size: tuple[int, int]) -> int:
-    """Pixels of a segmentation, without decoding it. Raises ValueError as `decode_segmentation`."""
-    return int(run_lengths(segmentation, size)[1::2].sum())
-
-
-def run_lengths(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
-    """(R,) int64: pixels outside, inside, outside, ... the mask, down one column after the other.
-
-    They are read and checked here because pycocotools accepts runs that do not fill the frame, and
-    leaves the rest of the mask uninitialised.
-
-    Raises:
-        ValueError: see `decode_segmentation`.
-    """
-    height, width = size
-    if segmentation is None or segmentation == []:
-        return np.array([height * width])
-    if isinstance(segmentation, list):
-        counts = _encode_polygons(segmentation, size)
-    elif isinstance(segmentation, dict) and {"size", "counts"} <= segmentation.keys():
-        counts = segmentation["counts"]
-        if segmentation["size"] != [height, width]:
-            raise ValueError(
-                f"the RLE has size {segmentation['size']}, the frame [{height}, {width}] "
-                "([height, width])"
-            )
-    else:
-        raise ValueError(
-            "expected an RLE with `size` and `counts`, or polygons [[x1, y1, x2, y2, ...], ...]"
-        )
-    runs = _parse_counts(counts)
-    if runs.sum() != height * width or (runs < 0).any():
-        raise ValueError(
-            f"the run lengths add up to {runs.sum()}, not {height} x {width}, or one is negative"
-        )
-    return runs
-
-
-def _parse_counts(counts: Any) -> np.ndarray:
-    """Run lengths from `counts`: a list, or the text code of pycocotools (`rleToString`)."""
-    if isinstance(counts, list):
-        runs = np.array(counts) if all(type(run) is int for run in counts) else None
-        if runs is None or runs.dtype != np.int64:
-            raise ValueError("`counts` is a list, but not of whole numbers")
-        return runs
-    if not isinstance(counts, str | bytes) or not counts:
-        raise ValueError(f"`counts` is {counts!r}; expected RLE text or a list of run lengths")
-    # Each character holds 5 bits, lowest first, and a sixth that says whether the number goes on.
-    text = counts.encode() if isinstance(counts, str) else counts
-    codes = np.frombuffer(text, np.uint8).astype(np.int64) - 48
-    last = np.flatnonzero(codes & 32 == 0)
-    length = np.diff(last, prepend=-1)
-    damaged = codes.min() < 0 or codes.max() > 63 or codes[-1] >= 32
-    if damaged or length.max() > 6:  # 6 characters: 30 bits, far more than a frame has pixels
-        raise ValueError("`counts` is no RLE text: damaged, or of another encoding")
-    first = last - length + 1
-    shift = 5 * (np.arange(len(codes)) - np.repeat(first, length))
-    runs = np.add.reduceat((codes & 31) << shift, first)
-    runs -= np.where(codes[last] & 16, 1 << 5 * length, 0)  # two's complement
-    # From the fourth on, each run is coded as its difference to the one before the last.
-    runs[1::2] = np.cumsum(runs[1::2])
-    runs[2::2] = np.cumsum(runs[2::2])
-    return runs
-
-
-def _encode_polygons(polygons: list, size: tuple[int, int]) -> bytes:
-    """The `counts` of the area that the polygons cover together."""
-    for polygon in polygons:
-        if not isinstance(polygon, list):
-            raise ValueError("expected polygons [[x1, y1, x2, y2, ...], ...]")
-        # pycocotools takes four numbers for a box, and reads beyond the list for an odd count.
-        if len(polygon) < 6 or len(polygon) % 2:
-            raise ValueError(
-                f"a polygon of {len(polygon)} numbers; expected x, y pairs of 3 corners or more"
-            )
-        # pycocotools needs time and memory in proportion to the outline: one stray coordinate
-        # would exhaust both.
-        far = 10 * max(size)
-        if not all(isinstance(value, int | float) and abs(value) <= far for value in polygon):
-            raise ValueError(f"a polygon has a corner that is no number or beyond +-{far} px")
-    return rle.merge(rle.frPyObjects(polygons, *size))["counts"]

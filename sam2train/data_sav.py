@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sam2train.data_mask_values import MaskValues
-from sam2train.data_pictures import decode_segmentation, read_film_header, segmentation_area
+from sam2train.data_pictures import read_film_header
+from sam2train.data_rle import decode_segmentation, segmentation_area
 from sam2train.data_source import (
     Annotation,
     Frame,

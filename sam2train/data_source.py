@@ -80,8 +80,8 @@ class VideoSource:
 
     Each data format is a child of this class. It fills `videos`, `warnings` and `notes` and
     implements `read_masks`; where frames are neither pictures nor films, `read_picture` too. The
-    other methods are for formats that do more than read. A source is copied into the processes that load data,
-    and `read_picture` is called from several threads.
+    other methods are for formats that do more than read. A source is copied into the processes that
+    load data, and `read_picture` is called from several threads.
 
     Args:
         path: where the videos come from, for messages.

@@ -9,7 +9,8 @@ from PIL import Image
 from sam2train import data_vos
 from sam2train.config import build
 from sam2train.data_clips import ClipDataset, clip_settings
-from sam2train.data_pictures import decode_segmentation, read_id_mask
+from sam2train.data_pictures import read_id_mask
+from sam2train.data_rle import decode_segmentation
 from sam2train.data_vos import VosVideos
 from sam2train.datasets import build_dataset
 from sam2train.errors import UserError
