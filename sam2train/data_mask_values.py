@@ -4,7 +4,7 @@ colours, grey levels, smoothed edges, and values of no object."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -26,6 +26,8 @@ MOTS_IGNORE = 10000  # of the MOTS PNG format, whose ids are class * 1000 + numb
 _MAX_COLOURS = 256  # of one picture; a photograph has more
 _MAX_LEVELS = 8  # grey levels that were spread over 0..255
 _FLECKED = 0.05  # share of object pixels without a neighbour of their value: dithering has far more
+_BESIDE = 0.7  # share of the pixels of an outline that lie beside another value
+_MOSTLY = 0.6  # share of object pixels; smoothing leaves more than the rest untouched
 _BACKGROUND = 0.6  # share of the border of all masks that makes a value the background
 _ON_BLEND = 16.0  # distance in RGB within which a colour counts as a mixture of two others
 _SETTING = "set dataset.mask_values to ids, colours or binary"
@@ -103,26 +105,45 @@ def read_facts(path: Path) -> MaskFacts:
         keys = used if names is None else names[used]
         return Counter(dict(zip(keys.tolist(), numbers[used].tolist(), strict=True)))
 
-    border = np.concatenate([values[0], values[-1], values[1:-1, 0], values[1:-1, -1]])
     areas = count(values)
+    border = np.concatenate([values[0], values[-1], values[1:-1, 0], values[1:-1, -1]])
+    along = int(np.bincount(border).argmax())
+    # What follows needs the neighbours of objects only, and a byte a pixel is twice as fast.
+    values = _around_objects(values, along).astype(np.uint8 if values.max() < 256 else values.dtype)
     same_across = values[:, 1:] == values[:, :-1]
     same_down = values[1:] == values[:-1]
     rows = same_across[:, 1:] & same_across[:, :-1]
     inside = rows[1:-1] & rows[:-2] & rows[2:] & same_down[:-1, 1:-1] & same_down[1:, 1:-1]
     facts = MaskFacts(
-        path, values.shape, kind, areas, count(border), count(values[1:-1, 1:-1][inside])
+        path, picture.values.shape, kind, areas, count(border), count(values[1:-1, 1:-1][inside])
     )
     if kind == "palette":
-        facts.palette = {value: picture.palette[value] for value in areas}
+        facts.palette = {value: int(picture.palette[value]) for value in areas}
         facts.whole_palette = np.asarray(picture.palette, np.uint32).tobytes()
         if all(colour == pack_grey(value) for value, colour in facts.palette.items()):
             facts.kind = "grey"
     if len(areas) > len(facts.interior):
-        _count_thin(values, same_across, same_down, int(np.bincount(border).argmax()), facts, count)
+        _count_thin(values, same_across, same_down, along, facts, count)
     return facts
 
 
-def _count_thin(values, same_across, same_down, background, facts, count) -> None:
+def _around_objects(values: np.ndarray, background: int) -> np.ndarray:
+    """The part of the picture with all that is not background, and a pixel around it."""
+    other = values != background
+    rows, columns = np.flatnonzero(other.any(1)), np.flatnonzero(other.any(0))
+    if not len(rows):
+        return values[:1, :1]
+    return values[max(rows[0] - 1, 0) : rows[-1] + 2, max(columns[0] - 1, 0) : columns[-1] + 2]
+
+
+def _count_thin(
+    values: np.ndarray,
+    same_across: np.ndarray,
+    same_down: np.ndarray,
+    background: int,
+    facts: MaskFacts,
+    count: Callable[[np.ndarray], Counter[int]],
+) -> None:
     """Fill what is known of values without any interior."""
     alone = np.ones(values.shape, bool)
     alone[:, 1:] &= ~same_across
@@ -155,6 +176,9 @@ def decide(facts: Sequence[MaskFacts], setting: MaskValues = "auto") -> Reading:
         facts = [one.by_colour() for one in facts] if colours else facts
         reading = _ids(_values(facts), colours)
         return reading._replace(note=f"{reading.note}, as dataset.mask_values says")
+    if setting == "colours" and kinds == {"grey"}:
+        note = "each grey value but 0 is an object, as dataset.mask_values says"
+        return Reading({v: (v,) for v in _values(facts) if v}, note=note)
     if setting == "colours":
         packed = [one.by_colour() for one in facts]
         background = _background(packed)
@@ -226,7 +250,6 @@ def _palettes(facts: Sequence[MaskFacts]) -> Reading:
                 "dataset.mask_values to ids if the indices follow objects, or write one palette"
             )
         return _colours(packed, "palettes differ between frames: objects are matched by colour")
-    _refuse_dithering(facts, background=0)
     values = _values(facts)
     # Index 0 is the background, unless it has a colour while black is used, or is not the one that
     # lies along the border.
@@ -248,6 +271,7 @@ def _palettes(facts: Sequence[MaskFacts]) -> Reading:
     reading = _ids(values)
     if len(_edges(facts, values, keep=0)) > 2:
         return _colours(packed, "mask colours are ids")
+    _refuse_dithering(facts, background=0)
     return reading._replace(note=f"{reading.note} (palette of {painted[0].path.name})")
 
 
@@ -291,11 +315,11 @@ def _greys(facts: Sequence[MaskFacts]) -> Reading:
                 f"{_few(edges)} only along outlines): the edge of one looks like another; write "
                 "the masks without smoothing, or set dataset.mask_values to binary for one object"
             )
-        far = sum(n for v, n in areas.items() if v > peak / 8)
-        if len(values) >= 16 and sum(n for v, n in areas.items() if v > peak * 7 / 8) > far / 2:
-            clear = sum(n for v, n in areas.items() if v and not peak / 8 < v < peak * 7 / 8)
-            if clear > 0.9 * (areas.total() - areas[0]):
-                return _half(values, f"{len(values)} grey values near black and white: a picture")
+        # As JPEG leaves black and white: several values near white, and little between.
+        near_white = [value for value in values if value > peak * 7 / 8]
+        between = sum(areas[v] for v in values if peak / 8 < v <= peak * 7 / 8)
+        if len(near_white) > 2 and between < 0.1 * sum(areas[v] for v in near_white):
+            return _half(values, f"{len(values)} grey values near black and white")
     if top == peak:
         if levels := _spread_levels(values, peak):
             note = f"grey levels {_few(values)} are {levels} steps of 0..{peak}: each is an object"
@@ -320,12 +344,14 @@ def _colours(facts: Sequence[MaskFacts], why: str) -> Reading:
     """Each colour is an object; a colour that only lies along outlines goes to the nearer of the
     two that it mixes."""
     background = _background(facts)
-    _refuse_dithering(facts, background)
     values = [value for value in _values(facts) if value != background]
     edges = _edges(facts, values, keep=None, background=background)
     solid = [value for value in values if value not in edges]
     owners = {value: [value] for value in solid}
     ends = solid if background is None else [background, *solid]
+    areas = sum((one.areas for one in facts), Counter())
+    if sum(areas[edge] for edge in edges) > _MOSTLY * (areas.total() - areas[background]):
+        _refuse_dithering(facts, background)
     for edge in edges:
         owner = _blended(edge, ends)
         if owner is not None:
@@ -333,6 +359,7 @@ def _colours(facts: Sequence[MaskFacts], why: str) -> Reading:
         elif len(edges) <= 2:
             owners[edge] = [edge]  # a thin object that always touches another
         else:
+            _refuse_dithering(facts, background)
             raise ValueError(
                 f"colours that only lie along outlines ({_few(map(_hex, edges))}) and mix no two "
                 "others: was the mask dithered, or saved as JPEG? Write it without; or set "
@@ -410,7 +437,7 @@ def _edges(
         for value in values
         if value not in (keep, background)
         and not interior[value]
-        and touching[value] >= 0.9 * areas[value]
+        and touching[value] >= _BESIDE * areas[value]
     ]
 
 
@@ -419,7 +446,9 @@ def _refuse_dithering(facts: Sequence[MaskFacts], background: int | None) -> Non
     areas: Counter[int] = sum((one.areas for one in facts), Counter())
     alone: Counter[int] = sum((one.alone for one in facts), Counter())
     touching: Counter[int] = sum((one.touching for one in facts), Counter())
-    flecks = {v: n for v, n in alone.items() if v != background and touching[v] >= 0.9 * areas[v]}
+    flecks = {
+        v: n for v, n in alone.items() if v != background and touching[v] >= _BESIDE * areas[v]
+    }
     of_objects = areas.total() - areas[background]
     if sum(flecks.values()) > max(_FLECKED * of_objects, 8):
         raise ValueError(

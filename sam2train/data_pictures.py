@@ -6,7 +6,7 @@ import os
 import struct
 import threading
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
@@ -304,7 +304,7 @@ def _shows_all_frames(path: Path, num_frames: int) -> bool:
     """
     try:
         with path.open("rb") as file:
-            film_scale, tracks = _read_tracks(file.read, file.seek, file.tell, path.stat().st_size)
+            film_scale, tracks = _read_tracks(file, path.stat().st_size)
     except (OSError, ValueError, struct.error):
         return False
     for track in tracks:
@@ -320,18 +320,18 @@ def _shows_all_frames(path: Path, num_frames: int) -> bool:
     return False
 
 
-def _read_tracks(read: Any, seek: Any, tell: Any, end: int) -> tuple[int, list[dict[str, Any]]]:
+def _read_tracks(file: BinaryIO, end: int) -> tuple[int, list[dict[str, Any]]]:
     """Units a second of an MP4, and of each track its kind, units, frame times and edits."""
     film_scale, tracks = 1, []
     ends = [end]
     while ends:
-        start = tell()
+        start = file.tell()
         if start + 8 > ends[-1]:
-            seek(ends.pop())
+            file.seek(ends.pop())
             continue
-        size, name = struct.unpack(">I4s", read(8))
+        size, name = struct.unpack(">I4s", file.read(8))
         if size == 1:
-            size = struct.unpack(">Q", read(8))[0]
+            size = struct.unpack(">Q", file.read(8))[0]
         after = start + size if size else ends[-1]
         if after <= start or after > end:
             raise ValueError(f"a box of {size} bytes")
@@ -341,7 +341,7 @@ def _read_tracks(read: Any, seek: Any, tell: Any, end: int) -> tuple[int, list[d
             ends.append(after)
             continue
         if name in (b"mvhd", b"mdhd", b"hdlr", b"stts", b"elst"):
-            body = read(after - tell())
+            body = file.read(after - file.tell())
             version = body[0]
             if name in (b"mvhd", b"mdhd"):
                 scale = struct.unpack_from(">I", body, 20 if version else 12)[0]
@@ -357,5 +357,5 @@ def _read_tracks(read: Any, seek: Any, tell: Any, end: int) -> tuple[int, list[d
                 entry = ">Qqi" if version else ">Iii"
                 found = struct.iter_unpack(entry, body[8:])
                 tracks[-1]["edits"] = [(duration, start) for duration, start, _ in found]
-        seek(after)
+        file.seek(after)
     return film_scale, tracks
