@@ -142,7 +142,7 @@ def test_two_objects_however_they_are_written(tmp_path, change, ids):
     assert set(found) == set(ids)
     assert all(type(object_id) is int for object_id in found)
     for number, object_id in enumerate(ids, start=1):
-        np.testing.assert_array_equal(found[object_id], TRUTH == number)
+        np.testing.assert_array_equal(found[object_id], number == TRUTH)
     assert data.warnings == []
     assert len(data.source.notes) == 1
     assert data.source.notes[0].startswith("a: ")
@@ -186,12 +186,14 @@ def test_soft_edges_of_one_object_are_cut_at_half(tmp_path, soften):
         np.testing.assert_array_equal(found[1][t], np.asarray(soft[t]) > 127.5)
 
 
-@pytest.mark.parametrize("colours", [DAVIS_COLOURS, COLOURS, ON_WHITE], ids=["DAVIS", "own", "white"])
+@pytest.mark.parametrize(
+    "colours", [DAVIS_COLOURS, COLOURS, ON_WHITE], ids=["DAVIS", "own", "white"]
+)
 def test_soft_edges_of_colours_go_to_the_nearer_side(tmp_path, colours):
     found = masks_of(load(write(tmp_path, lambda ids, t: blurred(Image.fromarray(colours[ids])))))
     assert len(found) == 2
     for number, masks in enumerate(found.values(), start=1):
-        truth = TRUTH == number
+        truth = number == TRUTH
         assert (masks & truth).sum() / (masks | truth).sum() > 0.97
 
 
@@ -259,9 +261,7 @@ def test_10000_beside_ids_of_mots_is_ignored(tmp_path):
     ],
     ids=["100 and 255", "inverted", "dithered", "dithered more", "soft levels", "random palettes"],
 )
-def test_what_may_mean_two_things_is_refused_with_the_setting_that_helps(
-    tmp_path, change, message
-):
+def test_what_may_mean_two_things_is_refused_with_the_setting_that_helps(tmp_path, change, message):
     write(tmp_path, change)
     with pytest.raises(UserError, match=message) as caught:
         load(tmp_path)
@@ -293,7 +293,7 @@ def test_the_setting_decides(tmp_path, setting, change, areas):
     found = masks_of(data)
     assert set(found) == set(areas)
     for object_id, number in areas.items():
-        np.testing.assert_array_equal(found[object_id], TRUTH == number)
+        np.testing.assert_array_equal(found[object_id], number == TRUTH)
     assert "dataset.mask_values" in data.source.notes[0] or setting == "binary"
 
 
