@@ -257,6 +257,7 @@ class Benchmark:
                 ),
                 "seed": self.experiment.trainer.seed,
                 "evaluation_seed": self.experiment.prompts_seed,
+                "data": {self.split: self.data.fingerprint},
                 "num_videos": len(self.data.videos[: self.experiment.evaluation.max_videos]),
                 "base": {"path": config.checkpoint_path, "sha256": base_hash(self.experiment)},
                 "checkpoint": self.loaded

@@ -7,11 +7,13 @@ import multiprocessing
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from sam2train.clips import Clip, Prompt
+from sam2train.data_fingerprint import fingerprint
 from sam2train.data_source import ClipPixels, Video, VideoSource
 from sam2train.errors import UserError
 from sam2train.prompts import PromptGenerator, types_like
@@ -120,6 +122,11 @@ class ClipDataset:
 
     def __len__(self) -> int:
         return len(self.trainable)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells this data from other data; see `data_fingerprint`."""
+        return fingerprint(self.source)
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch of `dataset[i]`, 0 before; for loaders without `ClipSampler`."""

@@ -272,6 +272,26 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + rest
 
 
+def shared_pictures(videos: Sequence[Video]) -> list[str]:
+    """Problems of videos that have picture files in common: the masks of one lie on the pictures of
+    another."""
+    resolve = cache(Path.resolve)  # of folders: the disk is asked once for each
+    owners: dict[tuple[Path, int | None], Video] = {}
+    pairs: dict[tuple[int | str, int | str], list[str]] = {}
+    for video in videos:
+        for frame in video.frames:
+            place = resolve(frame.path.parent) / frame.path.name, frame.page
+            owner = owners.setdefault(place, video)
+            if owner is not video:
+                pair = (owner.video_id, video.video_id)
+                pairs.setdefault(pair, []).append(str(frame.path))
+    return [
+        f"videos {one!r} and {two!r} share {len(set(paths))} pictures ({listed(paths)}): give each "
+        "video pictures of its own, in folders with names of their own"
+        for (one, two), paths in pairs.items()
+    ]
+
+
 def tracking_warnings(videos: Sequence[Video]) -> list[str]:
     """Warnings about videos from which no tracking can be learned."""
     without, short = [], []

@@ -14,8 +14,9 @@ from pydantic import Field, field_validator, model_validator
 from sam2train import demo
 from sam2train.clips import collate_fn as collate_fn  # beside the data sets it batches
 from sam2train.config import Section
+from sam2train.data_burst import burst_to_coco, is_burst
 from sam2train.data_clips import ClipDataset, clip_settings
-from sam2train.data_coco import CocoVideos
+from sam2train.data_coco import CocoVideos, Unlabelled, read_coco
 from sam2train.data_mask_values import MaskValues
 from sam2train.data_mevis import MevisVideos
 from sam2train.data_mots import MotsVideos
@@ -24,6 +25,7 @@ from sam2train.data_source import VideoSource
 from sam2train.data_synthetic import SyntheticConfig
 from sam2train.data_videos import MadeUpVideos
 from sam2train.data_vos import VosVideos, find_masks
+from sam2train.data_youtube_vis import is_youtube_vis, youtube_vis_to_coco
 from sam2train.prompts import (
     DEFAULT_TYPES,
     BoxJitter,
@@ -48,15 +50,43 @@ class Format:
     num_of_pos_points: int | tuple[int, int] = 1  # where the section has none
 
 
+# Layouts of JSON files that are rewritten as COCO: how one is known, and what rewrites it.
+_LAYOUTS = {
+    "youtube_vis": (is_youtube_vis, youtube_vis_to_coco),
+    "burst": (is_burst, burst_to_coco),
+}
+
+
+def _read_json_videos(path: Path, config: DatasetConfig, layout: str | None = None) -> CocoVideos:
+    """The videos of a JSON file, in the given layout or the one that its content shows."""
+    return _json_videos(
+        path,
+        config.image_root,
+        layout,
+        unlabelled_frames=config.unlabelled_frames,
+        same_object_twice=config.same_object_twice,
+    )
+
+
+def _json_videos(
+    path: Path, image_root: str | Path | None, layout: str | None = None, **settings: Any
+) -> CocoVideos:
+    content, notes = read_coco(path), []
+    if layout is None:
+        layout = next((name for name, (is_it, _) in _LAYOUTS.items() if is_it(content)), None)
+        if layout is not None:
+            notes.append(f"the file has the layout of {layout}, and is read as such")
+    if layout is not None:
+        content = _LAYOUTS[layout][1](path, content)
+    return CocoVideos(path, image_root, content=content, notes=notes, **settings)
+
+
+_JSON_KEYS = ("image_root", "unlabelled_frames", "same_object_twice")
+
 # Data formats by their name in `dataset_type`. A new one is a module with a child of `VideoSource`
 # and a line here.
 FORMATS = {
-    "coco": Format(
-        "masks from a COCO JSON",
-        lambda path, config: CocoVideos(path, config.image_root),
-        keys=("image_root",),
-        takes_json=True,
-    ),
+    "coco": Format("masks from a COCO JSON", _read_json_videos, keys=_JSON_KEYS, takes_json=True),
     "video": Format(
         "folders of frames, made-up objects",
         lambda path, config: MadeUpVideos(path, config.synthetic, config.max_objects),
@@ -77,6 +107,18 @@ FORMATS = {
         "images and instances, PNGs of ids class * 1000 + number", lambda path, _: MotsVideos(path)
     ),
     "mevis": Format("JPEGImages and MeViS' mask_dict.json", lambda path, _: MevisVideos(path)),
+    "youtube_vis": Format(
+        "the JSON of YouTube-VIS or OVIS",
+        lambda path, config: _read_json_videos(path, config, "youtube_vis"),
+        keys=_JSON_KEYS,
+        takes_json=True,
+    ),
+    "burst": Format(
+        "the JSON of BURST",
+        lambda path, config: _read_json_videos(path, config, "burst"),
+        keys=_JSON_KEYS,
+        takes_json=True,
+    ),
 }
 
 
@@ -120,6 +162,15 @@ class DatasetConfig(Section):
         "auto",
         description="pictures of more than 8 bits: the values that become black and white in all "
         "frames of a video; auto takes the 0.5th and 99.5th percentile, full the file's own range",
+    )
+    unlabelled_frames: Unlabelled = Field(
+        "auto",
+        description="coco: frames without an annotation. auto: unlabelled where a key such as "
+        "is_annotated says so, or every n-th frame is annotated; ignore: unlabelled; absent: "
+        "objects are absent there",
+    )
+    same_object_twice: Literal["unite", "error"] = Field(
+        "unite", description="coco: several annotations of one object on one frame"
     )
     image_size: tuple[int, int] = Field((512, 512), description="(H, W) of the model's input")
     video_clip_length: int = Field(5, ge=1, description="T, frames of a clip")
@@ -243,7 +294,7 @@ class COCODataset(ClipDataset):
 
     Args:
         coco_json_path: the annotation file; see `CocoVideos`.
-        image_root: folder that image paths are relative to, instead of the file's own.
+        image_root, unlabelled_frames, same_object_twice: see `CocoVideos`.
         mask_cache_mb: see `ClipDataset`.
         The others: see `clip_settings`.
 
@@ -262,12 +313,20 @@ class COCODataset(ClipDataset):
         num_of_neg_points: int = 0,
         *,
         image_root: str | Path | None = None,
+        unlabelled_frames: Unlabelled = "auto",
+        same_object_twice: Literal["unite", "error"] = "unite",
         mask_cache_mb: int = 256,
         **settings: Any,
     ):
         points = (num_of_pos_points, include_center, num_of_neg_points)
         settings = clip_settings(image_size, video_clip_length, prompt_types, *points, **settings)
-        super().__init__(CocoVideos(Path(coco_json_path), image_root), settings, mask_cache_mb)
+        source = _json_videos(
+            Path(coco_json_path),
+            image_root,
+            unlabelled_frames=unlabelled_frames,
+            same_object_twice=same_object_twice,
+        )
+        super().__init__(source, settings, mask_cache_mb)
 
 
 class VideoDataset(ClipDataset):

@@ -58,7 +58,9 @@ class EvaluationConfig(Section):
         "out of J and F; background counts them as such, as the DAVIS program does",
     )
     max_videos: int | None = Field(None, ge=1, description="the first so many; null scores all")
-    max_frames: int | None = Field(None, ge=2, description="of each video, the first so many")
+    max_frames: int | None = Field(
+        None, ge=2, description="labelled ones of each video, the first so many"
+    )
     num_overlays: int = Field(3, ge=0, description="videos drawn at each evaluation")
 
 
@@ -146,7 +148,7 @@ def score_tracks(
     """
     draw_prompts = draw_prompts or partial(first_prompts, prompt_types=config.prompt_types)
     videos = [
-        replace(video, frames=video.frames[: config.max_frames])
+        replace(video, frames=video.frames[: _end(video, config.max_frames)])
         for video in dataset.videos[: config.max_videos]
     ]
     scores = []
@@ -174,6 +176,13 @@ def score_tracks(
         if on_video is not None:
             on_video(index, TrackedVideo(video, prompts, joined, scored, object_scores))
     return mean_scores(scores)
+
+
+def _end(video: Video, max_frames: int | None) -> int:
+    """How many frames of a video there are up to the last labelled one that counts."""
+    if max_frames is None or len(video.labelled) < max_frames:
+        return len(video.frames)
+    return video.labelled[max_frames - 1] + 1
 
 
 def _see(

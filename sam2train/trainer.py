@@ -113,6 +113,12 @@ class Trainer:
         self.train_data = build_dataset(*sections, data, training=True, say=warn)
         self.val_data = val and build_dataset(*sections, val, training=False, say=warn)
         self.test_data = test and build_dataset(*sections, test, training=False, say=warn)
+        splits = {"train": self.train_data, "val": self.val_data, "test": self.test_data}
+        self.fingerprints = {name: part.fingerprint for name, part in splits.items() if part}
+        before = (
+            content.get("data", {}) if content else {}
+        )  # checkpoints from before this key have none
+        self.changed_data = [n for n, value in before.items() if self.fingerprints.get(n) != value]
         self.model = build_model(experiment)
         torch.manual_seed(self.config.seed)  # of dropout and dropped paths
         self.device = self.model.device
@@ -162,12 +168,18 @@ class Trainer:
                 tracker.say(f"warning: {text}")
             splits = {"train": self.train_data, "val": self.val_data, "test": self.test_data}
             warnings = shared_video_warnings({name: data for name, data in splits.items() if data})
+            if self.changed_data:
+                warnings.append(
+                    f"the {' and '.join(self.changed_data)} data changed since this run saved: its "
+                    "scores before and after are not of the same data"
+                )
             for warning in warnings:
                 tracker.say(f"warning: {warning}")
             tracker.summary(
                 {
                     "status": "running",
                     "steps": self.step,
+                    "data": self.fingerprints,
                     "frame_policy": self.experiment.evaluation.frame_policy,
                     "void": self.experiment.evaluation.void,
                     "evaluation_seed": self.experiment.prompts_seed,
@@ -460,6 +472,7 @@ class Trainer:
                 "scores": self.latest,
                 "baseline": self.baseline,
                 "run_id": self.run_id,
+                "data": self.fingerprints,
                 "audited": self.audited,
                 # best.pt is for use, last.pt for going on.
                 "optimizer": self.optimizer.state_dict() if name == "last.pt" else None,

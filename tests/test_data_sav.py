@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from PIL import Image
 from test_data_pictures import level, write_film
 from torch.utils.data import DataLoader
 
+from sam2train import cli
 from sam2train.config import build
 from sam2train.data_clips import ClipDataset, clip_settings
 from sam2train.data_sav import SavVideos
@@ -278,3 +280,19 @@ def test_an_experiment_takes_masklets_and_the_pngs_of_the_validation_set(tmp_pat
     assert isinstance(train.source, SavVideos)
     assert isinstance(val.source, VosVideos)
     assert val.read_mask(val.videos[0], 0, 0).sum() == MASKS[0, 0].sum()
+
+
+def test_smoke_on_every_fourth_frame_labelled(tmp_path):
+    """The short video of --smoke has four labelled frames, however many lie between them."""
+    write_json(tmp_path / "sav_1_manual.json")
+    write_film(tmp_path / "sav_1.mp4")
+    words = [
+        str(Path(__file__).parents[1] / "experiments" / "coco_point_bbox.yaml"),
+        "dataset.dataset_type=sav",
+        f"dataset.data_path={tmp_path}",
+        f"dataset.val_path={tmp_path}",
+        "tracking.mode=disabled",
+        "trainer.device=cpu",
+    ]
+    assert cli.main([*words, "--smoke", "--run-dir", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"

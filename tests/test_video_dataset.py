@@ -388,7 +388,7 @@ def test_pasting_is_a_key_of_its_own():
         ({"num_of_pos_points": "two"}, "num_of_pos_points"),
         ({"num_of_pos_points": True}, "num_of_pos_points"),
         ({"num_of_pos_points": -1}, "num_of_pos_points: got -1"),
-        ({"image_root": "frames"}, 'image_root is for dataset_type "coco"; remove'),
+        ({"image_root": "frames"}, 'image_root is for dataset_type "coco" or '),
         ({"synthetic": {"paste": "no"}}, r"synthetic\.paste"),
         (
             {"dataset_type": "coco", "synthetic": {"paste": False}},
