@@ -15,7 +15,7 @@ from sam2train.data_source import (
     Video,
     VideoSource,
     listed,
-    shared_files,
+    shared_pictures,
     tracking_warnings,
 )
 from sam2train.data_videos import index_frames, list_pictures
@@ -69,7 +69,7 @@ class MevisVideos(VideoSource):
                 "no single video, left out"
             )
         notes = [f"objects are the keys of {_MASKS}, {sum(map(len, owners.values()))} in all"]
-        problems += shared_files(indexed)
+        problems += shared_pictures(indexed)
         super().__init__(path, indexed, warnings, problems, notes)
 
     @staticmethod

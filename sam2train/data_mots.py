@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sam2train.data_source import Video, shared_files, tracking_warnings
+from sam2train.data_source import Video, shared_pictures, tracking_warnings
 from sam2train.data_videos import list_pictures, subfolders
 from sam2train.data_vos import MaskReport, VosVideos, index_folder
 from sam2train.errors import UserError
@@ -54,7 +54,7 @@ class MotsVideos(VosVideos):
                     "Annotations/<video> and set dataset.dataset_type: vos"
                 )
         warnings = report.warnings + tracking_warnings(videos)
-        problems = report.problems + shared_files(videos)
+        problems = report.problems + shared_pictures(videos)
         # Not that of VosVideos, which looks for its own folders.
         super(VosVideos, self).__init__(path, videos, warnings, problems, report.notes())
 

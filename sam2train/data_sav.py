@@ -18,7 +18,7 @@ from sam2train.data_source import (
     Video,
     VideoSource,
     listed,
-    shared_files,
+    shared_pictures,
     tracking_warnings,
 )
 from sam2train.data_videos import index_frames, list_pictures
@@ -104,7 +104,7 @@ class SavVideos(VideoSource):
         warnings = tracking_warnings(videos)
         if automatic:
             warnings.append(f"{listed(automatic)}: automatic masklets, there are no manual ones")
-        problems += shared_files(videos)
+        problems += shared_pictures(videos)
         notes = [f"{listed(of_note)}: {note}" for note, of_note in strides.items()]
         super().__init__(path, videos, warnings, problems, notes)
 

@@ -247,25 +247,6 @@ def _levels_of(video: Video, wanted: IntensityRange) -> tuple[float, float] | No
     return (float(low), float(high)) if low < high else None
 
 
-def shared_files(videos: Sequence[Video]) -> list[str]:
-    """A line for each pair of videos that show the same files: one of them would be another's."""
-    owner: dict[tuple[Path, int | None], int | str] = {}
-    resolve = cache(Path.resolve)  # of folders: the disk is asked once for each
-    pairs: Counter[tuple[int | str, int | str]] = Counter()
-    for video in videos:
-        links = video.frames[0].path.is_symlink() if video.frames else False
-        for frame in video.frames:
-            path = frame.path.resolve() if links else resolve(frame.path.parent) / frame.path.name
-            first = owner.setdefault((path, frame.page), video.video_id)
-            if first != video.video_id:
-                pairs[first, video.video_id] += 1
-    return [
-        f"videos {first!r} and {second!r} share {number} frames, so that the masks of one lie on "
-        "the pictures of the other; give each video files of its own"
-        for (first, second), number in pairs.items()
-    ]
-
-
 def listed(names: Sequence[str], most: int = 3) -> str:
     """The first few names, and how many more there are."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
@@ -279,8 +260,11 @@ def shared_pictures(videos: Sequence[Video]) -> list[str]:
     owners: dict[tuple[Path, int | None], Video] = {}
     pairs: dict[tuple[int | str, int | str], list[str]] = {}
     for video in videos:
+        links = bool(video.frames) and video.frames[0].path.is_symlink()
         for frame in video.frames:
-            place = resolve(frame.path.parent) / frame.path.name, frame.page
+            path = frame.path
+            path = path.resolve() if links else resolve(path.parent) / path.name
+            place = path, frame.page
             owner = owners.setdefault(place, video)
             if owner is not video:
                 pair = (owner.video_id, video.video_id)

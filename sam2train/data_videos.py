@@ -21,7 +21,7 @@ from sam2train.data_pictures import (
     read_film_header,
     read_header,
 )
-from sam2train.data_source import ClipPixels, Frame, Video, VideoSource, listed, shared_files
+from sam2train.data_source import ClipPixels, Frame, Video, VideoSource, listed, shared_pictures
 from sam2train.data_synthetic import Scene, SyntheticConfig, sample_num_objects, sample_scene
 from sam2train.errors import UserError
 from sam2train.files import natural_key
@@ -238,7 +238,7 @@ class VideoFolders(VideoSource):
             warnings.append(f"{listed(empty)}: no pictures, so no video")
         if short := [str(video.video_id) for video in videos if len(video.frames) == 1]:
             warnings.append(f"{listed(short)}: a single frame: nothing to track")
-        problems += shared_files(videos)
+        problems += shared_pictures(videos)
         super().__init__(path, videos, warnings, problems, notes)
 
     def read_picture(self, video: Video, frame_idx: int) -> np.ndarray:

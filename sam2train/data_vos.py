@@ -25,7 +25,7 @@ from sam2train.data_source import (
     Video,
     VideoSource,
     listed,
-    shared_files,
+    shared_pictures,
     tracking_warnings,
 )
 from sam2train.data_videos import (
@@ -127,7 +127,7 @@ class VosVideos(VideoSource):
         if not videos and not problems:
             raise UserError(f"{path}: no video with masks in {frames_root}")
         warnings += tracking_warnings(videos)
-        problems += shared_files(videos)
+        problems += shared_pictures(videos)
         super().__init__(path, videos, warnings, problems, report.notes())
 
     def read_masks(

@@ -17,6 +17,7 @@ from sam2train.config import Section
 from sam2train.data_burst import burst_to_coco, is_burst
 from sam2train.data_clips import ClipDataset, clip_settings
 from sam2train.data_coco import CocoVideos, Unlabelled, read_coco
+from sam2train.data_coco_crowds import Crowds
 from sam2train.data_mask_values import MaskValues
 from sam2train.data_mevis import MevisVideos
 from sam2train.data_mots import MotsVideos
@@ -65,6 +66,7 @@ def _read_json_videos(path: Path, config: DatasetConfig, layout: str | None = No
         layout,
         unlabelled_frames=config.unlabelled_frames,
         same_object_twice=config.same_object_twice,
+        crowds=config.crowds,
     )
 
 
@@ -81,7 +83,7 @@ def _json_videos(
     return CocoVideos(path, image_root, content=content, notes=notes, **settings)
 
 
-_JSON_KEYS = ("image_root", "unlabelled_frames", "same_object_twice")
+_JSON_KEYS = ("image_root", "unlabelled_frames", "same_object_twice", "crowds")
 
 # Data formats by their name in `dataset_type`. A new one is a module with a child of `VideoSource`
 # and a line here.
@@ -171,6 +173,11 @@ class DatasetConfig(Section):
     )
     same_object_twice: Literal["unite", "error"] = Field(
         "unite", description="coco: several annotations of one object on one frame"
+    )
+    crowds: Crowds = Field(
+        "auto",
+        description="coco: annotations with iscrowd. ignore: regions that no loss and no score "
+        "counts; objects: objects; auto: ignore, unless all RLEs of the file have iscrowd",
     )
     image_size: tuple[int, int] = Field((512, 512), description="(H, W) of the model's input")
     video_clip_length: int = Field(5, ge=1, description="T, frames of a clip")

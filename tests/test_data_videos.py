@@ -284,9 +284,9 @@ def test_the_same_number_in_two_spellings_is_told(tmp_path):
 def test_two_videos_do_not_share_files(tmp_path):
     make_frames(tmp_path / "a", ["1.png", "2.png"])
     (tmp_path / "b").symlink_to(tmp_path / "a")
-    assert "videos 'a' and 'b' share 2 frames" in fails(tmp_path)
+    assert "videos 'a' and 'b' share 2 pictures" in fails(tmp_path)
     (tmp_path / "b").unlink()
     (tmp_path / "b").mkdir()
     for name in ("1.png", "2.png"):
         (tmp_path / "b" / name).symlink_to(tmp_path / "a" / name)
-    assert "videos 'a' and 'b' share 2 frames" in fails(tmp_path)
+    assert "videos 'a' and 'b' share 2 pictures" in fails(tmp_path)

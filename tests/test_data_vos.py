@@ -258,7 +258,7 @@ def test_two_videos_that_are_one_folder_are_an_error(tmp_path):
     make_vos(tmp_path, names=["bear"])
     for top in ("JPEGImages", "Annotations"):
         (tmp_path / top / "swan").symlink_to(tmp_path / top / "bear")
-    assert "videos 'bear' and 'swan' share 6 frames" in fails(tmp_path)
+    assert "videos 'bear' and 'swan' share 6 pictures" in fails(tmp_path)
 
 
 def test_frames_may_lie_in_a_stack(tmp_path):
