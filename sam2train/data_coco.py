@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from sam2train.data_coco_crowds import Crowds, read_crowds, split_crowds
 from sam2train.data_coco_files import Roots, image_names, image_roots, locate
 from sam2train.data_coco_objects import (
     ID_WANTED,
@@ -25,7 +26,7 @@ from sam2train.data_coco_objects import (
     read_annotations,
     whole_number,
 )
-from sam2train.data_rle import decode_segmentation
+from sam2train.data_rle import Parts, decode_segmentation
 from sam2train.data_source import (
     Annotation,
     Frame,
@@ -65,6 +66,8 @@ class CocoVideos(VideoSource):
             "absent", none: objects are absent there.
         same_object_twice: several annotations of one object on one frame are its parts ("unite") or
             an error.
+        crowds: what annotations with `iscrowd` are; those with `ignore` are regions that no loss
+            and no score counts.
         content: of the file, where it is read already or made from another format.
 
     Raises:
@@ -83,6 +86,7 @@ class CocoVideos(VideoSource):
         *,
         unlabelled_frames: Unlabelled = "auto",
         same_object_twice: Literal["unite", "error"] = "unite",
+        crowds: Crowds = "auto",
         content: Mapping[str, Any] | None = None,
         notes: Sequence[str] = (),
     ):
@@ -91,6 +95,8 @@ class CocoVideos(VideoSource):
         found = Findings(notes=list(notes))
         if _starts_with_mark(path):
             found.warnings.append("the file begins with a byte order mark; read without it")
+        objects, ignored = split_crowds(content["annotations"], crowds, found)
+        content = {**content, "annotations": objects}
         roots = image_roots(path, image_root)
         entries, alone = _with_videos(content, found)
         images = _read_images(entries, roots, found)
@@ -104,7 +110,8 @@ class CocoVideos(VideoSource):
             alone=alone,
             unite=same_object_twice == "unite",
         )
-        videos = _make_videos(images, annotations, found)
+        regions = read_crowds(ignored, images.known, found)
+        videos = _make_videos(images, annotations, regions, found)
         if not alone:
             videos = _find_unlabelled(videos, images, unlabelled_frames, found)
         found.problems += shared_pictures(videos)
@@ -123,6 +130,11 @@ class CocoVideos(VideoSource):
                 f"annotation {annotation.annotation_id} (object {object_id}, "
                 f"{video.frames[frame_idx].path}): {problem}"
             ) from None
+
+    def read_ignore(self, video: Video, frame_idx: int) -> np.ndarray | None:
+        """(H, W) bool: crowds and regions to ignore; None where the frame has none."""
+        ignored = video.frames[frame_idx].ignored
+        return None if ignored is None else decode_segmentation(ignored, video.size)
 
 
 def read_coco(path: Path) -> dict[str, Any]:
@@ -337,6 +349,7 @@ def _by_name(name: PurePath) -> tuple:
 def _make_videos(
     images: _Images,
     annotations: Mapping[int | str, dict[int | str, Annotation]],
+    regions: Mapping[int | str, Parts],
     found: Findings,
 ) -> list[Video]:
     videos = []
@@ -350,6 +363,7 @@ def _make_videos(
                 images.paths[image_id],
                 annotations[image_id],
                 is_labelled=images.known[image_id].is_labelled is not False,
+                ignored=regions.get(image_id),
             )
             for image_id in members
         ]
@@ -369,7 +383,7 @@ def _find_unlabelled(
         for video in videos:
             _tell(video, f"`{images.label_key}`", found)
         return videos
-    gaps = [[not frame.annotations for frame in video.frames] for video in videos]
+    gaps = [[not (f.annotations or f.ignored) for f in video.frames] for video in videos]
     if how == "ignore":
         marked = [
             _marked(v, [not gap for gap in of_video])

@@ -165,6 +165,11 @@ def has_tracks(annotations: Iterable[Mapping[str, Any]]) -> bool:
     return False
 
 
+def has_identity(raw: Mapping[str, Any]) -> bool:
+    """Whether an annotation says which object it is, by more than its category."""
+    return _identity(raw)[0] not in (_CATEGORY, _NO_ID)
+
+
 def _read_entries(
     annotations: Sequence[Mapping[str, Any]],
     images: Mapping[int | str, Image],

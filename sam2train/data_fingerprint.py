@@ -37,7 +37,7 @@ def fingerprint(source: VideoSource) -> str:
     for video in source.videos:
         total.update(repr((video.video_id, video.size, video.object_ids)).encode())
         for frame in video.frames:
-            head = (frame.is_labelled, frame.page, samples[frame.path])
+            head = (frame.is_labelled, frame.page, samples[frame.path], frame.ignored)
             masks = [
                 (repr(object_id), int(annotation.area), annotation.segmentation)
                 for object_id, annotation in frame.annotations.items()

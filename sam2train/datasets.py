@@ -17,11 +17,15 @@ from sam2train.config import Section
 from sam2train.data_burst import burst_to_coco, is_burst
 from sam2train.data_clips import ClipDataset, clip_settings
 from sam2train.data_coco import CocoVideos, Unlabelled, read_coco
+from sam2train.data_coco_crowds import Crowds
+from sam2train.data_mask_values import MaskValues
+from sam2train.data_mevis import MevisVideos
+from sam2train.data_mots import MotsVideos
 from sam2train.data_sav import read_sav
 from sam2train.data_source import VideoSource
 from sam2train.data_synthetic import SyntheticConfig
 from sam2train.data_videos import MadeUpVideos
-from sam2train.data_vos import VosVideos
+from sam2train.data_vos import VosVideos, find_masks
 from sam2train.data_youtube_vis import is_youtube_vis, youtube_vis_to_coco
 from sam2train.prompts import (
     DEFAULT_TYPES,
@@ -62,6 +66,7 @@ def _read_json_videos(path: Path, config: DatasetConfig, layout: str | None = No
         layout,
         unlabelled_frames=config.unlabelled_frames,
         same_object_twice=config.same_object_twice,
+        crowds=config.crowds,
     )
 
 
@@ -78,7 +83,7 @@ def _json_videos(
     return CocoVideos(path, image_root, content=content, notes=notes, **settings)
 
 
-_JSON_KEYS = ("image_root", "unlabelled_frames", "same_object_twice")
+_JSON_KEYS = ("image_root", "unlabelled_frames", "same_object_twice", "crowds")
 
 # Data formats by their name in `dataset_type`. A new one is a module with a child of `VideoSource`
 # and a line here.
@@ -91,9 +96,19 @@ FORMATS = {
         num_of_pos_points=(1, 3),
     ),
     "vos": Format(
-        "JPEGImages and Annotations as DAVIS has them", lambda path, config: VosVideos(path)
+        "JPEGImages and Annotations as DAVIS has them",
+        lambda path, config: read_folders(path, config.mask_values),
+        keys=("mask_values",),
     ),
-    "sav": Format("films or frames and SA-V's JSON", lambda path, config: read_sav(path)),
+    "sav": Format(
+        "films or frames and SA-V's JSON",
+        lambda path, config: read_sav(path, config.annotation_stride, config.mask_values),
+        keys=("annotation_stride", "mask_values"),
+    ),
+    "mots": Format(
+        "images and instances, PNGs of ids class * 1000 + number", lambda path, _: MotsVideos(path)
+    ),
+    "mevis": Format("JPEGImages and MeViS' mask_dict.json", lambda path, _: MevisVideos(path)),
     "youtube_vis": Format(
         "the JSON of YouTube-VIS or OVIS",
         lambda path, config: _read_json_videos(path, config, "youtube_vis"),
@@ -109,6 +124,18 @@ FORMATS = {
 }
 
 
+def read_folders(path: Path, mask_values: MaskValues = "auto") -> VideoSource:
+    """Folders of mask pictures; what lies there as MOTS or MeViS have it is read as such, and a
+    note says so."""
+    if find_masks(path) is None:
+        for name, known in (("mots", MotsVideos), ("mevis", MevisVideos)):
+            if known.recognise(path):
+                source = known(path)
+                source.notes.insert(0, f"read as dataset_type: {name}, whose files lie here")
+                return source
+    return VosVideos(path, mask_values)
+
+
 class DatasetConfig(Section):
     """The `dataset:` section of an experiment."""
 
@@ -116,12 +143,28 @@ class DatasetConfig(Section):
         "coco", description="; ".join(f"{name}: {known.about}" for name, known in FORMATS.items())
     )
     data_path: str = Field(
-        description="training data: the COCO JSON, the folder of videos, or for vos and sav the "
-        "folder that holds them or a list of some of them (.txt) below it"
+        description="training data: the COCO JSON, the folder of videos, or for vos, sav, mots and "
+        "mevis the folder that holds them or a list of some of them (.txt) below it"
     )
     val_path: str | None = Field(None, description="videos that choose the best checkpoint")
     test_path: str | None = Field(None, description="videos that a result is reported on")
     image_root: str | None = Field(None, description="coco: what image paths are relative to")
+    mask_values: MaskValues = Field(
+        "auto",
+        description="vos, sav: what pixel values of masks mean; auto decides for each video and "
+        "says what; ids: palette index or grey value, 255 is void; colours: each colour is an "
+        "object; binary: one object, above half",
+    )
+    annotation_stride: int | None = Field(
+        None,
+        ge=1,
+        description="sav: frames from one labelled frame to the next; null: what the counts say",
+    )
+    intensity_range: Literal["auto", "full"] | tuple[float, float] = Field(
+        "auto",
+        description="pictures of more than 8 bits: the values that become black and white in all "
+        "frames of a video; auto takes the 0.5th and 99.5th percentile, full the file's own range",
+    )
     unlabelled_frames: Unlabelled = Field(
         "auto",
         description="coco: frames without an annotation. auto: unlabelled where a key such as "
@@ -130,6 +173,11 @@ class DatasetConfig(Section):
     )
     same_object_twice: Literal["unite", "error"] = Field(
         "unite", description="coco: several annotations of one object on one frame"
+    )
+    crowds: Crowds = Field(
+        "auto",
+        description="coco: annotations with iscrowd. ignore: regions that no loss and no score "
+        "counts; objects: objects; auto: ignore, unless all RLEs of the file have iscrowd",
     )
     image_size: tuple[int, int] = Field((512, 512), description="(H, W) of the model's input")
     video_clip_length: int = Field(5, ge=1, description="T, frames of a clip")
@@ -176,6 +224,13 @@ class DatasetConfig(Section):
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"expected one of {', '.join(FORMATS)}{hint}")
         return name
+
+    @field_validator("intensity_range")
+    @classmethod
+    def _ascending(cls, wanted: Any) -> Any:
+        if isinstance(wanted, tuple) and wanted[0] >= wanted[1]:
+            raise ValueError("expected [black, white] with black below white")
+        return wanted
 
     @model_validator(mode="after")
     def _fits_together(self) -> DatasetConfig:
@@ -229,7 +284,10 @@ def build_dataset(
     # A COCO JSON has real masks: what trains on anything else can be validated on them.
     if path.suffix == ".json" and not training and not known.takes_json:
         known = FORMATS["coco"]
-    dataset = ClipDataset(known.read(path, config), settings, config.mask_cache_mb)
+    source = known.read(path, config)
+    if config.intensity_range != "auto":
+        source.scale_levels(config.intensity_range)
+    dataset = ClipDataset(source, settings, config.mask_cache_mb)
     for kind, lines in (("notes", dataset.source.notes), ("warnings", dataset.warnings)):
         for line in lines[:_SHOWN_LINES]:
             say(f"{path}: {line}")

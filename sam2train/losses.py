@@ -52,17 +52,33 @@ def focal_loss(
     return weight * cross_entropy * (1 - prob_of_target) ** gamma
 
 
-def dice_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """1 - (2 |P T| + 1) / (|P| + |T| + 1) over the last two axes: (..., H, W) -> (...)."""
-    prob = logits.sigmoid().flatten(-2)
-    targets = targets.flatten(-2)
+def dice_loss(
+    logits: torch.Tensor, targets: torch.Tensor, kept: torch.Tensor | None = None
+) -> torch.Tensor:
+    """1 - (2 |P T| + 1) / (|P| + |T| + 1) over the last two axes: (..., H, W) -> (...).
+
+    Args:
+        kept: (..., H, W) bool, the pixels that count; None counts all.
+    """
+    prob = logits.sigmoid()
+    if kept is not None:
+        prob, targets = prob * kept, targets * kept
+    prob, targets = prob.flatten(-2), targets.flatten(-2)
     overlap = (prob * targets).sum(-1)
     return 1 - (2 * overlap + 1) / (prob.sum(-1) + targets.sum(-1) + 1)
 
 
-def mask_iou(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """IoU of the masks above 0 over the last two axes; 0 where both are empty, as in SAM 2."""
+def mask_iou(
+    logits: torch.Tensor, targets: torch.Tensor, kept: torch.Tensor | None = None
+) -> torch.Tensor:
+    """IoU of the masks above 0 over the last two axes; 0 where both are empty, as in SAM 2.
+
+    Args:
+        kept: see `dice_loss`.
+    """
     prediction, truth = logits.flatten(-2) > 0, targets.flatten(-2) > 0
+    if kept is not None:
+        prediction, truth = prediction & kept.flatten(-2), truth & kept.flatten(-2)
     union = (prediction | truth).sum(-1)
     return (prediction & truth).sum(-1) / union.clamp(min=1)
 
@@ -72,6 +88,7 @@ def compute_losses(
     targets: torch.Tensor,
     config: LossConfig,
     valid: torch.Tensor | None = None,
+    ignore: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """The losses of one batch, see `divide_losses`, divided by the number of its objects.
 
@@ -79,13 +96,16 @@ def compute_losses(
         frames: for each of T frames the decoder passes on it.
         targets: (T, O, H, W) bool; all zeros where an object is absent.
         valid: (T, O) bool, False on padding frames; None where all are real.
+        ignore: (T, O, H, W) bool, pixels without a label: no term counts them, and the mean of the
+            focal loss is that of the others; None where all have one.
 
     Raises:
         ValueError: no object of the batch has a prompt.
     """
     if not any(frames):
         raise ValueError("no object of the batch has a prompt: there is nothing to learn from")
-    return divide_losses(sum_losses(frames, targets, config, valid), targets.shape[1], config)
+    sums = sum_losses(frames, targets, config, valid, ignore)
+    return divide_losses(sums, targets.shape[1], config)
 
 
 def sum_losses(
@@ -93,6 +113,7 @@ def sum_losses(
     targets: torch.Tensor,
     config: LossConfig,
     valid: torch.Tensor | None = None,
+    ignore: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Sums over frames, decoder passes and objects, () each and not weighted: `focal`, `dice`,
     `iou`, `object_score`; `visible` and `gated`, how many; `gated_loss`. Zeros where no object has
@@ -105,7 +126,8 @@ def sum_losses(
         for prediction in passes:
             target = targets[frame_idx, prediction.objects]
             weight = None if valid is None else valid[frame_idx, prediction.objects]
-            for name, value in _pass_losses(prediction, target, weight, config).items():
+            left_out = None if ignore is None else ignore[frame_idx, prediction.objects]
+            for name, value in _pass_losses(prediction, target, weight, left_out, config).items():
                 sums[name] = sums[name] + value
     return sums
 
@@ -135,6 +157,7 @@ def _pass_losses(
     prediction: FramePrediction,
     target: torch.Tensor,
     valid: torch.Tensor | None,
+    ignore: torch.Tensor | None,
     config: LossConfig,
 ) -> dict[str, torch.Tensor]:
     """Sums over the n objects of one decoder pass, (), not yet weighted.
@@ -142,6 +165,7 @@ def _pass_losses(
     Args:
         target: (n, H, W) bool.
         valid: (n,) bool or None.
+        ignore: (n, H, W) bool or None.
     """
     candidates = prediction.mask_logits.float()  # (n, M, H, W)
     truth = target[:, None].float().expand_as(candidates)
@@ -149,10 +173,15 @@ def _pass_losses(
     counted = torch.ones_like(visible) if valid is None else valid
     present = (visible & counted).float()
 
-    focal = focal_loss(candidates, truth, config.focal_alpha, config.focal_gamma).mean((-2, -1))
-    dice = dice_loss(candidates, truth)  # (n, M)
+    focal = focal_loss(candidates, truth, config.focal_alpha, config.focal_gamma)
+    kept = None if ignore is None else ~ignore[:, None]  # (n, 1, H, W)
+    if kept is None:
+        focal = focal.mean((-2, -1))
+    else:
+        focal = (focal * kept).sum((-2, -1)) / kept.sum((-2, -1)).clamp(min=1)
+    dice = dice_loss(candidates, truth, kept)  # (n, M)
     predicted_iou = prediction.iou_predictions.float()
-    difference = predicted_iou - mask_iou(candidates, truth)
+    difference = predicted_iou - mask_iou(candidates, truth, kept)
     iou = difference.abs() if config.iou_l1 else difference**2
 
     # Masks learn on the candidate of least loss; the one that enters the memory is another choice.

@@ -181,6 +181,7 @@ class Trainer:
                     "steps": self.step,
                     "data": self.fingerprints,
                     "frame_policy": self.experiment.evaluation.frame_policy,
+                    "void": self.experiment.evaluation.void,
                     "evaluation_seed": self.experiment.prompts_seed,
                     "warnings": warnings,
                 }
@@ -262,7 +263,11 @@ class Trainer:
             # Outside autocast, on float32 logits: dice sums up to 10^6 pixels of an object, and
             # bfloat16 carries 8 significant bits.
             of_batch = sum_losses(
-                outputs["frames"], batch.masks, self.experiment.loss, batch.object_frame_valid
+                outputs["frames"],
+                batch.masks,
+                self.experiment.loss,
+                batch.object_frame_valid,
+                batch.object_ignore,
             )
             loss = divide_losses(of_batch, num_objects, self.experiment.loss)["loss"]
             if loss.requires_grad:  # else nothing that is trained was read

@@ -1,4 +1,5 @@
 import pickle
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,9 +11,11 @@ from PIL import Image
 
 from sam2train.data_pictures import (
     Film,
+    count_pages,
     read_film_header,
     read_header,
     read_image,
+    read_levels,
 )
 from sam2train.errors import UserError
 
@@ -256,6 +259,83 @@ def test_the_header_of_a_film(tmp_path):
     (tmp_path / "b.mp4").write_bytes(b"no film")
     with pytest.raises(UserError, match=r"b\.mp4: is no film that OpenCV can read"):
         read_film_header(tmp_path / "b.mp4")
+
+
+def hide_frames(path, num_hidden, num_frames, fps=24):
+    """Give an MP4 an edit list that hides its first frames, as cutting without encoding does."""
+    content = bytearray(path.read_bytes())
+    moov = content.rindex(b"moov") - 4
+    assert moov + int.from_bytes(content[moov : moov + 4], "big") == len(content)  # at the end
+    film_scale = int.from_bytes(content[content.index(b"mvhd") + 16 :][:4], "big")
+    scale = int.from_bytes(content[content.index(b"mdhd") + 16 :][:4], "big")
+    edit = struct.pack(
+        ">IIIiI",
+        0,
+        1,
+        round((num_frames - num_hidden) / fps * film_scale),
+        round(num_hidden / fps * scale),
+        0x00010000,
+    )
+    elst = struct.pack(">I4s", 8 + len(edit), b"elst") + edit
+    new = struct.pack(">I4s", 8 + len(elst), b"edts") + elst
+    old = content.find(b"edts")
+    trak = content.index(b"trak") - 4
+    if old >= 0:
+        old -= 4
+        size = int.from_bytes(content[old : old + 4], "big")
+        content[old : old + size] = new
+        grown = len(new) - size
+    else:
+        after = trak + 8 + int.from_bytes(content[trak + 8 : trak + 12], "big")  # behind tkhd
+        content[after:after] = new
+        grown = len(new)
+    for box in (moov, trak):
+        size = int.from_bytes(content[box : box + 4], "big")
+        content[box : box + 4] = (size + grown).to_bytes(4, "big")
+    path.write_bytes(content)
+
+
+def test_frames_that_an_edit_list_hides_do_not_count(tmp_path):
+    path = tmp_path / "a.mp4"
+    write_film(path, 12)
+    hide_frames(path, 4, 12)
+    capture = cv2.VideoCapture(str(path))
+    shown = 0
+    while capture.grab():
+        shown += 1
+    assert shown == 8
+    assert read_film_header(path) == (FILM_SIZE, 8)
+    assert abs(Film().read(path, 0).astype(int) - level(4)).max() <= 6
+    hide_frames(path, 0, 12)  # an edit list that hides nothing, as most films have
+    assert read_film_header(path) == (FILM_SIZE, 12)
+
+
+def test_other_containers_are_counted(tmp_path):
+    film = cv2.VideoWriter(
+        str(tmp_path / "a.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 24, FILM_SIZE[::-1]
+    )
+    for t in range(7):
+        film.write(np.full((*FILM_SIZE, 3), level(t), np.uint8))
+    film.release()
+    content = (tmp_path / "a.avi").read_bytes()
+    at = content.index(b"avih") + 8 + 16  # how many frames the head says there are
+    (tmp_path / "a.avi").write_bytes(content[:at] + (99).to_bytes(4, "little") + content[at + 4 :])
+    assert read_film_header(tmp_path / "a.avi") == (FILM_SIZE, 7)
+
+
+def test_pages_and_levels(tmp_path):
+    pages = [Image.fromarray(np.full((6, 10), 1000 + 100 * k, np.uint16)) for k in range(3)]
+    path = tmp_path / "a.tif"
+    pages[0].save(path, save_all=True, append_images=pages[1:])
+    assert count_pages(path) == 3
+    assert count_pages(save(tmp_path / "b.png", Image.fromarray(ramp()))) == 1
+    found = [read_image(path, page=k, levels=(1000, 1200))[0, 0, 0] for k in range(3)]
+    assert np.abs(np.array(found, int) - [0, 127.5, 255]).max() <= 0.5
+    assert read_levels(path, 2).max() == 1200
+    assert read_levels(tmp_path / "b.png") is None
+    mixed = [pages[0], pages[1].resize((4, 4))]  # a picture and its thumbnail
+    mixed[0].save(tmp_path / "c.tif", save_all=True, append_images=mixed[1:])
+    assert count_pages(tmp_path / "c.tif") == 1
 
 
 def test_colours_of_a_film_are_in_the_right_order(tmp_path):

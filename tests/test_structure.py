@@ -20,6 +20,7 @@ GROUPS = {
     "data": {
         *("datasets", "data_source", "data_clips", "data_videos", "data_coco", "data_vos"),
         *("data_sav", "data_synthetic", "data_pictures", "data_report"),
+        *("data_mask_values", "data_mots", "data_mevis", "data_coco_crowds"),
         *(
             "data_rle",
             "data_fingerprint",
