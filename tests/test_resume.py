@@ -12,7 +12,8 @@ from rich.console import Console
 from sam2train import checkpoint, trainer
 from sam2train.experiment import Experiment
 from sam2train.machine import Interrupted
-from sam2train.scoring import HORIZON_COLUMNS, SCORE_COLUMNS, TRAINED, Scores
+from sam2train.metrics import TRAINED
+from sam2train.scoring import HORIZON_COLUMNS, SCORE_COLUMNS, Scores
 from sam2train.tracking import Tracker
 from sam2train.trainer import Trainer
 
@@ -26,6 +27,7 @@ class SmallModel:
     def __init__(self, experiment):
         self.device = torch.device("cpu")
         self.sam2 = torch.nn.Linear(2, 2)
+        self.num_maskmem, self.untrained_rows = 0, {}
 
     def trainable_parameters(self):
         return dict(self.sam2.named_parameters())
