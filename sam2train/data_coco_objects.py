@@ -356,7 +356,7 @@ def _refuse_jumps(
     absence, an object may be anywhere.
     """
     for object_id, entries in _by_object(members).items():
-        shown = [entry for entry in entries if entry.box and entry.key in (_CATEGORY, _NO_ID)]
+        shown = [entry for entry in entries if entry.key in (_CATEGORY, _NO_ID) and entry.box]
         steps = [
             (_distance(one.box, two.box), one, two)
             for one, two in pairwise(shown)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -115,7 +116,11 @@ def check_data(config: DatasetConfig, console: Console | None = None) -> DataRep
         if path is None:
             continue
         report = SplitReport(path)
-        source = _index(config, path, name == "training", report)
+        waiting = nullcontext()
+        if console is not None and console.is_terminal:
+            waiting = console.status(f"indexing {name}")
+        with waiting:
+            source = _index(config, path, name == "training", report)
         videos[name] = [] if source is None else source.videos
         pictures[name] = {} if source is None else _decode_frames(source, name, report, console)
         clip_length = config.video_clip_length if name == "training" else None
