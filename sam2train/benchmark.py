@@ -53,7 +53,7 @@ _MEANS = ("J", "F", "J_and_F", "J_recall", "J_decay", "F_recall", "F_decay", "mI
 MATRIX_COLUMNS = (
     *("step", "split", "model", "prompt", "clicks", "noise"),
     *_MEANS,
-    *("num_objects", "num_not_scored", "frame_policy"),
+    *("num_objects", "num_not_scored", "frame_policy", "void"),
     # J&F minus that of the same prompt without noise, with its interval over videos
     *("change", "change_low", "change_high"),
 )
@@ -251,11 +251,13 @@ class Benchmark:
             summary: dict[str, Any] = {
                 "split": self.split,
                 "frame_policy": self.experiment.evaluation.frame_policy,
+                "void": self.experiment.evaluation.void,
                 "prompt_types": list(
                     self.experiment.evaluation.prompt_types or self.experiment.dataset.prompt_types
                 ),
                 "seed": self.experiment.trainer.seed,
                 "evaluation_seed": self.experiment.prompts_seed,
+                "data": {self.split: self.data.fingerprint},
                 "num_videos": len(self.data.videos[: self.experiment.evaluation.max_videos]),
                 "base": {"path": config.checkpoint_path, "sha256": base_hash(self.experiment)},
                 "checkpoint": self.loaded
@@ -356,7 +358,8 @@ class Benchmark:
     ) -> dict[str, Any]:
         row = {"step": contender.step, "split": self.split, "model": contender.key}
         row |= {"prompt": cell.prompt, "clicks": cell.clicks, "noise": cell.noise}
-        row |= scores.means | {"frame_policy": self.experiment.evaluation.frame_policy}
+        rules = self.experiment.evaluation
+        row |= scores.means | {"frame_policy": rules.frame_policy, "void": rules.void}
         apart = None if scores is clean else difference(clean, scores)
         told = apart is not None and apart.known  # no difference without its interval
         changes = (apart.value, apart.low, apart.high) if told else (None, None, None)

@@ -49,6 +49,7 @@ SCORE_COLUMNS = (
     "F_decay",
     "mIoU",
     "frame_policy",
+    "void",
     "prompt",
     "prompt_frame",
 )
@@ -109,7 +110,7 @@ def score(
     objects, frames = [], []
 
     def keep(index: int, tracked: TrackedVideo) -> None:
-        objects.extend(object_rows(tracked, config.frame_policy))
+        objects.extend(object_rows(tracked, config))
         frames.extend(frame_rows(tracked))
         if on_video is not None:
             on_video(index, tracked)
@@ -135,8 +136,8 @@ def score(
     )
 
 
-def object_rows(tracked: TrackedVideo, frame_policy: str) -> list[dict[str, Any]]:
-    """The scores of each scored object of a video, with the rule and the prompt they hang on."""
+def object_rows(tracked: TrackedVideo, config: EvaluationConfig) -> list[dict[str, Any]]:
+    """The scores of each scored object of a video, with the rules and the prompt they hang on."""
     prompts = {prompt["object_id"]: prompt for prompt in tracked.prompts}
     rows = []
     for scores in tracked.scores.objects:
@@ -154,7 +155,8 @@ def object_rows(tracked: TrackedVideo, frame_policy: str) -> list[dict[str, Any]
                 "F_recall": scores.F_recall,
                 "F_decay": scores.F_decay,
                 "mIoU": scores.iou,
-                "frame_policy": frame_policy,
+                "frame_policy": config.frame_policy,
+                "void": config.void,
                 "prompt": prompt and prompt["type"],
                 "prompt_frame": prompt and prompt["frame_index"],
             }

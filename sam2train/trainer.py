@@ -115,6 +115,12 @@ class Trainer:
         self.train_data = build_dataset(*sections, data, training=True, say=warn)
         self.val_data = val and build_dataset(*sections, val, training=False, say=warn)
         self.test_data = test and build_dataset(*sections, test, training=False, say=warn)
+        splits = {"train": self.train_data, "val": self.val_data, "test": self.test_data}
+        self.fingerprints = {name: part.fingerprint for name, part in splits.items() if part}
+        before = (
+            content.get("data", {}) if content else {}
+        )  # checkpoints from before this key have none
+        self.changed_data = [n for n, value in before.items() if self.fingerprints.get(n) != value]
         self.model = build_model(experiment)
         torch.manual_seed(self.config.seed)  # of dropout and dropped paths
         self.device = self.model.device
@@ -165,13 +171,20 @@ class Trainer:
                 tracker.say(f"warning: {text}")
             splits = {"train": self.train_data, "val": self.val_data, "test": self.test_data}
             warnings = shared_video_warnings({name: data for name, data in splits.items() if data})
+            if self.changed_data:
+                warnings.append(
+                    f"the {' and '.join(self.changed_data)} data changed since this run saved: its "
+                    "scores before and after are not of the same data"
+                )
             for warning in warnings:
                 tracker.say(f"warning: {warning}")
             tracker.summary(
                 {
                     "status": "running",
                     "steps": self.step,
+                    "data": self.fingerprints,
                     "frame_policy": self.experiment.evaluation.frame_policy,
+                    "void": self.experiment.evaluation.void,
                     "evaluation_seed": self.experiment.prompts_seed,
                     "warnings": warnings,
                 }
@@ -253,7 +266,11 @@ class Trainer:
             # Outside autocast, on float32 logits: dice sums up to 10^6 pixels of an object, and
             # bfloat16 carries 8 significant bits.
             of_batch = sum_losses(
-                outputs["frames"], batch.masks, self.experiment.loss, batch.object_frame_valid
+                outputs["frames"],
+                batch.masks,
+                self.experiment.loss,
+                batch.object_frame_valid,
+                batch.object_ignore,
             )
             loss = divide_losses(of_batch, num_objects, self.experiment.loss)["loss"]
             if loss.requires_grad:  # else nothing that is trained was read
@@ -460,6 +477,7 @@ class Trainer:
                 "scored": self.scored,
                 "window": self.tracker.state_dict(),
                 "run_id": self.run_id,
+                "data": self.fingerprints,
                 "audited": self.audited,
                 # best.pt is for use, last.pt for going on.
                 "optimizer": self.optimizer.state_dict() if name == "last.pt" else None,

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from sam2train.clips import Prompt
+from sam2train.data_clips import stack_ignored
 from sam2train.data_source import Video
 from sam2train.evaluate import SeenFrame, TrackedVideo, Videos
 from sam2train.files import file_name, printable
@@ -81,6 +82,7 @@ class OverlayDrawer:
                 scores=[_mean_J(means.values(), t) for t in shown],
                 max_frames=len(shown),
                 names={number: printable(o) for o, number in numbers.items()},
+                ignore=stack_ignored([kept[t][1].ignore for t in shown], video.size),
             ),
             path,
         )
