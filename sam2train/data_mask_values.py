@@ -24,10 +24,13 @@ MaskValues = Literal["auto", "ids", "colours", "binary"]
 VOID = 255
 MOTS_IGNORE = 10000  # of the MOTS PNG format, whose ids are class * 1000 + number
 _MAX_COLOURS = 256  # of one picture; a photograph has more
+_MAX_OBJECTS = 64  # colours of a video; more are looked at as noise
+_VOID_COLOURS = (0xFFFFFF, 0xC0E0E0)  # white, and that of index 255 of DAVIS, R + 256 G + 65536 B
 _MAX_LEVELS = 8  # grey levels that were spread over 0..255
 _FLECKED = 0.05  # share of object pixels without a neighbour of their value: dithering has far more
 _BESIDE = 0.7  # share of the pixels of an outline that lie beside another value
 _MOSTLY = 0.6  # share of object pixels; smoothing leaves more than the rest untouched
+_RESIZED = 0.05  # share of object pixels on soft edges; small objects beside others are less
 _BACKGROUND = 0.6  # share of the border of all masks that makes a value the background
 _ON_BLEND = 16.0  # distance in RGB within which a colour counts as a mixture of two others
 _SETTING = "set dataset.mask_values to ids, colours or binary"
@@ -320,6 +323,18 @@ def _greys(facts: Sequence[MaskFacts]) -> Reading:
         between = sum(areas[v] for v in values if peak / 8 < v <= peak * 7 / 8)
         if len(near_white) > 2 and between < 0.1 * sum(areas[v] for v in near_white):
             return _half(values, f"{len(values)} grey values near black and white")
+    # Ids that were resized with interpolation leave values between the background and an id.
+    edges = [v for v in _edges(facts, values, keep=top) if v < top and v != peak]
+    solid = [value for value in values if value not in edges]
+    if top != peak and sum(areas[v] for v in edges) > _RESIZED * (areas.total() - areas[0]):
+        if len(solid) == 1:
+            half = _half(values, _smoothed_note(edges))
+            return half._replace(objects={solid[0]: half.objects[1]})
+        raise ValueError(
+            f"grey masks in which the values {_few(edges)} only lie along outlines, beside the ids "
+            f"{_few(solid)}: were they resized with interpolation? Resize them with the nearest "
+            "pixel, or set dataset.mask_values to ids if these are objects"
+        )
     if top == peak:
         if levels := _spread_levels(values, peak):
             note = f"grey levels {_few(values)} are {levels} steps of 0..{peak}: each is an object"
@@ -346,6 +361,18 @@ def _colours(facts: Sequence[MaskFacts], why: str) -> Reading:
     background = _background(facts)
     values = [value for value in _values(facts) if value != background]
     edges = _edges(facts, values, keep=None, background=background)
+    if len(values) > _MAX_OBJECTS:
+        areas = sum((one.areas for one in facts), Counter())
+        few = sum(area for _, area in areas.most_common(8))
+        if few > 0.95 * areas.total():
+            raise ValueError(
+                f"{len(values)} colours, of which 8 cover nearly all pixels: was the mask saved as "
+                "JPEG? Write it as PNG, or set dataset.mask_values to colours, or to binary for "
+                "one object"
+            )
+    outline = [v for v in edges if v in _VOID_COLOURS] if len(edges) <= 2 else []
+    edges = [value for value in edges if value not in outline]
+    values = [value for value in values if value not in outline]
     solid = [value for value in values if value not in edges]
     owners = {value: [value] for value in solid}
     ends = solid if background is None else [background, *solid]
@@ -366,9 +393,9 @@ def _colours(facts: Sequence[MaskFacts], why: str) -> Reading:
                 "dataset.mask_values to colours, or to binary for one object"
             )
     named = _named(list(owners))
-    ignored = ()
+    ignored = tuple(outline)
     if len(named) > 1 and VOID in named and _is_davis(owners):
-        ignored = tuple(owners.pop(named.pop(VOID)[0]))
+        ignored += tuple(owners.pop(named.pop(VOID)[0]))
     what = "each colour is an object"
     what += ", numbered as in the palette of DAVIS" if _is_davis(owners) else ""
     what += "" if _is_davis(owners) else ", its id R + 256 G + 65536 B"
@@ -452,9 +479,9 @@ def _refuse_dithering(facts: Sequence[MaskFacts], background: int | None) -> Non
     of_objects = areas.total() - areas[background]
     if sum(flecks.values()) > max(_FLECKED * of_objects, 8):
         raise ValueError(
-            f"dithered masks: pixels of the values {_few(sorted(flecks))} stand alone among others "
-            "(Pillow's convert('P') and quantize() do this); write them again without dithering "
-            f"(dither=Image.Dither.NONE), or {_SETTING}"
+            f"dithered masks, or ones saved as JPEG: pixels of the values {_few(sorted(flecks))} "
+            "stand alone among others (Pillow's convert('P') and quantize() dither); write them "
+            f"again as PNG without dithering (dither=Image.Dither.NONE), or {_SETTING}"
         )
 
 

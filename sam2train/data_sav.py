@@ -26,6 +26,7 @@ from sam2train.data_vos import VosVideos, find_masks, read_list
 from sam2train.errors import UserError
 from sam2train.files import natural_key, read_json
 
+MAX_FRAMES = 10**7  # of a film, for counts that are none
 FRAME_FOLDERS = ("JPEGImages_24fps", "JPEGImages", ".")
 
 
@@ -159,7 +160,9 @@ def _stride(
     """
     num_rows, last = len(content["masklet"]), numbers[-1]
     stated = content.get("video_frame_count")
-    num_frames = int(stated) if type(stated) in (int, float) and stated > last else last + 1
+    if type(stated) not in (int, float) or not 0 < stated < MAX_FRAMES:
+        stated = None
+    num_frames = last + 1 if stated is None else max(int(stated), last + 1)
     advice = "set dataset.annotation_stride to the frames from one labelled frame to the next"
     if is_film and stated is not None and abs(int(stated) - len(numbers)) > 1:
         told = (

@@ -242,16 +242,21 @@ def test_10000_beside_ids_of_mots_is_ignored(tmp_path):
         (lut(255, 0, 0), "value 255 lie along the border of all masks"),
         (
             lambda ids, t: Image.fromarray(DAVIS_COLOURS[ids]).convert("P"),
-            "dithered masks: .*without dithering",
+            "dithered masks.*without dithering",
         ),
         (
             lambda ids, t: Image.fromarray(COLOURS[ids]).convert("P"),
-            "dithered masks: .*without dithering",
+            "dithered masks.*without dithering",
         ),
         (
             lambda ids, t: blurred(Image.fromarray(lut(0, 127, 255)(ids, t))),
             "smoothed edges between several levels",
         ),
+        (
+            lambda ids, t: blurred(Image.fromarray(lut(0, 4, 9)(ids, t))),
+            "resized with interpolation",
+        ),
+        (lambda ids, t: jpeg(Image.fromarray(COLOURS[ids]), 100), "saved as JPEG"),
         (
             lambda ids, t: palette(
                 ids, [0, 0, 0, *np.random.default_rng(t).integers(1, 256, 6).tolist()]
@@ -259,7 +264,10 @@ def test_10000_beside_ids_of_mots_is_ignored(tmp_path):
             "palettes differ between frames",
         ),
     ],
-    ids=["100 and 255", "inverted", "dithered", "dithered more", "soft levels", "random palettes"],
+    ids=[
+        *("100 and 255", "inverted", "dithered", "dithered more", "soft levels", "resized ids"),
+        *("JPEG", "random palettes"),
+    ],
 )
 def test_what_may_mean_two_things_is_refused_with_the_setting_that_helps(tmp_path, change, message):
     write(tmp_path, change)
@@ -274,6 +282,33 @@ def test_a_photograph_is_no_mask(tmp_path):
     write(tmp_path, lambda ids, t: noise[t])
     with pytest.raises(UserError, match=r"mode RGB; .*at most 256 colours.*this one has \d{4}"):
         load(tmp_path)
+
+
+def test_a_white_line_round_colours_is_void(tmp_path):
+    table = np.full((256, 3), 255, np.uint8)
+    table[:3] = DAVIS_COLOURS
+    data = load(write(tmp_path, lambda ids, t: table[_void_ring(ids, 1)]))
+    assert list(masks_of(data)) == [1, 2]
+    np.testing.assert_array_equal(
+        data.read_ignore(data.videos[0], 1), _void_ring(TRUTH[1], 1) == 255
+    )
+
+
+def test_an_id_that_was_resized_with_interpolation_is_one_object(tmp_path):
+    soft = [blurred(Image.fromarray((TRUTH[t] == 1) * np.uint8(5))) for t in range(NUM_FRAMES)]
+    found = masks_of(load(write(tmp_path, lambda ids, t: soft[t])))
+    assert list(found) == [5]
+    for t in range(NUM_FRAMES):
+        np.testing.assert_array_equal(found[5][t], np.asarray(soft[t]) > 2.5)
+
+
+def test_small_objects_beside_others_stay_objects(tmp_path):
+    def change(ids, t):
+        ids = ids.copy()
+        ids[15:17, 35 - 3 * t : 37 - 3 * t] = 3  # a button on a coat
+        return ids
+
+    assert list(masks_of(load(write(tmp_path, change)))) == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
