@@ -70,9 +70,8 @@ class ClipPixels(NamedTuple):
     images: np.ndarray  # (T', H, W, 3) uint8
     masks: np.ndarray  # (T', N, H, W) bool
     object_ids: list[int | str]  # (N,)
-    ignore: np.ndarray | None = (
-        None  # (T', H, W) bool, pixels nobody decided on; None: there are none
-    )
+    # (T', H, W) bool, pixels nobody decided on; None: there are none
+    ignore: np.ndarray | None = None
 
 
 class VideoSource:
