@@ -131,8 +131,8 @@ def row_warnings(model: SAM2Model, experiment: Experiment) -> list[str]:
     if left and any(selects("memory", name) for name in trained):
         reasons = _joined(model.untrained_rows[row] for row in left)
         text = (
-            f"{_listed_rows(left)} of maskmem_tpos_enc start as {reasons} and stay so, while the "
-            "memory that is read with them is trained"
+            f"maskmem_tpos_enc keeps {reasons} in {_listed_rows(left)}, while the memory that is "
+            "read with them is trained"
         )
         if "maskmem_tpos_enc" not in trained:
             text += "; `memory` in model.trainable_modules trains the rows as well"

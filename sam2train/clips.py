@@ -12,13 +12,15 @@ Points are always (x, y) in pixels of the resized frame.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, KeysView, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict
 
 import cv2
 import numpy as np
 import torch
+
+from sam2train.errors import UserError
 
 # SAM 2 writes this mask logit on a whole frame where its object score is 0 or less (`NO_OBJ_SCORE`
 # in its code); it carries no gradient. A frame before an object's first prompt gets the same logit,
@@ -59,7 +61,7 @@ def is_empty(prompt: Prompt) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """One training sample. Fields read as attributes and, as in a plain dict, by name."""
+    """One training sample. Fields read as attributes, and by name: `clip["images"]`."""
 
     images: torch.Tensor  # (T, 3, H, W) float32, ImageNet-normalised
     masks: torch.Tensor  # (T, N, H, W) bool
@@ -73,31 +75,10 @@ class Clip:
     ignore: torch.Tensor | None = None
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self:
-            raise KeyError(f"a clip has no field {name!r}; it has {', '.join(self)}")
+        names = self.__dataclass_fields__
+        if name not in names:
+            raise KeyError(f"a clip has no field {name!r}; it has {', '.join(names)}")
         return getattr(self, name)
-
-    # Not a `Mapping`: torch's DataLoader would take one apart.
-    def keys(self) -> KeysView[str]:
-        return self.__dataclass_fields__.keys()
-
-    def items(self) -> list[tuple[str, Any]]:
-        return [(name, getattr(self, name)) for name in self.keys()]
-
-    def values(self) -> list[Any]:
-        return [value for _, value in self.items()]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return getattr(self, name) if name in self else default
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
-
-    def __len__(self) -> int:
-        return len(self.keys())
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.keys()
 
 
 @dataclass(frozen=True)
@@ -225,13 +206,12 @@ def collate_fn(clips: Sequence[Clip | Mapping[str, Any]]) -> BatchedVideoDatapoi
 
     Args:
         clips: B clips of one image size; lengths and numbers of objects may differ. Dicts with the
-            fields of a clip will do.
+            fields of a clip will do; without `frame_size`, frames count as large as the images.
+
+    Raises:
+        UserError: a dict without one of the other fields.
     """
-    names = Clip.__dataclass_fields__
-    clips = [
-        c if isinstance(c, Clip) else Clip(**{name: c[name] for name in names if name in c})
-        for c in clips
-    ]
+    clips = [clip if isinstance(clip, Clip) else _to_clip(clip) for clip in clips]
     num_frames = max(len(clip.images) for clip in clips)
     num_objects = [len(clip.object_ids) for clip in clips]
     images = [_pad_frames(clip.images, num_frames, repeat=True) for clip in clips]
@@ -273,6 +253,19 @@ def collate_fn(clips: Sequence[Clip | Mapping[str, Any]]) -> BatchedVideoDatapoi
         ],
         ignore=ignore,
     )
+
+
+def _to_clip(sample: Mapping[str, Any]) -> Clip:
+    names = Clip.__dataclass_fields__.keys()
+    optional = ("frame_size", "ignore")
+    if missing := [name for name in names if name not in sample and name not in optional]:
+        raise UserError(
+            f"collate_fn: a sample without {', '.join(missing)}; it has "
+            f"{', '.join(map(str, sample)) or 'nothing'}"
+        )
+    known = {"frame_size": tuple(sample["images"].shape[-2:]), **sample}
+    known["frame_indices"] = [int(t) for t in sample["frame_indices"]]
+    return Clip(**{name: known[name] for name in names if name in known})
 
 
 def _pad_frames(values: torch.Tensor, num_frames: int, *, repeat: bool) -> torch.Tensor:

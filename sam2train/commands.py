@@ -212,9 +212,10 @@ class Download(FileCommand):
 
     def run(self) -> int:
         experiment = self.experiment()
-        from sam2train.download import fetch_checkpoint
+        from sam2train.pretrained import fetch_checkpoint
 
-        fetch_checkpoint(experiment.model, _console())
+        model = experiment.model
+        fetch_checkpoint(model.checkpoint_path, model.config_path, _console())
         return 0
 
 

@@ -1,4 +1,4 @@
-"""A user who corrects: clicks where the prediction is wrong, simulated while a clip is tracked.
+"""Correction clicks: a simulated user clicks where the prediction is wrong while a clip is tracked.
 
 As SAM 2 is trained (`SAM2Train` in facebookresearch/sam2): frames are drawn to be corrected, the
 conditioning frames always among them; on each, several clicks follow one another, every one of them
@@ -87,7 +87,7 @@ class SimulatedUser:
         entropy = [self.seed, self.num_clips + clip]
         return np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(_STREAM, *where)))
 
-    def draw_frames(self, clip: int, conditioning: Collection[int], num_frames: int) -> set[int]:
+    def sample_frames(self, clip: int, conditioning: Collection[int], num_frames: int) -> set[int]:
         """The frames to correct: the conditioning ones, and some that are tracked after the first.
 
         Args:
@@ -119,11 +119,11 @@ class SimulatedUser:
         """
         draws, ignores = (
             torch.from_numpy(drawn).to(truth.device)
-            for drawn in self._draw_clicks(frame_idx, objects)
+            for drawn in self._sample_clicks(frame_idx, objects)
         )
         return Correction(self, truth, draws, ignores, ignore)
 
-    def _draw_clicks(
+    def _sample_clicks(
         self, frame_idx: int, objects: Sequence[tuple[int, int]]
     ) -> tuple[np.ndarray, np.ndarray]:
         """`Correction.draws` and `.ignores`. Of a clip, all objects ignore the prediction or none,
@@ -205,7 +205,7 @@ class Correction:
         first: DecoderPass,
         decode: Callable[[dict[str, torch.Tensor], torch.Tensor], DecoderPass],
     ) -> tuple[dict[str, torch.Tensor], list[DecoderPass]]:
-        """Click and decode, again and again.
+        """Decode once more after each of the correction clicks.
 
         Args:
             points: the prompt that the frame began with, None on a tracked frame.

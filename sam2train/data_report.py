@@ -22,7 +22,7 @@ from sam2train.data_clips import ClipDataset
 from sam2train.data_source import DataError, Video, VideoSource, listed
 from sam2train.datasets import DatasetConfig, build_dataset
 from sam2train.errors import UserError
-from sam2train.machine import cell, num_cores
+from sam2train.machine import cell, num_cores, say
 from sam2train.transforms import AugmentConfig
 
 if TYPE_CHECKING:
@@ -70,10 +70,6 @@ class DataReport:
 
     def show(self, console: Console) -> None:
         """The report for people."""
-
-        def say(text: str, style: str = "") -> None:
-            console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
-
         table = Table("", *self.splits, title="Data", title_justify="left")
         for name in next(iter(self.splits.values())).statistics:
             table.add_row(
@@ -83,19 +79,19 @@ class DataReport:
         console.print(table)
         for name, part in [*self.splits.items(), ("between the splits", self)]:
             if part.errors or part.warnings or part.notes:
-                say(f"\n{name}: {part.path}" if part is not self else f"\n{name}")
+                say(console, f"\n{name}: {part.path}" if part is not self else f"\n{name}")
             for kind, style in (("note", ""), ("error", "red"), ("warning", "yellow")):
                 lines = getattr(part, f"{kind}s")
                 for line in lines[:_SHOWN]:
-                    say(f"  {kind}: {line}", style)
+                    say(console, f"  {kind}: {line}", style)
                 if more := len(lines[_SHOWN:]):
-                    say(f"  and {more} more of these; --json lists all", style)
+                    say(console, f"  and {more} more of these; --json lists all", style)
         ends = {
             "ok": "all frames and masks can be read",
             "warning": "all frames and masks can be read; see the warnings",
             "error": "this data needs a repair",
         }
-        say(f"\n{ends[self.verdict]}")
+        say(console, f"\n{ends[self.verdict]}")
 
 
 def check_data(config: DatasetConfig, console: Console | None = None) -> DataReport:

@@ -219,7 +219,7 @@ class DatasetConfig(Section):
     @field_validator("dataset_type", mode="before")
     @classmethod
     def _known_format(cls, name: Any) -> Any:
-        if name not in FORMATS:
+        if not isinstance(name, str) or name not in FORMATS:
             near = difflib.get_close_matches(str(name), FORMATS, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"expected one of {', '.join(FORMATS)}{hint}")
@@ -235,13 +235,16 @@ class DatasetConfig(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> DatasetConfig:
         check_prompts(self, self.prompt_types, self.prompt_weights)
-        own = FORMATS[self.dataset_type].keys
-        for key in {k: None for known in FORMATS.values() for k in known.keys if k not in own}:
-            if getattr(self, key) != type(self).model_fields[key].get_default(
-                call_default_factory=True
-            ):
-                takers = " or ".join(f'"{n}"' for n, known in FORMATS.items() if key in known.keys)
-                raise ValueError(f"{key} is for dataset_type {takers}; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _keys_fit_the_format(self) -> DatasetConfig:
+        for key in sorted({key for known in FORMATS.values() for key in known.keys}):
+            readers = [name for name, known in FORMATS.items() if key in known.keys]
+            default = type(self).model_fields[key].get_default(call_default_factory=True)
+            if self.dataset_type not in readers and getattr(self, key) != default:
+                names = " or ".join(f'"{name}"' for name in readers)
+                raise ValueError(f"{key} is for dataset_type {names}; remove it")
         return self
 
 

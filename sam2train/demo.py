@@ -25,8 +25,9 @@ from pycocotools import mask as rle
 
 from sam2train.demo_videos import MIN_AREA, SIZE, DemoSplit, make_video
 from sam2train.errors import UserError
-from sam2train.files import REPOSITORY, resolve_path
+from sam2train.files import REPOSITORY, read_json, resolve_path
 
+_EXPECTED = "expected the manifest that the generator wrote"
 GENERATOR_VERSION = 1  # raise it when the same DemoSplit should give other pictures
 JPEG_QUALITY = 88
 
@@ -132,7 +133,7 @@ def is_demo_path(path: str | Path) -> bool:
 def is_intact(path: Path, split: DemoSplit) -> bool:
     """Whether the split at .../annotations.json is complete, unchanged and of this recipe."""
     try:
-        manifest = json.loads((path.parent / "manifest.json").read_text())
+        manifest = read_json(path.parent / "manifest.json", _EXPECTED)
         return manifest["recipe"] == recipe(split) and manifest["sha256"] == digest(path.parent)
     except (
         OSError,
@@ -146,7 +147,7 @@ def is_intact(path: Path, split: DemoSplit) -> bool:
 def matches_recorded(path: str | Path) -> bool:
     """Whether an ensured split has the bytes in DIGESTS; other OpenCV builds round differently."""
     path = Path(path)
-    manifest = json.loads(path.with_name("manifest.json").read_text())
+    manifest = read_json(path.with_name("manifest.json"), _EXPECTED)
     return manifest["sha256"] == DIGESTS.get(path.parent.name)
 
 

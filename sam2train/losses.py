@@ -1,5 +1,8 @@
 """SAM 2's training loss: focal, dice, IoU and object score, on the best of the mask candidates.
 
+`TERMS` lists what is summed. A new term is a function of a `SupervisedPass` and a line there; it
+then has a weight in the `loss:` section and is logged as `loss/<name>`.
+
 Formulas and conventions follow `MultiStepMultiMasksAndIous` in facebookresearch/sam2, which sums
 over frames and decoder passes and divides by the number of objects of the whole optimiser step, on
 all its devices.
@@ -7,27 +10,120 @@ all its devices.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, create_model
 
 from sam2train.clips import NO_OBJECT_LOGIT, FramePrediction
 from sam2train.config import Section
 
-SUMS = ("focal", "dice", "iou", "object_score", "visible", "gated", "gated_loss")
+
+@dataclass(frozen=True)
+class SupervisedPass:
+    """One decoder pass over n objects beside the truth: what a term is computed from."""
+
+    candidates: torch.Tensor  # (n, M, H, W) float32 mask logits
+    iou_predictions: torch.Tensor  # (n, M) float32
+    object_score_logits: torch.Tensor  # (n,) float32
+    target: torch.Tensor  # (n, H, W) bool; all False where an object is absent
+    kept: torch.Tensor | None  # (n, 1, H, W) bool, the pixels that have a label; None: all have
+    config: LossConfig
+
+    @cached_property
+    def visible(self) -> torch.Tensor:
+        """(n,) bool"""
+        return self.target.flatten(1).any(1)
+
+    @cached_property
+    def truth(self) -> torch.Tensor:
+        """(n, M, H, W) float32: the target beside each candidate."""
+        return self.target[:, None].float().expand_as(self.candidates)
+
+    @cached_property
+    def focal(self) -> torch.Tensor:
+        """(n, M) focal loss of each candidate, the mean over its pixels that have a label."""
+        alpha, gamma = self.config.focal_alpha, self.config.focal_gamma
+        losses = focal_loss(self.candidates, self.truth, alpha, gamma)
+        if self.kept is None:
+            return losses.mean((-2, -1))
+        return (losses * self.kept).sum((-2, -1)) / self.kept.sum((-2, -1)).clamp(min=1)
+
+    @cached_property
+    def dice(self) -> torch.Tensor:
+        """(n, M) dice loss of each candidate."""
+        return dice_loss(self.candidates, self.truth, self.kept)
+
+    @cached_property
+    def best(self) -> torch.Tensor:
+        """(n, 1) index of the candidate of least loss, on which masks learn. The one that enters
+        the memory is another choice: that of highest predicted IoU."""
+        loss = self.config.focal * self.focal + self.config.dice * self.dice
+        return loss.argmin(1, keepdim=True)
+
+    def reduce(self, losses: torch.Tensor, *, mean: bool) -> torch.Tensor:
+        """(n, M) losses of the candidates -> (n,): their mean, or that of the best one; 0 where the
+        object is absent."""
+        reduced = losses.mean(1) if mean else losses.gather(1, self.best)[:, 0]
+        return reduced * self.visible
 
 
-class LossConfig(Section):
-    """The `loss:` section: weights of the terms; the defaults are SAM 2's."""
+def focal_term(decoded: SupervisedPass) -> torch.Tensor:
+    return decoded.reduce(decoded.focal, mean=decoded.config.all_candidates)
 
-    focal: float = Field(20.0, ge=0)
-    dice: float = Field(1.0, ge=0)
-    iou: float = Field(1.0, ge=0)
-    object_score: float = Field(
-        1.0, ge=0, description="at 0 a wrong 'absent' is never corrected: no other term reaches it"
+
+def dice_term(decoded: SupervisedPass) -> torch.Tensor:
+    return decoded.reduce(decoded.dice, mean=decoded.config.all_candidates)
+
+
+def iou_term(decoded: SupervisedPass) -> torch.Tensor:
+    iou = mask_iou(decoded.candidates, decoded.truth, decoded.kept)
+    difference = decoded.iou_predictions - iou
+    error = difference.abs() if decoded.config.iou_l1 else difference**2
+    return decoded.reduce(error, mean=decoded.config.supervise_all_iou)
+
+
+def object_score_term(decoded: SupervisedPass) -> torch.Tensor:
+    """At 0 a wrong "absent" is never corrected: no other term reaches it."""
+    return F.binary_cross_entropy_with_logits(
+        decoded.object_score_logits, decoded.visible.float(), reduction="none"
     )
+
+
+class Term(NamedTuple):
+    """One term of the loss."""
+
+    name: str  # the key of its weight in the `loss:` section
+    weight: float  # where the section does not say
+    # The (n,) losses of the objects of a decoder pass, 0 where one does not count. Padding frames
+    # are left out afterwards. The docstring says what the weight does, where that is not plain.
+    function: Callable[[SupervisedPass], torch.Tensor]
+
+
+TERMS = [
+    Term("focal", 20.0, focal_term),
+    Term("dice", 1.0, dice_term),
+    Term("iou", 1.0, iou_term),
+    Term("object_score", 1.0, object_score_term),
+]
+
+_Weights = create_model(
+    "_Weights",
+    __base__=Section,
+    **{
+        name: (float, Field(weight, ge=0, description=function.__doc__))
+        for name, weight, function in TERMS
+    },
+)
+
+
+class LossConfig(_Weights):
+    """The `loss:` section: a weight for each of `TERMS`, and options; the defaults are SAM 2's."""
+
     focal_alpha: float = Field(0.25, ge=0, le=1)
     focal_gamma: float = Field(2.0, ge=0)
     all_candidates: bool = Field(
@@ -115,19 +211,20 @@ def sum_losses(
     valid: torch.Tensor | None = None,
     ignore: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Sums over frames, decoder passes and objects, () each and not weighted: `focal`, `dice`,
-    `iou`, `object_score`; `visible` and `gated`, how many; `gated_loss`. Zeros where no object has
-    a prompt. Those of several batches add up to those of one batch of all their clips.
+    """Sums over frames, decoder passes and objects, () each: `loss/<name>` of each term, not
+    weighted; `gate/visible` and `gate/gated`, how many; `gate/loss`, weighted. Zeros where no
+    object has a prompt. Those of several batches add up to those of one batch of all their clips.
 
     Args: see `compute_losses`.
     """
-    sums = {name: torch.zeros((), device=targets.device) for name in SUMS}
+    names = [*(f"loss/{name}" for name, _, _ in TERMS), "gate/visible", "gate/gated", "gate/loss"]
+    sums = {name: torch.zeros((), device=targets.device) for name in names}
     for frame_idx, passes in enumerate(frames):
         for prediction in passes:
             target = targets[frame_idx, prediction.objects]
-            weight = None if valid is None else valid[frame_idx, prediction.objects]
+            counted = None if valid is None else valid[frame_idx, prediction.objects]
             left_out = None if ignore is None else ignore[frame_idx, prediction.objects]
-            for name, value in _pass_losses(prediction, target, weight, left_out, config).items():
+            for name, value in _sum_pass(prediction, target, counted, left_out, config).items():
                 sums[name] = sums[name] + value
     return sums
 
@@ -135,72 +232,57 @@ def sum_losses(
 def divide_losses(
     sums: Mapping[str, torch.Tensor], num_objects: int, config: LossConfig
 ) -> dict[str, torch.Tensor]:
-    """`loss`, its unweighted terms `loss/focal`, `loss/dice`, `loss/iou`, `loss/object_score`, and
-    the gate: `gate/fraction` of the visible objects that SAM 2 called absent and `gate/loss`, the
-    weighted part of `loss` on their masks, which reaches no weight.
+    """`loss`, its terms `loss/<name>`, not weighted, and the gate: `gate/fraction` of the visible
+    objects that SAM 2 called absent and `gate/loss`, the weighted part of `loss` on their masks,
+    which reaches no weight of the model.
 
     Args:
         sums: of `sum_losses`.
         num_objects: of the whole optimiser step, in all its batches, with a prompt or without.
     """
-    weights = {name: getattr(config, name) for name in ("focal", "dice", "iou", "object_score")}
-    scaled = {name: sums[name] / max(num_objects, 1) for name in weights}
+    num_objects = max(num_objects, 1)
+    # A term that is put into TERMS while the program runs has no key in the section.
+    weights = {name: getattr(config, name, weight) for name, weight, _ in TERMS}
+    scaled = {name: sums[f"loss/{name}"] / num_objects for name in weights}
     return {
         "loss": sum(weights[name] * value for name, value in scaled.items()),
         **{f"loss/{name}": value.detach() for name, value in scaled.items()},
-        "gate/fraction": sums["gated"] / sums["visible"].clamp(min=1),
-        "gate/loss": sums["gated_loss"] / max(num_objects, 1),
+        "gate/fraction": sums["gate/gated"] / sums["gate/visible"].clamp(min=1),
+        "gate/loss": sums["gate/loss"] / num_objects,
     }
 
 
-def _pass_losses(
+def _sum_pass(
     prediction: FramePrediction,
     target: torch.Tensor,
-    valid: torch.Tensor | None,
+    counted: torch.Tensor | None,
     ignore: torch.Tensor | None,
     config: LossConfig,
 ) -> dict[str, torch.Tensor]:
-    """Sums over the n objects of one decoder pass, (), not yet weighted.
+    """`sum_losses` of one decoder pass.
 
     Args:
         target: (n, H, W) bool.
-        valid: (n,) bool or None.
-        ignore: (n, H, W) bool or None.
+        counted: (n,) bool, False on padding; None where all count.
+        ignore: (n, H, W) bool, pixels without a label; None where all have one.
     """
-    candidates = prediction.mask_logits.float()  # (n, M, H, W)
-    truth = target[:, None].float().expand_as(candidates)
-    visible = target.flatten(1).any(1)
-    counted = torch.ones_like(visible) if valid is None else valid
-    present = (visible & counted).float()
-
-    focal = focal_loss(candidates, truth, config.focal_alpha, config.focal_gamma)
-    kept = None if ignore is None else ~ignore[:, None]  # (n, 1, H, W)
-    if kept is None:
-        focal = focal.mean((-2, -1))
-    else:
-        focal = (focal * kept).sum((-2, -1)) / kept.sum((-2, -1)).clamp(min=1)
-    dice = dice_loss(candidates, truth, kept)  # (n, M)
-    predicted_iou = prediction.iou_predictions.float()
-    difference = predicted_iou - mask_iou(candidates, truth, kept)
-    iou = difference.abs() if config.iou_l1 else difference**2
-
-    # Masks learn on the candidate of least loss; the one that enters the memory is another choice.
-    best = (config.focal * focal + config.dice * dice).argmin(1, keepdim=True)  # (n, 1)
-    if config.all_candidates:
-        focal, dice = focal.mean(1), dice.mean(1)
-    else:
-        focal, dice = focal.gather(1, best)[:, 0], dice.gather(1, best)[:, 0]
-    iou = iou.mean(1) if config.supervise_all_iou else iou.gather(1, best)[:, 0]
-    score = F.binary_cross_entropy_with_logits(
-        prediction.object_score_logits[:, 0].float(), visible.float(), reduction="none"
+    decoded = SupervisedPass(
+        candidates=prediction.mask_logits.float(),
+        iou_predictions=prediction.iou_predictions.float(),
+        object_score_logits=prediction.object_score_logits[:, 0].float(),
+        target=target,
+        kept=None if ignore is None else ~ignore[:, None],
+        config=config,
     )
-    gated = (candidates.detach()[:, 0, 0, 0] == NO_OBJECT_LOGIT) & visible & counted
+    if counted is None:
+        counted = torch.ones_like(decoded.visible)
+    losses = {name: function(decoded) for name, _, function in TERMS}  # (n,) each
+    on_masks = config.focal * losses["focal"] + config.dice * losses["dice"]
+    visible = decoded.visible & counted
+    gated = (decoded.candidates.detach()[:, 0, 0, 0] == NO_OBJECT_LOGIT) & visible
     return {
-        "focal": (focal * present).sum(),
-        "dice": (dice * present).sum(),
-        "iou": (iou * present).sum(),
-        "object_score": (score * counted).sum(),
-        "gated": gated.sum(),
-        "visible": present.sum(),
-        "gated_loss": ((config.focal * focal + config.dice * dice).detach() * gated).sum(),
+        **{f"loss/{name}": (value * counted).sum() for name, value in losses.items()},
+        "gate/visible": visible.sum(),
+        "gate/gated": gated.sum(),
+        "gate/loss": (on_masks.detach() * gated).sum(),
     }

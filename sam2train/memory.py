@@ -83,7 +83,8 @@ def track_clip(
 class Memory:
     """What one frame leaves in the memory bank, for n objects: what later frames can read of it."""
 
-    # Of the image with the decoded mask; None on a frame that nobody reads, and at num_maskmem 0.
+    # Of the image with the decoded mask; None where no frame reads them: on the last frame, and at
+    # num_maskmem 0.
     features: torch.Tensor | None  # (n, C of the memory, H / 16, W / 16)
     positions: torch.Tensor | None  # position encoding of the features, of the same shape
     obj_ptr: torch.Tensor  # (n, C) object pointer

@@ -291,7 +291,7 @@ class SAM2Model(nn.Module):
                 "SAM2Model.forward: correction clicks need the masks; give them as well"
             )
         groups = group_objects(
-            inputs.prompts, inputs.lengths, interaction and interaction.draw_frames
+            inputs.prompts, inputs.lengths, interaction and interaction.sample_frames
         )
         features = self.encode_images(inputs.images.to(self.device))
         outputs = self._track_groups(inputs, groups, features, interaction)

@@ -1,4 +1,5 @@
-"""The objects of a batch, from either input layout to groups that SAM 2 can track together."""
+"""What the forward pass is given, in either layout, and its objects in groups that SAM 2 can track
+together."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ class TrackingInput:
     ignore: torch.Tensor | None  # (T, O, H, W) bool: pixels that no correction click may go to
     prompts: Sequence[Sequence[Prompt]]  # of each clip
     object_valid: torch.Tensor  # (B, N) bool with O true entries
-    # Real frames of each clip. Padding comes after them: nobody looks at it, not even SAM 2's time
-    # code, so a clip gets the same answer in every batch.
+    # Real frames of each clip. The padding after them is not tracked, and SAM 2's time code does
+    # not count it, so that a clip gets the same masks in every batch.
     lengths: list[int]
 
 
@@ -52,7 +53,7 @@ def read_datapoint(
     if prompts is None:
         prompts = getattr(batch, "prompts", None)
     if prompts is None:
-        prompts = mask_prompts(batch)
+        prompts = _mask_prompts(batch)
     clip_prompts = _check_prompts(prompts, num_clips, image_size)
     object_valid = getattr(batch, "object_valid", None)
     if object_valid is None:
@@ -122,16 +123,16 @@ class ObjectGroup:
 def group_objects(
     clip_prompts: Sequence[Sequence[Prompt]],
     lengths: Sequence[int],
-    draw_corrected: Callable[[int, Collection[int], int], Collection[int]] | None = None,
+    sample_corrected: Callable[[int, Collection[int], int], Collection[int]] | None = None,
 ) -> list[ObjectGroup]:
-    """Groups of the objects of a batch; one whose prompts are all empty is in none.
+    """Groups of the objects of a batch; an object whose prompts are all empty is in no group.
 
     Args:
         clip_prompts: of each clip; the objects of the batch are counted in their order.
         lengths: real frames of each clip.
-        draw_corrected: (clip, conditioning frames, length) -> the frames that get correction
-            clicks; it is not asked for objects that were given a mask. Only objects with the same
-            ones share a group.
+        sample_corrected: (clip, conditioning frames, length) -> the frames that get correction
+            clicks; it is not called for objects that are prompted with a mask. Objects of one group
+            have the same corrected frames.
 
     Raises:
         UserError: a prompt outside its clip, or two for one object on one frame.
@@ -139,7 +140,7 @@ def group_objects(
     groups: dict[tuple, list[tuple[int, tuple[int, int], dict[int, Prompt]]]] = {}
     index = 0
     for clip, (prompts, length) in enumerate(zip(clip_prompts, lengths, strict=True)):
-        for place, (object_id, own) in enumerate(by_object(prompts).items()):
+        for place, (object_id, own) in enumerate(_by_object(prompts).items()):
             on_frame: dict[int, Prompt] = {}
             for prompt in own:
                 if is_empty(prompt):
@@ -158,8 +159,9 @@ def group_objects(
                 on_frame[frame_idx] = prompt
             if on_frame:
                 conditioning, corrected = tuple(sorted(on_frame)), ()
-                if draw_corrected is not None and all(p["mask"] is None for p in on_frame.values()):
-                    corrected = tuple(sorted(draw_corrected(clip, conditioning, length)))
+                has_mask = any(p["mask"] is not None for p in on_frame.values())
+                if sample_corrected is not None and not has_mask:
+                    corrected = tuple(sorted(sample_corrected(clip, conditioning, length)))
                 key = (length, conditioning, corrected)
                 groups.setdefault(key, []).append((index, (clip, place), on_frame))
             index += 1
@@ -175,7 +177,7 @@ def group_objects(
     ]
 
 
-def by_object(prompts: Sequence[Prompt]) -> dict[int | str, list[Prompt]]:
+def _by_object(prompts: Sequence[Prompt]) -> dict[int | str, list[Prompt]]:
     """Object id -> its prompts; objects in the order of their first prompt."""
     objects: dict[int | str, list[Prompt]] = {}
     for prompt in prompts:
@@ -204,8 +206,8 @@ def split_by_kind(prompts: Sequence[Prompt], device: torch.device):
             )
 
 
-def mask_prompts(batch: Any) -> list[list[Prompt]]:
-    """A mask prompt on frame 0 for each object: what SAM 2's own datapoint is understood to say."""
+def _mask_prompts(batch: Any) -> list[list[Prompt]]:
+    """A mask prompt on frame 0 for each object: SAM 2's own datapoint carries no prompts."""
     prompts: list[list[Prompt]] = [[] for _ in range(batch.num_videos)]
     for index, clip in enumerate(batch.obj_to_frame_idx[0, :, 1].tolist()):
         prompts[clip].append({**empty_prompt(index, 0), "mask": batch.masks[0, index]})
@@ -227,7 +229,7 @@ def _valid_objects(
     clip_prompts: Sequence[Sequence[Prompt]], masks: torch.Tensor | None
 ) -> torch.Tensor:
     """(B, N) bool: as many objects of a clip as its prompts name; N as wide as the masks."""
-    counts = torch.tensor([len(by_object(prompts)) for prompts in clip_prompts])
+    counts = torch.tensor([len(_by_object(prompts)) for prompts in clip_prompts])
     num_objects = int(counts.max()) if masks is None else masks.shape[2]
     if int(counts.max()) > num_objects:
         raise UserError(
@@ -299,7 +301,7 @@ def _check_prompt(given: Mapping[str, Any], image_size: int) -> Prompt:
 
 def _check_objects(clip_prompts: Sequence[Sequence[Prompt]], counts: Sequence[int]) -> None:
     for clip, (prompts, count) in enumerate(zip(clip_prompts, counts, strict=True)):
-        named = len(by_object(prompts))
+        named = len(_by_object(prompts))
         if named != count:
             raise UserError(
                 f"SAM2Model.forward: prompts name {named} objects in clip {clip}, the datapoint "

@@ -13,7 +13,7 @@ from sam2train.config import Section
 from sam2train.errors import UserError
 from sam2train.pretrained import selects
 
-TRUNK = "image_encoder.trunk"
+_TRUNK = "image_encoder.trunk"
 
 
 class OptimizerConfig(Section):
@@ -156,9 +156,9 @@ def _layer_scales(
     `layer_decay_param_modifier` gives it; no entry for 1."""
     if config.layer_decay == 1 and not config.layer_decay_overrides:
         return {}
-    trunk_names = [name for name in parameters if name.startswith(f"{TRUNK}.")]
+    trunk_names = [name for name in parameters if name.startswith(f"{_TRUNK}.")]
     _check_patterns("layer_decay_overrides", config.layer_decay_overrides, trunk_names)
-    trunk = sam2.get_submodule(TRUNK)
+    trunk = sam2.get_submodule(_TRUNK)
     last = trunk.get_num_layers() + 1
     scales = {}
     for name in trunk_names:

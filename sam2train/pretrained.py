@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import urllib.error
+import urllib.request
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from sam2train.errors import UserError
 from sam2train.files import REPOSITORY, resolve_path
+from sam2train.machine import say
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 DOWNLOAD_ADDRESS = "https://dl.fbaipublicfiles.com/segment_anything_2/092824/"
 PUBLISHED = tuple(f"sam2.1_hiera_{size}.pt" for size in ("tiny", "small", "base_plus", "large"))
+_TIMEOUT = 30.0  # seconds without a byte
 
 # The guide's names of SAM 2's parts.
 MODULES = {
@@ -336,3 +343,70 @@ def match_parameters(
             )
         selected.update(matched)
     return selected
+
+
+def fetch_checkpoint(
+    checkpoint_path: str | Path | None, config_path: str | Path, console: Console
+) -> Path:
+    """The file at `checkpoint_path`, downloaded unless it is there, and loaded strictly.
+
+    Meta publishes no checksum, so the proof of a good file is that its tensors are those of the
+    model in `config_path`. A download gets a temporary name, and its own once it has passed.
+
+    Raises:
+        UserError: a file that is not published, a failed download, or one that does not load.
+    """
+    if checkpoint_path is None:
+        raise UserError("--download: model.checkpoint_path is null, nothing to fetch")
+    target = resolve_path(checkpoint_path)
+    if target.is_file():
+        _check_loads(target, config_path)
+        say(console, f"{target} is there, and loads")
+        return target
+    if target.name not in PUBLISHED:
+        raise UserError(
+            f"--download: Meta publishes no {target.name}; model.checkpoint_path must end in "
+            + ", ".join(PUBLISHED)
+        )
+    address = DOWNLOAD_ADDRESS + target.name
+    partial = target.with_name(target.name + ".part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _download(address, partial, console)
+        _check_loads(partial, config_path)
+        partial.replace(target)
+    except OSError as problem:  # no network, no such page, a full disk
+        raise UserError(
+            f"--download: {address} could not be fetched to {target}: {problem}. Fetch it on a "
+            "machine with a network and copy it there"
+        ) from None
+    finally:
+        partial.unlink(missing_ok=True)
+    say(console, f"{target} is complete, and loads")
+    return target
+
+
+def _download(address: str, partial: Path, console: Console) -> None:
+    from rich.progress import Progress
+
+    try:
+        with (
+            urllib.request.urlopen(address, timeout=_TIMEOUT) as reply,
+            open(partial, "wb") as file,
+            Progress(console=console, transient=True) as progress,
+        ):
+            size = int(reply.headers.get("Content-Length") or 0)
+            task = progress.add_task(address, total=size or None)
+            while chunk := reply.read(1 << 20):
+                file.write(chunk)
+                progress.advance(task, len(chunk))
+    except urllib.error.HTTPError as problem:
+        problem.close()  # it holds the connection
+        raise OSError(f"the server answers {problem.code} {problem.reason}") from None
+    if size and partial.stat().st_size != size:
+        raise OSError(f"the connection ended after {partial.stat().st_size:,} of {size:,} bytes")
+
+
+def _check_loads(path: Path, config_path: str | Path) -> None:
+    # Neither of the two sizes decides about the shape of a weight: rows are fitted on loading.
+    load_weights(build_sam2(resolve_config(config_path), image_size=512, num_maskmem=7), path)

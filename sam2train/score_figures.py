@@ -107,10 +107,10 @@ def horizon_figure(
 
 
 def _at_the_gate(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What the object score says at 0, in the words of a legend; a share for each kind of frame."""
+    """What the object score says at 0, for a legend: a line for each kind of frame."""
     words = {ABSENCE_RECALL: "recall of absence", FALSE_ABSENCES: "false absences"}
     shares = {row["metric"]: f"{row['value']:.3f} (n={row['count']})" for row in rows}
-    return ", ".join(f"{words[name]} {shares[name]}" for name in words if name in shares)
+    return "\n".join(f"{words[name]} {shares[name]}" for name in words if name in shares)
 
 
 def _draw_bins(

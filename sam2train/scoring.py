@@ -27,9 +27,9 @@ from sam2train.evaluate import (
 )
 from sam2train.files import natural_key, resolve_path, write_rows
 from sam2train.horizon import ABSENCE_RECALL, FALSE_ABSENCES, frame_rows, horizon_rows
-from sam2train.intervals import Interval, paired_bootstrap
 from sam2train.machine import cell
 from sam2train.metrics import BASE, COPY
+from sam2train.stats import Interval, paired_bootstrap
 
 LABELS = {BASE: "untouched base checkpoint", COPY: "copy the first mask"}
 
@@ -289,21 +289,21 @@ class RowsFile:
     """A CSV that grows with a run and is whole at any time.
 
     Args:
-        first_step: a resumed run's; rows of later steps are dropped, they come again. 0 starts
-            anew.
+        last_step: of a resumed run, the last that was scored; rows of later steps are dropped, they
+            come again. None starts anew.
 
     Raises:
         UserError: a file that is no such CSV.
     """
 
-    def __init__(self, path: Path, columns: Sequence[str], first_step: int = 0):
+    def __init__(self, path: Path, columns: Sequence[str], last_step: int | None = None):
         self.path, self.columns = path, tuple(columns)
         self.rows: list[Mapping[str, Any]] = []
-        if first_step and path.is_file():
+        if last_step is not None and path.is_file():
             with open(path, encoding="utf-8", newline="") as file:
                 found = list(csv.DictReader(file))
             try:
-                self.rows = [row for row in found if int(row["step"]) <= first_step]
+                self.rows = [row for row in found if int(row["step"]) <= last_step]
             except (KeyError, TypeError, ValueError):
                 raise UserError(
                     f"{path}: expected the columns {', '.join(columns)}, as this run wrote them; "

@@ -9,26 +9,27 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 
 from sam2train.config import build, flatten
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment
-from sam2train.files import write_text
-from sam2train.intervals import seed_difference
-from sam2train.results import over_seeds
+from sam2train.files import file_name, write_text
+from sam2train.machine import cell, say
+from sam2train.results import compare_groups
 from sam2train.sweep_file import Sweep, check_values, grid, in_grid, load_sweep, show_value
 from sam2train.sweep_search import examples, trials_to_stop
 from sam2train.sweep_trials import (
@@ -85,7 +86,7 @@ def run_sweep(
         UserError: what is wrong with the sweep, or with going on in this folder.
     """
     sweep = load_sweep(path, extra)
-    folder = folder or Path("runs/sweeps") / sweep.name
+    folder = folder or Path("runs/sweeps") / file_name(sweep.name)
     return _LocalSweep(sweep, folder, count, jobs, console or Console()).run()
 
 
@@ -138,7 +139,7 @@ class _LocalSweep:
                 self._keep()
         _show_results(self.sweep, self.trials, self.folder, self.console)
         if code:
-            _say("stopped; the same command goes on from here", self.console)
+            say(self.console, "stopped; the same command goes on from here")
             return code
         return int(any(not trial.over for trial in self.trials[: self.total]))
 
@@ -236,7 +237,7 @@ class _LocalSweep:
         from sam2train.demo import resolve_data_path
 
         for path in self._data:
-            resolve_data_path(path, self.console.print)
+            resolve_data_path(path, partial(say, self.console))
 
     def _recall(self) -> None:
         """Take over the trials of earlier sittings; UserError if they were of another sweep."""
@@ -297,7 +298,7 @@ class _LocalSweep:
 
     def _say(self, trial: Trial) -> None:
         if not self.console.is_terminal:
-            _say(_trial_line(self.sweep, trial), self.console)
+            say(self.console, _trial_line(self.sweep, trial))
 
 
 def _exit(number: int, _: Any) -> None:
@@ -322,12 +323,13 @@ def _live_table(sweep: Sweep, trials: Sequence[Trial], total: int, jobs: int, ro
         if any(trial.state == state for trial in trials)
     )
     title = f"{sweep.name}: {counts or 'nothing yet'} of {total}"
-    table = Table(title=title + (f"; about {left} left" if left else ""), title_justify="left")
+    title = cell(title + (f"; about {left} left" if left else ""), "table.title")
+    table = Table(title=title, title_justify="left")
     table.add_column("trial")
     for name in _varying(sweep):
-        table.add_column(_short_names(sweep)[name], overflow="fold")
+        table.add_column(cell(_short_names(sweep)[name]), overflow="fold")
     for heading in ("state", "step", sweep.config.metric.name, "left"):
-        table.add_column(heading, justify="right")
+        table.add_column(cell(heading), justify="right")
     order = {"running": 0, "failed": 1, "interrupted": 1, "finished": 2, "stopped": 2}
     shown = sorted(trials, key=lambda trial: (order.get(trial.state, 3), trial.name))[
         : max(rows, 3)
@@ -336,8 +338,8 @@ def _live_table(sweep: Sweep, trials: Sequence[Trial], total: int, jobs: int, ro
         style = _STYLES.get(trial.state, "dim")
         table.add_row(
             trial.name,
-            *(escape(show_value(trial.values.get(name))) for name in _varying(sweep)),
-            f"[{style}]{trial.state}[/{style}]",
+            *(cell(show_value(trial.values.get(name))) for name in _varying(sweep)),
+            cell(trial.state, style),
             f"{trial.step}/{trial.num_steps}",
             "" if trial.score is None else f"{trial.score:.3f}",
             _show_seconds(_left(trial)) if trial.state == "running" else "",
@@ -411,31 +413,31 @@ def _results_frame(sweep: Sweep, trials: Sequence[Trial]) -> pd.DataFrame:
 def _ranking(sweep: Sweep, trials: Sequence[Trial]) -> pd.DataFrame:
     """Finished trials with a score, grouped over seeds, best first.
 
-    Columns: the parameters as text; mean, low, high, num and text of `over_seeds`; difference, from
-    the best, seed by seed where they have the same seeds.
+    Columns: the parameters as text; mean; text, difference and p of `compare_groups`, the
+    difference from the best.
     """
     import pandas as pd
 
     names = [name for name in _varying(sweep) if name != _SEED]
-    groups: dict[str, dict[int, float]] = {}  # the values -> seed -> score
+    groups: dict[str, list[dict[str, Any]]] = {}  # the values -> their runs
     shown: dict[str, dict[str, str]] = {}
     for trial in trials:
         if trial.state == "finished" and trial.score is not None:
             values = {name: trial.values.get(name) for name in names}
             group = json.dumps(values)
-            groups.setdefault(group, {})[trial.seed] = trial.score
+            row = {"path": str(trial.folder), "seed": trial.seed, "last": trial.score}
+            groups.setdefault(group, []).append(row)
             shown[group] = {name: show_value(value) for name, value in values.items()}
     if not groups:
         return pd.DataFrame()
-    rows = [(g, seed, score) for g, scores in groups.items() for seed, score in scores.items()]
-    table = over_seeds(pd.DataFrame(rows, columns=["group", "seed", "score"]), ["group"], "score")
-    worse_last = sweep.config.metric.goal == "minimize"
-    table = table.sort_values("mean", ascending=worse_last, kind="stable", ignore_index=True)
-    best, *others = (groups[group] for group in table["group"])
-    differences = [seed_difference(best, scores).text(sign=True) for scores in others]
-    parameters = pd.DataFrame([shown[group] for group in table["group"]], columns=names)
-    numbers = table.drop(columns="group").assign(difference=["", *differences])
-    return pd.concat([parameters, numbers], axis=1)
+    frames = {group: pd.DataFrame(rows) for group, rows in groups.items()}
+    means = {g: frame.groupby("seed")["last"].mean().mean() for g, frame in frames.items()}
+    order = sorted(means, key=means.get, reverse=sweep.config.metric.goal != "minimize")
+    parameters = pd.DataFrame([shown[group] for group in order], columns=names)
+    parameters["mean"] = [means[group] for group in order]
+    metric = sweep.config.metric.name.removeprefix("val/")
+    compared = compare_groups([frames[group] for group in order], metric)
+    return pd.concat([parameters, compared], axis=1)
 
 
 def _show_results(sweep: Sweep, trials: Sequence[Trial], folder: Path, console: Console) -> None:
@@ -443,37 +445,38 @@ def _show_results(sweep: Sweep, trials: Sequence[Trial], folder: Path, console: 
     metric = sweep.config.metric.name
     table = _ranking(sweep, trials)
     if len(table):
-        title = f"{metric}, mean and 95 % interval over seeds"
-        shown = Table(title=title, title_justify="left")
+        num = int(table["p"].notna().sum())
+        title = f"{metric}, mean and 95 % interval"
+        shown = Table(title=cell(title, "table.title"), title_justify="left")
         names = [name for name in _varying(sweep) if name != _SEED]
-        for heading in ("", *(_short_names(sweep)[name] for name in names), "score", "to the best"):
-            shown.add_column(heading)
+        headings = ["", *(_short_names(sweep)[name] for name in names), "score", "to the best"]
+        for heading in headings + [f"p, Holm of {num}"] * (num > 0):
+            shown.add_column(cell(heading))
         for rank, row in enumerate(table.to_dict("records"), start=1):
-            cells = [escape(row[name]) for name in names]
-            shown.add_row(str(rank), *cells, row["text"], row["difference"])
+            cells = [cell(row[name]) for name in names] + [row["text"], row["difference"]]
+            if num:
+                cells.append("" if math.isnan(row["p"]) else f"{row['p']:.3f}")
+            shown.add_row(str(rank), *cells)
         console.print(shown)
+        if num:
+            say(console, "the best was chosen by these scores: its lead is an optimistic one")
     elif any(trial.state == "finished" and not trial.diverged for trial in trials):
-        _say(f"no trial logged {metric}; `metric: name:` takes names of metrics.jsonl", console)
+        say(console, f"no trial logged {metric}; `metric: name:` takes names of metrics.jsonl")
     if early := [trial.name for trial in trials if trial.state == "stopped"]:
-        _say(f"stopped early, not ranked: {', '.join(early)}", console)
+        say(console, f"stopped early, not ranked: {', '.join(early)}")
     if broken := [trial.name for trial in trials if trial.state == "finished" and trial.diverged]:
-        _say(f"the last {metric} is no finite number, not ranked: {', '.join(broken)}", console)
+        say(console, f"the last {metric} is no finite number, not ranked: {', '.join(broken)}")
     for trial in trials:
         if trial.state == "failed":
             _say_failure(trial, console)
-    _say(f"wrote {folder / 'results.csv'}; the runs: python run.py --runs {folder}", console)
+    say(console, f"wrote {folder / 'results.csv'}; the runs: python run.py --runs {folder}")
 
 
 def _say_failure(trial: Trial, console: Console) -> None:
     """What is wrong with a failed trial, or what it printed last, and where all of it stands."""
     if trial.problem:
-        _say(f"trial {trial.name} failed: {trial.problem}", console)
+        say(console, f"trial {trial.name} failed: {trial.problem}")
     if words := trial.last_words():
-        _say(f"trial {trial.name} failed; its log {trial.folder / LOG} ends:", console)
+        say(console, f"trial {trial.name} failed; its log {trial.folder / LOG} ends:")
     for line in words:
-        _say(f"  {line}", console)
-
-
-def _say(text: str, console: Console) -> None:
-    """One line; paths are neither styled nor cut."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(console, f"  {line}")

@@ -114,8 +114,9 @@ def choose_mode(config: TrackingConfig) -> tuple[Mode, str]:
 class Tracker:
     """Context manager around one run. Steps count what is done: the last is `num_steps`.
 
-    `first_step` > 0 says that the run is resumed: lines of `metrics.jsonl` beyond it were written
-    by the interrupted process after its last checkpoint, and are dropped.
+    A resumed run gives `resume`, the `state_dict` of its last checkpoint: what was written to
+    `metrics.jsonl` after it is dropped, as it comes again, and the steps since the last line count.
+    Where the checkpoint is from before that state, `first_step` > 0 tells what to drop.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class Tracker:
         log_every: int,
         num_steps: int,
         first_step: int = 0,
+        resume: Mapping[str, Any] | None = None,
         console: Console | None = None,
         job_type: str = "train",
     ) -> None:
@@ -145,6 +147,15 @@ class Tracker:
         self._printed_step = first_step
         self._steps, self._training_seconds = 0, 0.0  # of this process, without validation
         self._clear_window()
+        self._lines: int | None = None  # of the file, all of them the run's own
+        if resume is not None:
+            self._sums, self._counts = dict(resume["sums"]), dict(resume["counts"])
+            self._lines = resume["lines"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the sums since the last line, and how many lines there are."""
+        sums = {n: v.cpu() if hasattr(v, "cpu") else v for n, v in self._sums.items()}
+        return {"sums": sums, "counts": dict(self._counts), "lines": self._lines}
 
     def __enter__(self) -> "Tracker":
         try:
@@ -164,7 +175,7 @@ class Tracker:
             self._progress.stop()  # first: it gives the terminal its cursor back
         self._mark = time.perf_counter()  # what went on since the last step was no training
         try:
-            if self._counts:  # stopped between two lines
+            if self._window_steps:  # stopped between two lines
                 self._write_window(self._last_step)
         except Exception as failure:  # for one, the tensors of a CUDA context that is gone
             if error is None:
@@ -197,6 +208,7 @@ class Tracker:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + 1
         self._clips, self._steps, self._last_step = self._clips + clips, self._steps + 1, step
+        self._window_steps += 1
         self._count_seconds()
         if self._progress is None and self.console.is_terminal:
             self._start_progress()
@@ -293,18 +305,21 @@ class Tracker:
 
         Returns the `seconds` of the last line kept, 0 where there is none.
         """
-        text = self._metrics.read_text() if self._metrics.exists() else ""
+        lines = self._metrics.read_text().splitlines() if self._metrics.exists() else []
         kept, seconds = [], 0.0
-        for line in text.splitlines():
+        by_step = self._lines is None and self._first_step > 0
+        for line in lines[: self._lines]:
             with contextlib.suppress(json.JSONDecodeError):
                 row = json.loads(line)
-                if self._first_step == 0 or row["step"] <= self._first_step:
+                if not by_step or row["step"] <= self._first_step:
                     kept.append(line + "\n")
                     seconds = row.get("seconds", seconds)
-        if dropped := len(text.splitlines()) - len(kept):
+        if dropped := len(lines) - len(kept):
             write_text(self._metrics, "".join(kept))
-            lines = f"{dropped} line{'s' * (dropped > 1)}"
-            self.say(f"{self._metrics}: dropped {lines} beyond step {self._first_step} or cut off")
+            what = f"{dropped} line{'s' * (dropped > 1)}"
+            after = f"from after the checkpoint of step {self._first_step}"
+            self.say(f"{self._metrics}: dropped {what} {after}, or cut off")
+        self._lines = len(kept)
         return seconds
 
     def _start_wandb(self) -> None:
@@ -385,6 +400,7 @@ class Tracker:
         row = json.dumps({"step": step, **_plain_values(scalars, finite=True)}, allow_nan=False)
         with self._metrics.open("a") as file:
             file.write(row + "\n")
+        self._lines += 1
         self._report("log", lambda run: run.log({STEP_AXIS: step, **_plain_values(scalars)}))
 
     def _write_window(self, step: int) -> str:
@@ -407,6 +423,7 @@ class Tracker:
         self._sums: dict[str, Any] = {}
         self._counts: dict[str, int] = {}
         self._clips, self._window_start = 0, self._training_seconds
+        self._window_steps = 0  # of this process
 
     def _count_seconds(self) -> None:
         now = time.perf_counter()

@@ -96,9 +96,11 @@ class Trainer:
         if content:
             experiment = as_begun(experiment, yaml.safe_load(content["config"]))
         self.experiment = experiment
+        self.settings = to_yaml(experiment)
         self.config = experiment.trainer
         self.run_dir = run_dir
         self.step = 0
+        self.scored: int | None = None  # the last step that was scored on the validation videos
         self.best = -math.inf
         self.baseline: dict[str, float] = {}
         self.latest: dict[str, float] = {}
@@ -136,8 +138,8 @@ class Trainer:
         if content:
             run_id = self._restore(content, resume)
         self.run_id = run_id
-        self.score_rows = RowsFile(run_dir / "scores.csv", SCORE_COLUMNS, self.step)
-        self.horizon_rows = RowsFile(run_dir / "horizon.csv", HORIZON_COLUMNS, self.step)
+        self.score_rows = RowsFile(run_dir / "scores.csv", SCORE_COLUMNS, self.scored)
+        self.horizon_rows = RowsFile(run_dir / "horizon.csv", HORIZON_COLUMNS, self.scored)
         self.tracker = Tracker(
             experiment.tracking,
             run_dir,
@@ -147,6 +149,7 @@ class Trainer:
             log_every=self.config.log_every,
             num_steps=self.config.num_steps,
             first_step=self.step,
+            resume=content and content.get("window"),
             console=console,
         )
 
@@ -160,7 +163,7 @@ class Trainer:
             FloatingPointError: a loss or gradient that is not finite, with step and clips.
         """
         config, tracker = self.config, self.tracker
-        resumed_at = self.step or None
+        saved = self.step or None  # a resumed run has its checkpoint
         with self.stop, tracker:
             self._write_run_files()
             tracker.parameters(self.model.parameter_report())
@@ -191,11 +194,11 @@ class Trainer:
                 batches = self._batches()
                 while True:
                     last = self.step >= config.num_steps
-                    if self.step != resumed_at:
-                        if last or self.step % config.val_every == 0:
-                            self._evaluate()
-                        if last or (self.step and self.step % config.save_every == 0):
-                            self._save("last.pt")
+                    if self.step != self.scored and (last or self.step % config.val_every == 0):
+                        self._evaluate()
+                    due = last or (self.step and self.step % config.save_every == 0)
+                    if due and self.step != saved:
+                        self._save("last.pt")
                     if self.stop.received is not None:
                         self._save("last.pt")
                         raise self.stop.interrupted()
@@ -337,7 +340,7 @@ class Trainer:
             on_frame=drawer.see_frame,
             on_video=drawer.see_video,
         )
-        self.latest = scores.means
+        self.latest, self.scored = scores.means, self.step
         values = {f"val/{name}": value for name, value in self.latest.items()}
         self.tracker.record(self.step, values | numbers(scores.horizon))
         self.tracker.summary(numbers(scores.horizon))
@@ -466,11 +469,13 @@ class Trainer:
                     "config_path": self.experiment.model.config_path,
                 },
                 "untrained_rows": rows_left(self.model, self.optimizer),
-                "config": to_yaml(self.experiment),
+                "config": self.settings,
                 "step": self.step,
                 "best": self.best,
                 "scores": self.latest,
                 "baseline": self.baseline,
+                "scored": self.scored,
+                "window": self.tracker.state_dict(),
                 "run_id": self.run_id,
                 "data": self.fingerprints,
                 "audited": self.audited,
@@ -491,6 +496,8 @@ class Trainer:
         self.step, self.best = content["step"], content["best"]
         self.audited = content.get("audited", True)  # checkpoints from before this key were
         self.baseline, self.latest = content["baseline"], content["scores"]
+        # Checkpoints from before this key were written after their step was scored, if it was due.
+        self.scored = content.get("scored", self.step)
         torch.set_rng_state(content["rng"]["torch"])
         if content["rng"]["cuda"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(content["rng"]["cuda"])
@@ -499,7 +506,7 @@ class Trainer:
         return content["run_id"]
 
     def _write_run_files(self) -> None:
-        write_text(self.run_dir / "config.yaml", to_yaml(self.experiment))
+        write_text(self.run_dir / "config.yaml", self.settings)
         environment = json.dumps(describe_environment(self.device), indent=2)
         write_text(self.run_dir / "environment.json", environment + "\n")
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import make_coco
 from test_results import make_run
@@ -18,6 +19,7 @@ from test_results import make_run
 from sam2train import checkpoint, cli, commands
 from sam2train.commands import COMMANDS
 from sam2train.errors import UserError
+from sam2train.pretrained import build_sam2, resolve_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -635,3 +637,47 @@ def test_a_run_from_before_the_seed_of_prompts_is_scored_as_before(experiment, t
     summary = json.loads((parts / "summary.json").read_text())
     assert summary["evaluation_seed"] == 5
     assert cli.main([*words, "--resume", str(parts), "trainer.num_steps=4"]) == 0
+
+
+def test_a_run_killed_at_once_writes_the_same_rows(experiment, tmp_path):
+    words = ["trainer.num_steps=9", "trainer.log_every=5", "trainer.save_every=3"]
+    words += ["evaluation.max_frames=2", "evaluation.num_overlays=0"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "run.py", experiment, *words, "--run-dir", parts],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (parts / "checkpoints" / "last.pt").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        process.kill()
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    assert cli.main([str(experiment), *words, "--run-dir", str(parts), "--resume"]) == 0
+    assert cli.main([str(experiment), *words, "--run-dir", str(whole)]) == 0
+
+    timed = ("seconds", "clips_per_second", "memory_gb")
+    found = []
+    for run_dir in (whole, parts):
+        lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+        found.append([{k: v for k, v in row.items() if k not in timed} for row in lines])
+    assert found[0] == found[1]
+    assert [row["step"] for row in found[0] if "loss" in row] == [5, 9]
+    for name in ("scores.csv", "horizon.csv"):
+        assert (parts / name).read_text() == (whole / name).read_text()
+
+
+def test_download_checks_the_file_that_is_there(experiment, capsys, tmp_path):
+    config = "sam2train/configs/sam2.1_hiera_demo.yaml"
+    sam2 = build_sam2(resolve_config(config), image_size=64, num_maskmem=7)
+    torch.save({"model": sam2.state_dict()}, tmp_path / "mine.pt")
+    assert cli.main([str(experiment), "--download", "model.checkpoint_path=mine.pt"]) == 0
+    assert "mine.pt is there, and loads" in " ".join(capsys.readouterr().out.split())
+    message = fails(capsys, experiment, "--download")
+    assert "model.checkpoint_path is null" in message
+    message = fails(capsys, experiment, "--download", "model.checkpoint_path=other.pt")
+    assert "Meta publishes no other.pt" in message

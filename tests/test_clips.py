@@ -2,6 +2,7 @@ import ast
 import importlib.util
 from dataclasses import fields, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from sam2train.clips import (
     make_object_index,
     scatter_objects,
 )
+from sam2train.errors import UserError
 
 SIZE = (4, 6)
 
@@ -66,25 +68,13 @@ def pair():
 # One clip
 
 
-def test_a_clip_reads_as_attributes_and_as_a_dict():
+def test_a_clip_reads_as_attributes_and_by_name():
     sample = clip(1, 3, [7])
     assert sample["object_ids"] is sample.object_ids
-    assert dict(sample).keys() >= {"images", "masks", "prompts", "video_id", "frame_indices"}
     with pytest.raises(KeyError, match="no field 'mask'; it has images, masks"):
         sample["mask"]
     with pytest.raises(KeyError):
         sample["keys"]
-
-
-def test_a_clip_can_be_asked_as_a_dict_can():
-    one = clip(1, 3, [1, 2])
-    assert "images" in one
-    assert "labels" not in one
-    assert list(one) == list(one.keys()) == list(dict(one)) == [name for name, _ in one.items()]
-    assert len(one) == len(dict(one))
-    batch, other = collate_fn([one]), collate_fn([dict(one)])
-    assert torch.equal(batch.masks, other.masks)
-    assert batch.names == other.names
 
 
 def test_a_prompt_is_empty_without_point_box_and_mask():
@@ -184,6 +174,37 @@ def test_one_clip_alone_is_passed_on_unchanged():
     assert torch.equal(batch.object_masks[0], sample.masks)
     assert batch.frame_valid.all()
     assert batch.object_valid.all()
+
+
+# What the specification of a sample names.
+SAMPLE = ("images", "masks", "prompts", "video_id", "frame_indices", "object_ids", "frame_valid")
+
+
+@pytest.mark.parametrize("kind", [dict, MappingProxyType])
+@pytest.mark.parametrize("indices", [list, tuple, np.array, torch.tensor])
+def test_plain_samples_are_clips(pair, kind, indices):
+    """Frames of the source then count as large as the images."""
+    samples = []
+    for one in pair:
+        sample = {name: one[name] for name in SAMPLE} | {"note": "of the user"}
+        samples.append(kind({**sample, "frame_indices": indices(one.frame_indices)}))
+    batch = collate_fn(samples)
+    expected = collate_fn([replace(one, frame_size=SIZE) for one in pair])
+    for field in fields(batch):
+        found, wanted = getattr(batch, field.name), getattr(expected, field.name)
+        if isinstance(found, torch.Tensor):
+            assert torch.equal(found, wanted)
+    assert batch.names == expected.names
+    for name in ("unique_objects_identifier", "frame_orig_size"):
+        assert torch.equal(getattr(batch.metadata, name), getattr(expected.metadata, name))
+    mixed = collate_fn([pair[0], kind({**samples[1], "frame_size": (30, 40)})])
+    assert torch.equal(mixed.metadata.frame_orig_size, collate_fn(pair).metadata.frame_orig_size)
+
+
+def test_a_sample_without_masks_is_an_error(pair):
+    sample = {name: pair[0][name] for name in SAMPLE if name not in ("masks", "video_id")}
+    with pytest.raises(UserError, match="a sample without masks, video_id; it has images"):
+        collate_fn([sample])
 
 
 def test_the_order_of_clips_permutes_the_batch(pair):

@@ -152,7 +152,7 @@ def test_what_is_drawn_for_a_clip_hangs_on_the_clip_alone():
     settings = {"prob_to_sample_from_gt": 0.5, "num_frames_to_correct": 4}
     user = make_user(num_correction_pt_per_frame=9, **settings)
     joint = user.correct(3, many, truth)
-    frames = user.draw_frames(1, [0], 8)
+    frames = user.sample_frames(1, [0], 8)
     assert joint.draws.shape == (5, 9)
     assert len(joint.draws.unique()) == 45
     assert torch.equal(joint.ignores[2], joint.ignores[4])  # objects of one clip
@@ -162,7 +162,7 @@ def test_what_is_drawn_for_a_clip_hangs_on_the_clip_alone():
     alone = user.correct(3, [(0, 2), (0, 1)], truth[:2])
     assert torch.equal(alone.draws, joint.draws[[4, 3]])
     assert torch.equal(alone.ignores, joint.ignores[[4, 3]])
-    assert user.draw_frames(0, [0], 8) == frames
+    assert user.sample_frames(0, [0], 8) == frames
     assert not torch.equal(alone.draws, user.correct(4, [(0, 2), (0, 1)], truth[:2]).draws)
     other = make_user(seed=1, num_correction_pt_per_frame=9, **settings)
     assert not (other.correct(3, many, truth).draws == joint.draws).any()
@@ -186,7 +186,7 @@ def test_conditioning_frames_are_corrected_and_some_more(
     settings, conditioning, num_frames, counts
 ):
     user = make_user(**settings)
-    drawn = [user.draw_frames(clip, conditioning, num_frames) for clip in range(200)]
+    drawn = [user.sample_frames(clip, conditioning, num_frames) for clip in range(200)]
     assert {len(frames) for frames in drawn} == counts
     for frames in drawn:
         assert set(conditioning) <= frames <= set(range(min(conditioning), num_frames))
@@ -261,7 +261,7 @@ def test_a_corrected_frame_becomes_a_conditioning_frame(becomes):
     results = []
     for shift in (0.0, 5.0):
         user = make_user(add_all_frames_to_correct_as_cond=becomes)
-        user.draw_frames = lambda clip, conditioning, num_frames: {0, 1}
+        user.sample_frames = lambda clip, conditioning, num_frames: {0, 1}
         with torch.no_grad():
             model.sam2.maskmem_tpos_enc[0] += shift  # the row of the frame before
             results.append(run(model, user, clip)[0]["pred_masks"][0, 2])

@@ -80,7 +80,7 @@ def test_clicks_outputs_loss_and_gradients(
     their_frames = theirs(batch)
     corrected = set(theirs.seen["frames_to_add_correction_pt"])
     assert len(corrected) == (0 if prompt == "mask" else num_corrected)
-    user.draw_frames = lambda clip, conditioning, num_frames: corrected
+    user.sample_frames = lambda clip, conditioning, num_frames: corrected
     outputs = ours(batch, prompts=prompts_of(theirs.seen, batch), interaction=user)
 
     for t, frame in enumerate(their_frames):
@@ -167,7 +167,7 @@ def test_as_many_frames_are_corrected_as_in_sam2():
         conditioning = prepared["init_cond_frames"]
         for name, frames in (
             ("theirs", set(prepared["frames_to_add_correction_pt"])),
-            ("ours", user.draw_frames(clip, conditioning, 6)),
+            ("ours", user.sample_frames(clip, conditioning, 6)),
         ):
             assert set(conditioning) <= frames <= set(range(6))
             key = (len(conditioning), len(frames))

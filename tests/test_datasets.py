@@ -21,8 +21,10 @@ from torch.utils.data import DataLoader
 
 from sam2train import cli, data_coco
 from sam2train.clips import collate_fn, is_empty
-from sam2train.config import ConfigError, build
+from sam2train.config import ConfigError, apply_overrides, build, to_yaml
+from sam2train.config_yaml import load_yaml
 from sam2train.data_source import Annotation, Frame, Video, VideoSource
+from sam2train.data_synthetic import SyntheticConfig
 from sam2train.datasets import (
     FORMATS,
     ClipSampler,
@@ -562,8 +564,88 @@ def test_a_range_of_clicks_is_drawn_from(coco):
         ("box_jitter", 0.6),
         ("mask_cache_mb", -1),
         ("dataset_type", "yolo"),
+        ("dataset_type", ["coco"]),
     ],
 )
 def test_the_section_refuses_values_out_of_range(key, value):
     with pytest.raises(ConfigError, match=key):
         build(DatasetConfig, {"data_path": "a.json", key: value}, "dataset")
+
+
+GUIDE = """\
+dataset:
+  dataset_type: "video"
+  data_path: "/path/to/video/data"
+  image_size: [512, 512]
+  video_clip_length: 5
+  batch_size: 1
+  num_workers: 16
+  shuffle: True
+  prompt_types: ["point"]
+  num_of_pos_points: 1
+  include_center_point: True
+"""
+
+
+def video_section(**raw):
+    return build(DatasetConfig, {"dataset_type": "video", "data_path": "videos", **raw}, "dataset")
+
+
+def test_the_guides_block_builds(tmp_path):
+    path = tmp_path / "video.yaml"
+    path.write_text(GUIDE)
+    config = build(DatasetConfig, load_yaml(path)["dataset"], "dataset")
+    assert config.dataset_type == "video"
+    assert config.num_of_pos_points == 1
+    assert config.include_center is True
+    assert config.num_workers == 16
+
+
+@pytest.mark.parametrize(
+    ("raw", "points"),
+    [
+        ({}, (1, 3)),
+        ({"num_of_pos_points": 2}, 2),
+        ({"num_of_pos_points": 0, "include_center": True}, 0),
+        ({"number_of_points": [2, 5]}, (2, 5)),
+        ({"num_of_pos_points": [2, 5]}, (2, 5)),
+    ],
+)
+def test_clicks_have_two_spellings_and_come_back_from_yaml(tmp_path, raw, points):
+    config = video_section(**raw)
+    assert config.num_of_pos_points == points
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert build(DatasetConfig, load_yaml(path), "config.yaml") == config
+
+
+def test_pasting_is_a_key_of_its_own():
+    raw = apply_overrides(
+        {"dataset_type": "video", "data_path": "videos"}, {"synthetic.paste": False}
+    )
+    config = build(DatasetConfig, raw, "dataset")
+    assert config.synthetic == SyntheticConfig(paste=False)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"number_of_points": [2, 5], "num_of_pos_points": 2}, "keep one"),
+        ({"number_of_points": [3, 1]}, r"num_of_pos_points is \[3, 1\]"),
+        ({"number_of_points": [1, 2, 3]}, "number_of_points: got"),
+        ({"num_of_pos_points": "two"}, "num_of_pos_points"),
+        ({"num_of_pos_points": True}, "num_of_pos_points"),
+        ({"num_of_pos_points": -1}, "num_of_pos_points: got -1"),
+        ({"image_root": "frames"}, 'image_root is for dataset_type "coco" or '),
+        ({"synthetic": {"paste": "no"}}, r"synthetic\.paste"),
+        (
+            {"dataset_type": "coco", "synthetic": {"paste": False}},
+            'synthetic is for dataset_type "video"; remove it',
+        ),
+        ({"dataset_type": "coco", "num_of_pos_points": None}, "num_of_pos_points: got null"),
+        ({"dataset_type": "films"}, "one of coco, video, vos, sav"),
+    ],
+)
+def test_the_section_of_videos_refuses(raw, message):
+    with pytest.raises(ConfigError, match=message):
+        video_section(**raw)

@@ -106,17 +106,18 @@ def test_scores_repeat_and_the_model_is_left_as_it_was(model, tmp_path):
 def test_the_memory_of_a_long_video_is_bounded(model, tmp_path, monkeypatch):
     data = dataset(tmp_path, num_frames=30, num_objects=1)
     held = []
-    for_sam2 = MemoryBank.for_sam2
+    forget_before = MemoryBank.forget_before
 
-    def watch(bank):
-        held.append(len(bank.tracked) + len(bank.conditioning))
-        return for_sam2(bank)
+    def watch(bank, frame_idx):
+        held.append(len(bank.tracked) + len(bank.conditioning))  # with the memory of this frame
+        forget_before(bank, frame_idx)
 
-    monkeypatch.setattr(MemoryBank, "for_sam2", watch)
+    monkeypatch.setattr(MemoryBank, "forget_before", watch)
     prompts = first_prompts(data, data.videos[0], np.random.default_rng(0))
     deque(track_video(model, data, data.videos[0], prompts), maxlen=0)
     assert len(held) == 30
-    assert max(held) <= 1 + 16  # the prompt, and as many frames as object pointers reach
+    # The prompt, as many frames as object pointers reach, and the one that is tracked.
+    assert max(held) <= 1 + 16 + 1
 
 
 def test_limits_and_prompt_types_of_the_section(model, tmp_path):

@@ -1,11 +1,20 @@
 """The loss: values by hand, SAM 2's reference numbers, and what must not change it."""
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_coco
+from rich.console import Console
 
+from sam2train import losses
 from sam2train.clips import NO_OBJECT_LOGIT, FramePrediction
+from sam2train.experiment import Experiment
 from sam2train.losses import (
     LossConfig,
     compute_losses,
@@ -15,6 +24,7 @@ from sam2train.losses import (
     mask_iou,
     sum_losses,
 )
+from sam2train.trainer import Trainer
 
 ORACLE = Path(__file__).parents[2] / "shared" / "oracles" / "oracle_losses.pt"
 
@@ -287,6 +297,99 @@ def test_bfloat16_predictions_are_summed_in_float32():
 def test_nothing_to_learn_from_is_an_error():
     with pytest.raises(ValueError, match="no object of the batch has a prompt"):
         compute_losses([[], []], torch.zeros(2, 1, 8, 8, dtype=torch.bool), LossConfig())
+
+
+# -- a term from outside ---------------------------------------------------------------------------
+
+AREA = '''
+def area_term(decoded):
+    """How far the area of the best candidate is from the true one, as a share of the frame."""
+    areas = decoded.candidates.sigmoid().mean((-2, -1)) - decoded.truth.mean((-2, -1))
+    return decoded.reduce(areas.abs(), mean=False)
+'''
+
+
+@pytest.fixture
+def area_term():
+    namespace = {}
+    exec(AREA, namespace)
+    return namespace["area_term"]
+
+
+def test_a_term_is_a_function_and_a_line(area_term, monkeypatch):
+    frames, targets = random_frames(3, 2)
+    targets[1, 0] = False
+    before = compute_losses(frames, targets, LossConfig())
+    monkeypatch.setattr(losses, "TERMS", [*losses.TERMS, ("area", 0.5, area_term)])
+    after = compute_losses(frames, targets, LossConfig())
+    assert after.keys() - before.keys() == {"loss/area"}
+    assert after["loss/area"] > 0
+    torch.testing.assert_close(after["loss"], before["loss"] + 0.5 * after["loss/area"])
+    # Padding is left out whatever the function says.
+    nothing = compute_losses(frames, targets, LossConfig(), torch.zeros(3, 2, dtype=torch.bool))
+    assert nothing["loss"] == nothing["loss/area"] == 0
+
+
+def test_a_term_of_ones_own_trains_and_is_logged(monkeypatch, tmp_path):
+    data = str(make_coco(tmp_path / "data", num_frames=3, size=(64, 64)))
+    config = "sam2train/configs/sam2.1_hiera_demo.yaml"
+    experiment = Experiment.model_validate(
+        {
+            "dataset": {"data_path": data, "image_size": [64, 64], "video_clip_length": 2},
+            "model": {"config_path": config, "image_size": 64, "trainable_modules": ["*"]},
+            "trainer": {"num_steps": 1, "log_every": 1, "device": "cpu", "audit": "warn"},
+            "tracking": {"mode": "disabled"},
+        }
+    )
+
+    def train(folder):
+        torch.manual_seed(0)
+        console = Console(quiet=True)
+        Trainer(experiment, folder, run_id="run", name="test", console=console).run()
+        rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        return next(row for row in rows if "loss" in row)
+
+    plain = train(tmp_path / "plain")
+    # A random model calls every object absent, so that its masks carry no gradient: the score does.
+    term = ("sure", 50.0, lambda decoded: 1 / (1 + decoded.object_score_logits**2))
+    monkeypatch.setattr(losses, "TERMS", [*losses.TERMS, term])
+    own = train(tmp_path / "own")
+    assert "loss/sure" not in plain
+    assert own["loss"] == pytest.approx(plain["loss"] + 50 * own["loss/sure"], rel=1e-4)
+    assert own["grad_norm"] != pytest.approx(plain["grad_norm"], rel=1e-3)
+
+
+def test_a_term_in_the_file_has_a_key_in_the_section(tmp_path):
+    """The change that CONTRIBUTING.md shows, made in a copy of the package."""
+    package = Path(losses.__file__).parent
+    copy = shutil.copytree(package, tmp_path / "sam2train", ignore=shutil.ignore_patterns("*.pyc"))
+    line = '    Term("object_score", 1.0, object_score_term),\n'
+    source = (package / "losses.py").read_text()
+    assert source.count(line) == source.count("\nclass Term(") == 1
+    source = source.replace(line, line + '    Term("area", 0.5, area_term),\n')
+    source = source.replace("\nclass Term(", f"{AREA}\n\nclass Term(")
+    (copy / "losses.py").write_text(source)
+    code = (
+        "from sam2train.config import ConfigError, build, to_yaml\n"
+        "from sam2train.losses import LossConfig\n"
+        "print(to_yaml(LossConfig()))\n"
+        "print('given', build(LossConfig, {'area': '2e-1'}, 'file').area)\n"
+        "try: build(LossConfig, {'area': -1, 'are': 1}, 'file')\n"
+        "except ConfigError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    written = done.stdout
+    assert "object_score: 1.0\narea: 0.5\n" in written
+    assert "given 0.2" in written
+    assert "area: got -1; expected a number of at least 0" in written
+    assert "are: unknown key, got 1; did you mean `area`?" in written
 
 
 # -- SAM 2's numbers ------------------------------------------------------------------------------

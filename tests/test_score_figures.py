@@ -53,7 +53,7 @@ def test_the_object_score_as_a_roc():
     figure = horizon_figure({"a": rows({1: 0.9}) + single}, {"a": frames})
     curve, mark, _chance = figure.axes[2].lines
     assert "AUC 0.89" in curve.get_label()  # 8 of 9 pairs are in order
-    assert "recall of absence 0.667 (n=3), false absences 0.333 (n=3)" in curve.get_label()
+    assert "recall of absence 0.667 (n=3)\nfalse absences 0.333 (n=3)" in curve.get_label()
     false, true = np.array(curve.get_xydata()).T
     assert (np.diff(false) >= 0).all()
     assert (np.diff(true) >= 0).all()

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "sam2train"
 # A group imports itself and the groups that stand before it; `data` and `model` do not import each
 # other: they meet in `clips`.
 GROUPS = {
-    "ground": {"errors", "files", "config", "config_yaml", "machine", "intervals", "clips"},
+    "ground": {"errors", "files", "config", "config_yaml", "machine", "stats", "clips"},
     "data": {
         *("datasets", "data_source", "data_clips", "data_videos", "data_coco", "data_vos"),
         *("data_sav", "data_synthetic", "data_pictures", "data_report"),
@@ -32,7 +32,7 @@ GROUPS = {
         *("transforms", "prompts", "demo", "demo_videos"),
     },
     "model": {
-        *("memory", "model", "model_inputs", "corrections", "pretrained", "download"),
+        *("memory", "model", "model_inputs", "corrections", "pretrained"),
         *("losses", "optimizer"),
     },
     "scores": {

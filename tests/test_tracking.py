@@ -1,5 +1,6 @@
 """Tracking: what lands in the files, what W&B gets, and that W&B never stops a run."""
 
+import copy
 import io
 import json
 import math
@@ -261,7 +262,31 @@ def test_a_resumed_run_drops_what_came_after_the_checkpoint(start, tmp_path, scr
     after = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert after[:2] == before[:2]
     assert [(row["step"], row["loss"]) for row in rows(tmp_path)[2:]] == [(6, 2.0), (7, 2.0)]
-    assert "dropped 4 lines beyond step 5" in shown(screen)
+    assert "dropped 4 lines from after the checkpoint of step 5" in shown(screen)
+
+
+def test_a_resumed_run_goes_on_with_the_sums_of_its_checkpoint(start, tmp_path):
+    """A number and a tensor, one name at some steps only; the line of the end is written again."""
+    some = [{}, {"b": torch.tensor(3.0)}, {}, {"b": torch.tensor(5.0)}]
+
+    def train():
+        with start(log_every=4) as tracker:
+            for step in (1, 2):
+                tracker.log(step, {"a": 2 * step, **some[step - 1]})
+            state.update(copy.deepcopy(tracker.state_dict()))
+            raise KeyboardInterrupt
+
+    state = {}
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    assert [row["step"] for row in rows(tmp_path)] == [2]
+    with start(first_step=2, resume=state):
+        pass  # nothing was done, and nothing is written
+    assert rows(tmp_path) == []
+    with start(log_every=4, first_step=2, resume=state) as tracker:
+        for step in (3, 4):
+            tracker.log(step, {"a": 2 * step, **some[step - 1]})
+    assert [(row["step"], row["a"], row["b"]) for row in rows(tmp_path)] == [(4, 5.0, 4.0)]
 
 
 def test_a_new_start_drops_only_a_half_written_line(start, tmp_path):

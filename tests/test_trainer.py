@@ -1,8 +1,8 @@
 """The loop: what it writes, that it resumes bit for bit, how it stops."""
 
+import dataclasses
 import json
 import os
-import re
 import signal
 from functools import partial
 
@@ -12,14 +12,15 @@ import torch
 from conftest import edit, make_coco
 from rich.console import Console
 
-from sam2train import checkpoint
+from sam2train import checkpoint, demo
 from sam2train.build import build_model
 from sam2train.clips import collate_fn
 from sam2train.config_yaml import load_yaml
 from sam2train.data_coco import CocoVideos
 from sam2train.errors import UserError
-from sam2train.experiment import Experiment
+from sam2train.experiment import Experiment, load_experiment
 from sam2train.export import export_checkpoint
+from sam2train.files import REPOSITORY
 from sam2train.machine import Interrupted
 from sam2train.pretrained import MEMORY, resolve_config
 from sam2train.trainer import Trainer
@@ -120,8 +121,10 @@ def test_best_is_the_checkpoint_of_the_best_score(experiment, tmp_path):
     assert best["scores"]["J_and_F"] == max(scored.values())
 
 
-@pytest.mark.parametrize("stopped_at", [2, 3])
-def test_a_resumed_run_equals_one_that_was_never_stopped(experiment, tmp_path, stopped_at):
+@pytest.mark.parametrize(("stopped_at", "log_every"), [(2, 3), (3, 2)])
+def test_a_resumed_run_equals_one_that_was_never_stopped(
+    experiment, tmp_path, stopped_at, log_every
+):
     """Weights, optimiser, losses and scores, bit for bit, also with dropout and augmentation."""
     # The real dropout of SAM 2, switched on where the demo config has none.
     config = (tmp_path / "dropout.yaml").resolve()
@@ -129,7 +132,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(experiment, tmp_path, s
     config.write_text(text.replace("dropout: 0.0", "dropout: 0.1"))
     settings = experiment(
         model={"config_path": str(config)},
-        trainer={"save_every": stopped_at, "grad_accumulation": 2},
+        trainer={"save_every": stopped_at, "log_every": log_every, "grad_accumulation": 2},
         augment={"horizontal_flip": 0.5, "brightness": 0.2},
     )
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -275,6 +278,28 @@ def test_three_seeds_for_weights_clips_and_the_prompts_of_evaluation(experiment,
     assert same(one, start("clips", **other, dataset={"seed": 0}))[:2] == (False, True)
     prompts = {"evaluation": {"seed": 1}, "augment": {"brightness": 0.5}}
     assert same(one, start("prompts", **prompts)) == (True, True, False)
+
+
+def test_the_demo_at_step_zero_hangs_on_no_seed_of_the_training(tmp_path):
+    folder = tmp_path / "demo"
+    demo.generate(dataclasses.replace(demo.SPLITS["easy"], num_videos=2, num_frames=5), folder)
+    data = str(folder / "annotations.json")
+    changes = {f"dataset.{name}": data for name in ("data_path", "val_path")}
+    changes |= {"dataset.test_path": None, "trainer.num_steps": 0, "trainer.device": "cpu"}
+    changes |= {"tracking.mode": "disabled", "evaluation.num_overlays": 0}
+    scores = []
+    for name, change in (
+        ("a", {}),
+        ("b", {"trainer.seed": 1}),
+        ("c", {"evaluation.seed": 1}),
+    ):
+        path = REPOSITORY / "experiments" / "coco_point_bbox.yaml"
+        make_trainer(load_experiment(path, changes | change), tmp_path / name).run()
+        scores.append((tmp_path / name / "scores.csv").read_text())
+        mean = json.loads((tmp_path / name / "summary.json").read_text())["baseline/J_and_F"]
+        assert mean > 0.1
+    assert scores[0] == scores[1]
+    assert scores[2] != scores[0]
 
 
 def test_dropout_hangs_on_the_seed_of_the_trainer(experiment, tmp_path):
@@ -539,13 +564,18 @@ def base(experiment, tmp_path):
 @pytest.mark.parametrize(
     ("modules", "num_maskmem", "length", "warned"),
     [
-        (["memory_attention"], 4, 5, "rows 1 to 2 of maskmem_tpos_enc start as random values"),
-        (["memory_encoder"], 3, 5, "row 1 of maskmem_tpos_enc start as random values"),
+        (["memory_attention"], 4, 5, "of the base in rows 1 to 2,"),
+        (["memory_encoder"], 3, 5, "of the base in row 1,"),
         (["memory_attention"], 2, 5, None),
-        (["memory_attention"], 6, 5, "rows 1 to 4 of .* random values of the base and copies of"),
+        (
+            ["memory_attention"],
+            6,
+            5,
+            "of the base and copies of row 2 in rows 1 to 4,",
+        ),
         (["memory"], 4, 5, None),
         (["*"], 6, 7, None),
-        (["memory"], 4, 3, "rows 1 to 2 of maskmem_tpos_enc start as random values"),
+        (["memory"], 4, 3, "of the base in rows 1 to 2,"),
         (["mask_decoder"], 4, 5, None),
     ],
 )
@@ -564,10 +594,10 @@ def test_memories_with_untrained_rows_are_warned_of_once(
     trainer = make_trainer(settings, tmp_path / "run")
     said = said_by(trainer, monkeypatch)
     trainer.run()
-    found = [text for text in said if "of maskmem_tpos_enc start as" in text]
+    found = [text for text in said if "maskmem_tpos_enc keeps" in text]
     assert len(found) == (warned is not None)
     if warned:
-        assert re.match(f"warning: {warned}", found[0])
+        assert f"warning: maskmem_tpos_enc keeps random values {warned} while" in found[0]
         assert ("`memory` in model.trainable_modules" in found[0]) == (modules != ["memory"])
 
 
@@ -582,7 +612,7 @@ def test_a_base_that_says_nothing_is_warned_of_where_the_memory_grew(
         trainer = make_trainer(settings, tmp_path / f"run_{num_maskmem}")
         said = said_by(trainer, monkeypatch)
         trainer.run()
-        assert "".join(said).count("start as copies of row 2 and stay so") == warned
+        assert "".join(said).count("keeps copies of row 2 in rows 3 to 4,") == warned
 
 
 @pytest.mark.parametrize(

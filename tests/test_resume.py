@@ -1,0 +1,200 @@
+"""A run that was stopped, in whatever way, and resumed writes what one that never was writes."""
+
+import json
+import signal
+from contextlib import suppress
+
+import pytest
+import torch
+from conftest import make_coco
+from rich.console import Console
+
+from sam2train import checkpoint, trainer
+from sam2train.experiment import Experiment
+from sam2train.machine import Interrupted
+from sam2train.metrics import TRAINED
+from sam2train.scoring import HORIZON_COLUMNS, SCORE_COLUMNS, Scores
+from sam2train.tracking import Tracker
+from sam2train.trainer import Trainer
+
+NUM_STEPS = 8
+TIMED = ("seconds", "clips_per_second", "memory_gb")
+
+
+class SmallModel:
+    """What the loop asks of a model; nothing in it learns."""
+
+    def __init__(self, experiment):
+        self.device = torch.device("cpu")
+        self.sam2 = torch.nn.Linear(2, 2)
+        self.num_maskmem, self.untrained_rows = 0, {}
+
+    def trainable_parameters(self):
+        return dict(self.sam2.named_parameters())
+
+    def parameter_report(self):
+        return {"linear": (6, 6)}
+
+    def train(self):
+        pass
+
+
+def score_by_step(track, data, config, *, split, model, step, label, **_):
+    """One object, whose scores tell the model and the step."""
+    value = step / 16 + len(model) / 1024
+    means = dict.fromkeys(("J", "F", "J_and_F", "mIoU"), value)
+    means |= dict.fromkeys(("J_recall", "J_decay", "F_recall", "F_decay"), value)
+    row = dict.fromkeys(SCORE_COLUMNS, 1.0) | {"step": step, "split": split, "model": model}
+    row |= dict.fromkeys(means, value) | {"video_id": "1", "object_id": "1"}
+    curve = dict.fromkeys(HORIZON_COLUMNS, 1) | {"step": step, "split": split, "model": model}
+    curve |= {"metric": "horizon/J", "at": "1", "value": value}
+    horizon = [curve] if model == TRAINED else []
+    return Scores(label, model, step, means, [row], [], horizon)
+
+
+class Killed(BaseException):
+    """The end of a process."""
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """A trainer whose model, steps and scores cost nothing; what it writes is real."""
+    data = str(make_coco(tmp_path / "data", num_frames=3, size=(16, 16)))
+    monkeypatch.setattr(trainer, "build_model", SmallModel)
+    monkeypatch.setattr(trainer, "score", score_by_step)
+    monkeypatch.setattr(trainer, "describe_environment", lambda device: {})
+    monkeypatch.setattr(trainer, "scores_table", lambda title, rows: title)  # a bootstrap each
+
+    def build(run_dir, resume=None, **periods):
+        settings = {
+            "dataset": {"data_path": data, "val_path": data, "test_path": data},
+            "trainer": {"num_steps": NUM_STEPS, "val_every": 3, "device": "cpu", **periods},
+            "evaluation": {"num_overlays": 0},
+            "tracking": {"mode": "disabled"},
+        }
+        experiment = Experiment.model_validate(settings)
+        options = {"run_id": "run", "name": "test", "console": Console(quiet=True)}
+        run = Trainer(experiment, run_dir, resume=resume, **options)
+
+        def step(batches):
+            number = run.step + 1
+            if number == 2:
+                run.audit = {"audit/linear/norm": 1.0}
+            some = {"interaction/iou_before": torch.tensor(0.1 * number)} if number % 3 else {}
+            return {"loss": torch.tensor(1.0 / number), "lr": 1e-3 / number, **some}
+
+        run._train_step = step
+        return run
+
+    return build
+
+
+def written(run_dir):
+    """Without what a clock says."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = [{name: value for name, value in row.items() if name not in TIMED} for row in rows]
+    return rows, *((run_dir / name).read_text() for name in ("scores.csv", "horizon.csv"))
+
+
+def kill(run, place, at):
+    """Let a run end at a place when it has done `at` steps.
+
+    `signal` and `signal in evaluation` ask it to stop, so that it saves first. At the others the
+    process ends: with an error (`step`, `evaluated`, `saved`), or at once (`SIGKILL`).
+    """
+    step, evaluate, save = run._train_step, run._evaluate, run._save
+
+    def in_step(batches):
+        if run.step == at and place == "signal":
+            run.stop.received = signal.SIGTERM
+        elif run.step == at and place in ("step", "SIGKILL"):
+            raise Killed
+        return step(batches)
+
+    def in_evaluation():
+        evaluate()
+        if run.step == at and place == "signal in evaluation":
+            run.stop.received = signal.SIGTERM
+        elif run.step == at and place == "evaluated":
+            raise Killed
+
+    def in_save(name):
+        save(name)
+        if name == "last.pt" and run.step == at and place == "saved":
+            raise Killed
+
+    run._train_step, run._evaluate, run._save = in_step, in_evaluation, in_save
+    with pytest.MonkeyPatch.context() as patch:
+        if place == "SIGKILL":
+            patch.setattr(Tracker, "__exit__", lambda *_: None)
+            patch.setattr(run, "_summarise", lambda status: None)
+        with suppress(Killed, Interrupted):
+            run.run()
+
+
+def kills(save_every):
+    """Every place and step at which a run can be killed."""
+    for place in ("step", "SIGKILL", "signal"):
+        yield from ((place, at) for at in range(NUM_STEPS))
+    for place in ("evaluated", "signal in evaluation"):
+        yield from ((place, at) for at in (0, 3, 6, 8))
+    yield from (("saved", at) for at in {*range(save_every, NUM_STEPS, save_every), NUM_STEPS})
+
+
+@pytest.mark.parametrize("save_every", [3, 4])
+@pytest.mark.parametrize("log_every", [2, 3, 5])
+def test_rows_after_a_kill_are_those_of_a_run_that_was_never_killed(
+    start, tmp_path, log_every, save_every
+):
+    periods = {"log_every": log_every, "save_every": save_every}
+    start(tmp_path / "whole", **periods).run()
+    whole = written(tmp_path / "whole")
+    steps = [row["step"] for row in whole[0] if "loss" in row]
+    assert steps == sorted({*range(log_every, NUM_STEPS + 1, log_every), NUM_STEPS})
+    assert [row["step"] for row in whole[0] if "val/J_and_F" in row] == [0, 3, 6, 8]
+    resumed = 0
+    for place, at in kills(save_every):
+        run_dir = tmp_path / f"{place} {at}"
+        kill(start(run_dir, **periods), place, at)
+        last = run_dir / "checkpoints" / "last.pt"
+        if last.exists():
+            resumed += 1
+            start(run_dir, resume=last, **periods).run()
+            assert written(run_dir) == whole, (place, at)
+    assert resumed > 20
+
+
+@pytest.mark.parametrize("place", ["SIGKILL", "signal"])
+def test_a_run_may_be_killed_time_and_again(start, tmp_path, place):
+    periods = {"log_every": 5, "save_every": 1}
+    start(tmp_path / "whole", **periods).run()
+    run_dir, last = tmp_path / "parts", None
+    for at in range(1, NUM_STEPS):
+        kill(start(run_dir, resume=last, **periods), place, at)
+        last = run_dir / "checkpoints" / "last.pt"
+    start(run_dir, resume=last, **periods).run()
+    assert written(run_dir) == written(tmp_path / "whole")
+
+
+def test_a_run_that_was_stopped_is_scored_where_it_then_ends(start, tmp_path):
+    """Where no validation was due when it stopped."""
+    kill(start(tmp_path / "run", save_every=100), "signal", 3)
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    assert checkpoint.load(last)["step"] == 4
+    start(tmp_path / "run", resume=last, num_steps=4).run()
+    scored = [row["step"] for row in written(tmp_path / "run")[0] if "val/J_and_F" in row]
+    assert scored == [0, 3, 4]
+
+
+def test_a_checkpoint_from_before_these_keys_goes_on(start, tmp_path):
+    run_dir = tmp_path / "run"
+    kill(start(run_dir, log_every=2, save_every=3), "SIGKILL", 5)
+    last = run_dir / "checkpoints" / "last.pt"
+    content = checkpoint.load(last)
+    for name in ("scored", "window"):
+        del content[name]
+    checkpoint.save(last, content)
+    start(run_dir, resume=last, log_every=2, save_every=3).run()
+    rows = written(run_dir)[0]
+    assert [row["step"] for row in rows if "loss" in row] == [2, 4, 6, 8]
+    assert [row["step"] for row in rows if "val/J_and_F" in row] == [0, 3, 6, 8]
