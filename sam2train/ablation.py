@@ -6,15 +6,25 @@ tables and the pictures are made from it again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sam2train.errors import UserError
-from sam2train.metrics import TRAINED
+from sam2train.metrics import BASE, JANDF, TRAINED
 from sam2train.results import load_metrics, load_scores, read_csv, varied
-from sam2train.stats import Interval, mean_interval, paired_bootstrap, seed_difference
+from sam2train.run_folder import RunFolder
+from sam2train.stats import (
+    Interval,
+    crossed_difference,
+    crossed_mean,
+    holm,
+    mean_interval,
+    paired_bootstrap,
+    seed_difference,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,6 +32,10 @@ if TYPE_CHECKING:
 PROMPT_TYPES = "dataset.prompt_types"
 MASKMEM = "model.num_maskmem"
 POINTERS = "model.max_obj_ptrs_in_encoder"
+GAIN = "J&F gained since step 0"
+HORIZON = ("horizon/J", "horizon/recall_after_absence")  # the curves that are told
+SPLITS = {"val": "validation", "test": "test"}
+LEVEL = 0.05  # a p value up to this, after Holm's correction, shows a difference
 
 _RESULT_COLUMNS = ("split", "step", "metric", "video_id", "object_id", "at", "value", "count")
 _HORIZON_COLUMNS = ("step", "split", "model", "metric", "at", "value", "count")
@@ -36,20 +50,32 @@ class Question:
     within: str | None = None  # another setting: the question is asked at each of its values
 
 
-# By the name of the sweep. One memory is that of the prompted frame alone.
+# By the name of the table. One memory is that of the prompted frame alone.
 QUESTIONS = {
-    "prompts": Question(PROMPT_TYPES, "point"),
-    "num_maskmem": Question(MASKMEM, 1, POINTERS),
+    "prompts": (Question(PROMPT_TYPES, "point"),),
+    "num_maskmem": (Question(MASKMEM, 1, POINTERS), Question(POINTERS, 0, MASKMEM)),
+    "memory_stride3": (Question(MASKMEM, 1),),
 }
+
+
+def questions(name: str, results: pd.DataFrame) -> list[Question]:
+    """What is asked of the table of this name; of a table of one's own, what its prompt types or
+    numbers of memories do, against the first of them."""
+    known = [question for question in QUESTIONS.get(name, ()) if question.by in results]
+    for setting, within in ((PROMPT_TYPES, None), (MASKMEM, POINTERS)):
+        if not known and setting in results:
+            known.append(Question(setting, settings_in_order(results[setting])[0], within))
+    return known
 
 
 def compact_results(runs: pd.DataFrame) -> pd.DataFrame:
     """The finished and scored runs of `load_runs` in long form, small enough to be committed.
 
     Columns: run, seed, evaluation_seed, every setting that varies, and
-        split, step: what was scored, when.
+        split, step: what was scored, when; the test videos score the checkpoint that validation
+            chose, and the weights of step 0.
         metric, value, count: J, F or J_and_F and the number of objects in the mean.
-        video_id, object_id: set in the rows of single objects, kept for the last step only.
+        video_id, object_id: set in the rows of single objects, kept for step 0 and the last.
         at: where a metric is a curve of its own, as those of `horizon.csv` are: frames since the
             prompt, or the length of an absence. The last step only.
 
@@ -119,18 +145,28 @@ def settings_in_order(values: Iterable[Any]) -> list[Any]:
     return sorted(set(values), key=place)
 
 
-def differences(results: pd.DataFrame, question: Question) -> pd.DataFrame:
-    """J&F at the last step of each run, by the values of the setting that the question is about.
+def differences(results: pd.DataFrame, question: Question, *, gain: bool = False) -> pd.DataFrame:
+    """J&F of each split by the values of the setting that the question is about: at the last step
+    on the validation videos, on the test videos that of the checkpoint which validation chose.
 
     Args:
         results: as `read_results` gives them.
+        gain: J&F gained since step 0, since the values may start at different scores. Splits that
+            were not scored at step 0 have no rows.
 
     Returns:
-        A row for each value (and each of `question.within`), with the two settings and
-        J_and_F: text, the mean with its interval over seeds.
-        difference, low, high: to the reference, interval over seeds; NaN in the reference's row and
-            where an interval cannot be given.
-        over_seeds, over_videos: texts of the difference with its two intervals.
+        A row for each split, each value of `question.within` and each value, with
+        split and the two settings.
+        mean, mean_low, mean_high, J_and_F: the mean, its interval, both as a text. Intervals are
+            over seeds and videos; NaN where there are no scores by object or too few of either.
+            The text then has the interval over seeds, and says so.
+        difference, low, high, over_both: to the reference, in the same way; NaN in the
+            reference's row.
+        p, corrected: p value of the difference, before and after Holm's correction for all
+            differences of the table.
+        over_seeds, over_videos: texts of the difference with the other two intervals.
+        seeds: a list of the scores by seed.
+        start: the mean at step 0, NaN where it was not scored.
 
     Raises:
         UserError: the setting was not varied, no run has the reference, or several runs have one
@@ -139,96 +175,160 @@ def differences(results: pd.DataFrame, question: Question) -> pd.DataFrame:
     import pandas as pd
 
     rows = []
-    for outer, part in _within(last_step(results), question):
-        for value in settings_in_order(part[question.by]):
-            first, second = (part[part[question.by] == v] for v in (question.reference, value))
-            row = {**outer, question.by: value}
-            row["J_and_F"] = mean_interval([*_by_seed(second, value).values()]).text()
-            if value != question.reference:
-                found = seed_difference(
-                    _by_seed(first, question.reference), _by_seed(second, value)
-                )
-                row |= {"difference": found.value, "low": found.low, "high": found.high}
-                row["over_seeds"] = found.text(sign=True)
-                row["over_videos"] = _difference_by_object(first, second)
-            rows.append(row)
-    table = pd.DataFrame(rows)
-    return table.reindex(
-        columns=[
-            *[name for name in (question.within, question.by) if name in table],
-            *("J_and_F", "difference", "low", "high", "over_seeds", "over_videos"),
-        ]
-    )
+    for split in SPLITS:
+        scores = _last_and_first(results, split)
+        if gain:
+            scores = scores.dropna(subset=["first"])
+            scores = scores.assign(value=scores["value"] - scores["first"])
+        for outer, part in _within(scores, question):
+            first = _one_setting(part, question.by, question.reference)
+            for value in settings_in_order(part[question.by]):
+                second = _one_setting(part, question.by, value)
+                row = {"split": split, **outer, question.by: value}
+                row |= _mean(second) | {"seeds": [*_by_seed(second).values()]}
+                start = second.dropna(subset=["first"])
+                row["start"] = _objects_or_whole(start)["first"].mean()
+                if value != question.reference:
+                    row |= _difference(first, second)
+                rows.append(row)
+    columns = ["split", *(n for n in (question.within, question.by) if n in results)]
+    columns += ["mean", "mean_low", "mean_high", "J_and_F", "difference", "low", "high", "p"]
+    columns += ["over_both", "over_seeds", "over_videos", "seeds", "start"]
+    table = pd.DataFrame(rows).reindex(columns=columns)
+    return table.assign(corrected=holm(table["p"]))
 
 
-def readable(table: pd.DataFrame, question: Question) -> pd.DataFrame:
-    """`differences` with the headings of a reader, every cell a text."""
+def readable(table: pd.DataFrame, question: Question, what: str = JANDF) -> pd.DataFrame:
+    """`differences` with the headings of a reader, every cell a text. `what` names the score."""
     against = f"against {question.reference}"
-    names = {"J_and_F": "J&F", "over_seeds": f"{against}, over seeds"}
-    names["over_videos"] = f"{against}, over videos"
-    kept = [name for name in (question.within, question.by) if name in table] + [*names]
-    shown = table[kept].map(lambda cell: "" if cell != cell else str(cell))  # NaN is not itself
+    names = {"J_and_F": what, "over_both": against, "corrected": f"p, Holm of {_num(table)}"}
+    names |= {"over_seeds": f"{against}, over seeds", "over_videos": f"{against}, over videos"}
+    kept = [name for name in (question.within, question.by) if name in table]
+    table = table.assign(split=table["split"].map(SPLITS), corrected=table["corrected"].map(_p))
+    shown = table[["split", *kept, *names]].map(
+        lambda cell: "" if cell != cell else str(cell)  # NaN is not itself
+    )
     return shown.rename(columns=lambda name: names.get(name, name.split(".")[-1]))
 
 
-def brief(table: pd.DataFrame, question: Question) -> pd.DataFrame:
-    """`differences` as a small table of texts: a row for each value, J&F and the difference over
-    seeds side by side for each value of `question.within`."""
+def brief(table: pd.DataFrame, question: Question, what: str = JANDF) -> pd.DataFrame:
+    """`differences` as a small table of texts: a row for each value, J&F and the difference side
+    by side for each split and each value of `question.within`. Intervals are over seeds and videos
+    but where the cell says how many seeds."""
     import pandas as pd
 
     word = question.by.split(".")[-1]
+    several = table["split"].nunique() > 1 or what != JANDF
     columns: dict[str, dict[str, str]] = {}
     for row in table.to_dict("records"):
         name = question.within
-        where = f", {name.split('.')[-1]} {row[name]}" if name in row else ""
+        where = f", {SPLITS[row['split']]}" if several else ""
+        where += f", {name.split('.')[-1]} {row[name]}" if name in row else ""
         value = str(row[question.by])
-        columns.setdefault(f"J&F{where}", {})[value] = row["J_and_F"]
-        apart = row["over_seeds"] if row["difference"] == row["difference"] else ""
-        against = columns.setdefault(f"against {question.reference}{where}", {})
-        against[value] = apart.split(" (")[0]
+        mean, apart = row["J_and_F"], ""
+        if row["mean_low"] == row["mean_low"]:  # not NaN
+            mean = mean.split(" (")[0]
+        if row["difference"] == row["difference"]:
+            known = row["low"] == row["low"]
+            apart = row["over_both"].split(" (")[0] if known else row["over_seeds"]
+        columns.setdefault(f"{what}{where}", {})[value] = mean
+        columns.setdefault(f"against {question.reference}{where}", {})[value] = apart
     return pd.DataFrame(columns).rename_axis(word).reset_index()
 
 
 def sentences(table: pd.DataFrame, question: Question) -> str:
-    """What `differences` says, in Markdown: a line for each value that is not the reference."""
+    """What `differences` says, in Markdown: a line for each value that is not the reference, and
+    what can be concluded."""
     word = question.by.split(".")[-1]
     lines = []
-    for row in table[table["difference"].notna()].to_dict("records"):
-        start = f"{_within_what(question, row)}**{word} {row[question.by]}** against "
-        said = verdict(row["low"], row["high"])
-        lines.append(f"- {start}{question.reference}: J&F {row['over_seeds']}{said}.")
-    return "\n".join(lines) or f"Only one value of {word} is finished: nothing to compare yet."
+    for outer, value, pair in _comparisons(table, question):
+        told = [
+            f"{row['over_both']} on {SPLITS[row['split']]}"
+            + (f", p {_p(row['corrected'])}" if row["p"] == row["p"] else "")
+            for row in pair
+        ]
+        start = f"{_within_what(question, outer)}**{word} {value}** against {question.reference}"
+        lines.append(f"- {start}: J&F {'; '.join(told)}{verdict(pair)}.")
+    return "\n".join([*lines, "", conclusion(table, question)]).strip()
+
+
+def conclusion(table: pd.DataFrame, question: Question, what: str = JANDF) -> str:
+    """What the differences together allow to say; made of their p values, after Holm's correction.
+
+    A difference is shown where it is on the test videos, or on the validation videos if there are
+    no others, and where both splits agree in its sign.
+    """
+    word = question.by.split(".")[-1]
+    pairs = [*_comparisons(table, question)]
+    if not pairs:
+        return f"Only one value of {word} is finished: nothing to compare yet."
+    num = _num(table)
+    if not num:
+        reason = pairs[0][2][-1]["over_both"]
+        return f"No claim about the {what} by {word}: an interval over seeds and videos {reason}."
+    said = [
+        f"{_within_what(question, outer)}{word} {value} is {words.removeprefix(', ')} than "
+        f"{question.reference}"
+        for outer, value, pair in pairs
+        if (words := verdict(pair)) in (", higher", ", lower")
+    ]
+    compared = f"{num} comparisons, corrected by Holm" if num > 1 else "1 comparison"
+    if said:
+        text = f"Shown in {what}: {'; '.join(said)}"
+        text += f" (over seeds and videos; {compared}; p up to {LEVEL})."
+        text += " No other difference is shown." * (len(said) < len(pairs))
+    else:
+        text = f"No difference in {what} is shown between the values of {word} (over seeds and "
+        text += f"videos; {compared}; smallest p {_p(table['corrected'].min())})."
+    return f"{text} {_scored_at(table)}"
+
+
+def _scored_at(table: pd.DataFrame) -> str:
+    """Which checkpoint `differences` scored on which videos."""
+    splits = set(table["split"])
+    if splits == {"val", "test"}:
+        return (
+            "Validation scores are those of the last step; test scores are those of the checkpoint "
+            "that was best on validation."
+        )
+    names = SPLITS[splits.pop()]
+    return f"The scores are those of the last step on {names} videos, which chose no checkpoint."
 
 
 def horizon_sentences(results: pd.DataFrame, question: Question, metric: str = "horizon/J") -> str:
     """What a curve of `horizon.csv` says at its far end: the highest value against the reference,
-    in Markdown."""
+    in Markdown. The curves have no rows by video: their intervals are over seeds, and no claim."""
     lines = []
     for outer, part in _within(last_step(results, metric), question):
         highest = settings_in_order(part[question.by])[-1]
-        pair = [part[part[question.by] == v] for v in (question.reference, highest)]
+        pair = [_one_setting(part, question.by, v) for v in (question.reference, highest)]
         shared = set(pair[0]["at"]) & set(pair[1]["at"])
         if highest == question.reference or not shared:
             continue
         at = max(shared)
-        scores = [_by_seed(side[side["at"] == at], None) for side in pair]
+        scores = [_by_seed(side[side["at"] == at]) for side in pair]
         found = seed_difference(*scores)
         means = [mean_interval([*score.values()]).value for score in scores]
         word = question.by.split(".")[-1]
         lines.append(
             f"- {_within_what(question, outer)}{metric.removeprefix('horizon/')} at "
             f"{at / 2 + 1:.0f} to {at:.0f} frames: {means[0]:.3f} with {word} "
-            f"{question.reference}, {means[1]:.3f} with {highest}; {found.text(sign=True)}"
-            f"{verdict(found.low, found.high)}."
+            f"{question.reference}, {means[1]:.3f} with {highest}; {found.text(sign=True)}, "
+            "these videos only."
         )
     return "\n".join(lines) or f"These videos say nothing about {metric}."
 
 
-def verdict(low: float, high: float) -> str:
-    """What an interval of a difference allows to say, in words behind it; nothing without one."""
-    if low != low:  # NaN
+def verdict(pair: Sequence[Mapping[str, Any]]) -> str:
+    """What the rows of one comparison, one a split, allow to say, in words behind it; nothing
+    where the last of them has no p value."""
+    last = pair[-1]  # test, where it was scored
+    if last["p"] != last["p"]:  # NaN
         return ""
-    return ", higher" if low > 0 else ", lower" if high < 0 else ", no difference shown"
+    agree = len({row["difference"] > 0 for row in pair}) == 1
+    if last["corrected"] <= LEVEL and agree:
+        return ", higher" if last["difference"] > 0 else ", lower"
+    return ", no difference shown"
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -258,21 +358,88 @@ def _within(
         yield ({outer: value} if outer else {}), inner
 
 
-def _by_seed(part: pd.DataFrame, value: Any) -> dict[int, float]:
-    whole = part[part["video_id"].isna()]
-    if whole["seed"].duplicated().any():
+def _one_setting(part: pd.DataFrame, by: str, value: Any) -> pd.DataFrame:
+    """The rows with this value, of one run a seed."""
+    chosen = part[part[by] == value]
+    if (chosen.groupby("seed")["run"].nunique() > 1).any():
         raise UserError(
             f"{value}: several runs with one seed; leave in the results what is to be compared"
         )
-    return dict(zip(whole["seed"], whole["value"], strict=True))
+    return chosen
 
 
-def _difference_by_object(first: pd.DataFrame, second: pd.DataFrame) -> str:
-    objects = [part[part["video_id"].notna()] for part in (first, second)]
-    if not all(map(len, objects)):
-        return "no scores by video"
-    found: Interval = paired_bootstrap(*objects, "value")
-    return found.text(sign=True)
+def _last_and_first(results: pd.DataFrame, split: str) -> pd.DataFrame:
+    """As `last_step`, with J&F at step 0 of the same object or of all videos as `first`; NaN where
+    that was not kept, and everywhere if one of the runs was not scored at step 0."""
+    last = last_step(results, split=split)
+    scored = (results["metric"] == "J_and_F") & (results["split"] == split)
+    keys = ["run", "video_id", "object_id"]
+    first = results.loc[scored & (results["step"] == 0), [*keys, "value"]]
+    both = last.merge(first.rename(columns={"value": "first"}), on=keys, how="left")
+    if both.groupby("run")["first"].count().eq(0).any():
+        both["first"] = math.nan
+    return both
+
+
+def _by_seed(part: pd.DataFrame) -> dict[int, float]:
+    """The mean over the objects by seed; where there are none, the score of all videos."""
+    return _objects_or_whole(part).groupby("seed")["value"].mean().to_dict()
+
+
+def _objects_or_whole(part: pd.DataFrame) -> pd.DataFrame:
+    objects = part["video_id"].notna()
+    return part[objects] if objects.any() else part
+
+
+def _mean(part: pd.DataFrame) -> dict[str, Any]:
+    """The mean with its interval over seeds and videos, or over seeds where there are no objects,
+    which is no interval for a claim."""
+    found = _over_both(part)
+    row = {"mean": mean_interval([*_by_seed(part).values()]).value}
+    if found is None or not found.known:
+        return row | {"J_and_F": mean_interval([*_by_seed(part).values()]).text()}
+    return row | {"mean_low": found.low, "mean_high": found.high, "J_and_F": found.text()}
+
+
+def _difference(first: pd.DataFrame, second: pd.DataFrame) -> dict[str, Any]:
+    """`second` minus `first` with its intervals, as `differences` has them."""
+    seeds = seed_difference(_by_seed(first), _by_seed(second))
+    found, missing = _over_both(first, second), "needs scores by object"
+    row: dict[str, Any] = {"difference": seeds.value, "over_seeds": seeds.text(sign=True)}
+    if found is None:
+        return row | {"over_both": missing, "over_videos": missing}
+    objects = [_objects_or_whole(part) for part in (first, second)]
+    row |= {"low": found.low, "high": found.high, "p": found.p}
+    row["over_both"] = found.text(sign=True)
+    return row | {"over_videos": paired_bootstrap(*objects, "value").text(sign=True)}
+
+
+def _over_both(*parts: pd.DataFrame) -> Interval | None:
+    """The interval over seeds and videos of one or of a difference; None without objects."""
+    if any(part["video_id"].isna().all() for part in parts):
+        return None
+    objects = [_objects_or_whole(part) for part in parts]
+    return (crossed_mean if len(parts) == 1 else crossed_difference)(*objects, "value")
+
+
+def _comparisons(
+    table: pd.DataFrame, question: Question
+) -> Iterable[tuple[dict[str, Any], Any, list[dict[str, Any]]]]:
+    """The settings of each comparison: `question.within`'s, the value, its rows by split."""
+    found: dict[tuple, list[dict[str, Any]]] = {}
+    for row in table[table["difference"].notna()].to_dict("records"):
+        found.setdefault((row.get(question.within), row[question.by]), []).append(row)
+    for (within, value), rows in found.items():
+        yield ({question.within: within} if question.within in table else {}), value, rows
+
+
+def _num(table: pd.DataFrame) -> int:
+    """How many comparisons Holm's correction is for."""
+    return int(table["p"].notna().sum())
+
+
+def _p(value: float) -> str:
+    return "" if value != value else "below 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _within_what(question: Question, row: dict[str, Any]) -> str:
@@ -289,11 +456,19 @@ def _compact_run(path: Path) -> pd.DataFrame:
     rows = whole.rename_axis(["step", "metric"]).rename("value").reset_index()
     rows["count"] = rows["step"].map(metrics["val/num_objects"].dropna())
     parts = [rows.assign(split="val")]
-    if (path / "scores.csv").is_file():
-        objects = load_scores(path).rename(columns={"J_and_F": "value"})
-        parts.append(_at_the_end(objects).assign(metric="J_and_F", count=1))
-    if (path / "horizon.csv").is_file():
-        horizon = read_csv(path / "horizon.csv", _HORIZON_COLUMNS)
+    if RunFolder(path).scores.is_file():
+        # On the test videos the run's own step 0 is scored as the base.
+        base = load_scores(path, BASE)
+        first = base[(base["split"] == "test") & (base["step"] == 0)]
+        trained = load_scores(path)
+        first = pd.concat([trained[(trained["split"] == "val") & (trained["step"] == 0)], first])
+        objects = pd.concat([_at_the_end(trained), first])
+        # Where step 0 was the best, it is both.
+        objects = objects.drop_duplicates(["split", "step", "video_id", "object_id"])
+        objects = objects.rename(columns={"J_and_F": "value"})
+        parts.append(objects.assign(metric="J_and_F", count=1))
+    if RunFolder(path).horizon.is_file():
+        horizon = read_csv(RunFolder(path).horizon, _HORIZON_COLUMNS)
         parts.append(_at_the_end(horizon[horizon["model"] == TRAINED]))
     parts = [part.reindex(columns=list(_RESULT_COLUMNS)) for part in parts if len(part)]
     return pd.concat(parts, ignore_index=True).round({"value": 5})

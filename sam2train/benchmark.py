@@ -22,32 +22,32 @@ from sam2train.build import (
     uses_bf16,
 )
 from sam2train.config import to_yaml
+from sam2train.data_report import shared_split_warning
 from sam2train.datasets import build_dataset
 from sam2train.errors import UserError
-from sam2train.evaluate import SeenFrame, TrackedVideo, Videos, copy_first_mask, track_video
+from sam2train.evaluate import ClipDataset, SeenFrame, TrackedVideo, copy_first_mask, track_video
 from sam2train.experiment import Experiment
 from sam2train.files import replacing, write_rows, write_text
-from sam2train.horizon import bin_name, numbers
 from sam2train.machine import cell, describe_environment, say
-from sam2train.mask_files import MaskFolder
 from sam2train.metrics import BASE, COPY, TRAINED
 from sam2train.model import SAM2Model
 from sam2train.prompt_cells import NOISE, Cell, CellPrompts, all_cells
 from sam2train.run_folder import RunFolder
 from sam2train.runlog import RunLog
 from sam2train.score_figures import horizon_figure, matrix_figure
-from sam2train.scoring import (
+from sam2train.scores import (
     FRAME_COLUMNS,
     HORIZON_COLUMNS,
     LABELS,
     SCORE_COLUMNS,
     Scores,
+    bin_name,
     difference,
+    numbers,
     score,
     scores_table,
-    shared_split_warning,
 )
-from sam2train.video_overlays import OverlayDrawer
+from sam2train.video_pictures import MaskFolder, OverlayDrawer
 
 SplitName = Literal["val", "test"]
 _MEANS = ("J", "F", "J_and_F", "J_recall", "J_decay", "F_recall", "F_decay", "mIoU")
@@ -107,7 +107,7 @@ class Benchmark:
                 f"{'test' if split == 'val' else 'val'}"
             )
         sections = experiment.dataset, experiment.augment, experiment.clips_seed
-        self.data: Videos = build_dataset(*sections, path, training=False, say=self._say)
+        self.data: ClipDataset = build_dataset(*sections, path, training=False, say=self._say)
         model = build_model(experiment)
         self.bf16 = uses_bf16(experiment, model.device)
         self.loaded: Loaded | None = None

@@ -13,20 +13,37 @@ from rich.console import Console
 from rich.table import Table
 
 from sam2train.ablation import (
-    QUESTIONS,
+    GAIN,
+    HORIZON,
+    MASKMEM,
+    Question,
     brief,
     compact_results,
+    conclusion,
     differences,
+    horizon_sentences,
     is_result,
     markdown,
+    questions,
     read_results,
 )
 from sam2train.errors import UserError
 from sam2train.figures import draw_results
 from sam2train.files import write_text
 from sam2train.machine import cell, say
-from sam2train.results import is_run, labels, load_runs, load_scores, over_seeds, varied
-from sam2train.stats import mean_interval, paired_bootstrap, seed_difference
+from sam2train.metrics import JANDF
+from sam2train.results import compare_groups, labels, load_runs, object_scores, varied
+from sam2train.run_folder import RunFolder
+from sam2train.stats import (
+    Interval,
+    crossed_difference,
+    crossed_gains,
+    crossed_mean,
+    holm,
+    mean_interval,
+    paired_bootstrap,
+    seed_difference,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,7 +90,7 @@ def compare_runs(folders: Sequence[Path], console: Console) -> None:
     import pandas as pd
 
     for folder in folders:
-        if not is_run(folder):
+        if not RunFolder(folder).is_run:
             what = "is no run: no config.yaml with metrics.jsonl in it" if folder.is_dir() else ""
             raise UserError(
                 f"--compare: {folder} {what or 'is no folder'}; `python run.py --runs` lists runs"
@@ -94,22 +111,23 @@ def compare_runs(folders: Sequence[Path], console: Console) -> None:
     console.print(table if table.rows else "The settings are the same.")
     if alone:
         say(console, "They differ in nothing but the seed.")
-        if runs["last"].notna().any():
-            (text,) = over_seeds(runs, ["group"])["text"]
-            say(console, f"J&F over the seeds: {text}")
+        if len(ended := runs[runs["last"].notna()]):
+            (text,) = compare_groups([ended])["text"]
+            say(console, f"J&F of all: {text}")
     scored = [name for name in varied(runs) if _shapes_scores(name, runs)]
     if scored:
         say(console, f"Careful: they were scored under different {', '.join(scored)}.")
     scores: dict[str, pd.DataFrame] = {}
     for letter, part in groups.items():
         try:
-            scores[letter] = _last_scores(part)
+            scores[letter] = object_scores(part)
         except UserError as problem:
             say(console, f"{letter}, nothing over videos: {problem}")
     console.print(_gains_table(groups, scores))
     console.print(_differences_table(groups, scores))
     say(
         console,
+        "over both: 95 %, other trainings on other videos of the kind; a claim needs this one\n"
         "over videos: 95 %, paired bootstrap, these weights on other videos of the kind\n"
         "over seeds: 95 %, t, other trainings on these videos",
     )
@@ -148,14 +166,32 @@ def collect_results(folder: Path | None, console: Console) -> None:
         for row in runs[~is_result(runs)].itertuples():
             say(console, f"left out: {row.path}, {row.status} at step {row.step}")
         say(console, f"wrote {paths[0]}: {results['run'].nunique()} runs, {len(results)} rows")
-        if not QUESTIONS.get(paths[0].stem) and (table := _groups_table(runs[is_result(runs)])):
+        asked = questions(paths[0].stem, results)
+        if not asked and (table := _groups_table(runs[is_result(runs)])):
             console.print(table)
     for path in paths:
         for picture in draw_results(path):
             say(console, f"wrote {picture}")
-        if question := QUESTIONS.get(path.stem):
-            table = brief(differences(read_results(path), question), question)
-            say(console, f"\n{markdown(table)}\n")
+        results = read_results(path)
+        for place, question in enumerate(questions(path.stem, results)):
+            _say_answer(results, question, console, in_full=place == 0)
+
+
+def _say_answer(
+    results: pd.DataFrame, question: Question, console: Console, *, in_full: bool
+) -> None:
+    """The table of J&F in Markdown with what it allows to say; in full, that of the gain, too, and
+    for numbers of memories the horizon's far end."""
+    for what, gain in ((JANDF, False), (GAIN, True))[: 1 + in_full]:
+        table = differences(results, question, gain=gain)
+        if len(table):
+            say(console, f"\n{markdown(brief(table, question, what))}\n")
+            console.print(conclusion(table, question, what), markup=False, highlight=False)
+    for metric in HORIZON:
+        if in_full and question.by == MASKMEM and (results["metric"] == metric).any():
+            said = horizon_sentences(results, question, metric)
+            console.print(said, markup=False, highlight=False)
+    say(console, "")
 
 
 def _runs_table(runs: pd.DataFrame) -> Table:
@@ -193,9 +229,11 @@ def _groups_table(runs: pd.DataFrame) -> Table | None:
     table.add_column("settings", overflow="fold")
     table.add_column("last J&F", no_wrap=True)
     table.add_column("runs", overflow="fold")
-    for row in over_seeds(runs, ["settings"]).sort_values("mean", ascending=False).itertuples():
-        members = runs.loc[runs["settings"] == row.settings, "run"]
-        table.add_row(cell(row.settings), row.text, cell(" ".join(members)))
+    means = runs.groupby(["settings", "seed"])["last"].mean().groupby("settings").mean()
+    order = [*means.sort_values(ascending=False).index]
+    parts = [runs[runs["settings"] == settings] for settings in order]
+    for settings, part, text in zip(order, parts, compare_groups(parts)["text"], strict=True):
+        table.add_row(cell(settings), text, cell(" ".join(part["run"])))
     return table
 
 
@@ -234,79 +272,77 @@ def _settings_table(groups: dict[str, pd.DataFrame]) -> Table:
 
 def _gains_table(groups: dict[str, pd.DataFrame], scores: dict[str, pd.DataFrame]) -> Table:
     """Each group against its own step 0."""
-    table = Table("", "over videos", "over seeds", title_justify="left", box=None)
+    table = Table("", "over both", "over videos", "over seeds", title_justify="left", box=None)
     table.title = "J&F gained since step 0"
     for letter, part in groups.items():
         gains = part.dropna(subset=["gain"]).groupby("seed")["gain"].mean()
-        table.add_row(
-            letter,
-            _paired_difference(scores, letter, letter, first="first"),
-            mean_interval(gains).text(sign=True) if len(gains) else "no score at step 0",
-        )
+        seeds = mean_interval(gains).text(sign=True) if len(gains) else "no score at step 0"
+        both, videos = _over_videos(scores, letter, letter, first="first")
+        table.add_row(letter, *map(_in_two_lines, (_text(both), _text(videos), seeds)))
     return table
 
 
 def _differences_table(groups: dict[str, pd.DataFrame], scores: dict[str, pd.DataFrame]) -> Table:
     """Each group against the first, at the last step."""
     reference, *others = groups
-    table = Table("", "metric", "over videos", "over seeds", title_justify="left", box=None)
-    table.title = f"Difference to {reference}"
 
     def by_seed(letter: str) -> dict[int, float]:
         part = groups[letter].dropna(subset=["last"])
         return part.groupby("seed")["last"].mean().to_dict()
 
+    rows, ps = [], []
     for letter in others:
         first, second = by_seed(reference), by_seed(letter)
         seeds = "needs scores of both"
         if first and second:
             seeds = seed_difference(first, second).text(sign=True)
         for metric in ("J_and_F", "J", "F"):
-            table.add_row(
-                letter if metric == "J_and_F" else "",
-                metric.replace("_and_", "&"),
-                _paired_difference(scores, reference, letter, metric=metric),
-                seeds if metric == "J_and_F" else "",
-            )
+            both, videos = _over_videos(scores, reference, letter, metric=metric)
+            main = metric == "J_and_F"
+            ps.append(both.p if main and isinstance(both, Interval) else math.nan)
+            name = metric.replace("_and_", "&")
+            rows.append([letter * main, name, _text(both), _text(videos), seeds * main])
+    num = sum(not math.isnan(p) for p in ps)
+    table = Table("", "metric", "over both", title_justify="left", box=None)
+    for heading in (f"p, Holm of {num}" if num else "p", "over videos", "over seeds"):
+        table.add_column(heading)
+    table.title = f"Difference to {reference}"
+    for (letter, name, *texts), p in zip(rows, holm(ps), strict=True):
+        both, videos, seeds = map(_in_two_lines, texts)
+        table.add_row(letter, name, both, "" if math.isnan(p) else f"{p:.3f}", videos, seeds)
     return table
 
 
-def _paired_difference(
+def _over_videos(
     scores: dict[str, pd.DataFrame],
     one: str,
     other: str,
     *,
     metric: str = "J_and_F",
     first: str = "last",
-) -> str:
-    """The last scores of `other` minus those of `one`, or its `first`; else what is missing."""
+) -> tuple[Interval | str, Interval | str]:
+    """The last scores of `other` minus those of `one`, or its `first`: over seeds and videos, and
+    over videos; else what is missing."""
     if missing := [letter for letter in dict.fromkeys((one, other)) if letter not in scores]:
-        return f"needs scores.csv of {' and '.join(missing)}"
-    before = scores[one]
+        return (f"needs scores.csv of {' and '.join(missing)}",) * 2
+    before, after = scores[one], scores[other]
+    before, after = before[before["when"] == first], after[after["when"] == "last"]
     try:
-        found = paired_bootstrap(
-            before[before["when"] == first],
-            scores[other][scores[other]["when"] == "last"],
-            metric,
-        )
+        videos = paired_bootstrap(before, after, metric)
+        if one == other:
+            return crossed_mean(crossed_gains(before, after, metric), metric), videos
+        return crossed_difference(before, after, metric), videos
     except UserError as problem:
-        return str(problem)
-    return found.text(sign=True)
+        return str(problem), str(problem)
 
 
-def _last_scores(runs: pd.DataFrame) -> pd.DataFrame:
-    """Validation scores by object of all these runs; `when` is "first" at step 0, or "last"."""
-    import pandas as pd
+def _text(found: Interval | str) -> str:
+    return found if isinstance(found, str) else found.text(sign=True)
 
-    parts = []
-    for path in runs["path"]:
-        scores = load_scores(path)
-        scores = scores[scores["split"] == "val"]
-        if scores.empty:
-            raise UserError(f"{path}/scores.csv: no row of the validation split")
-        for when, step in (("first", 0), ("last", scores["step"].max())):
-            parts.append(scores[scores["step"] == step].assign(when=when))
-    return pd.concat(parts, ignore_index=True)
+
+def _in_two_lines(text: str) -> str:
+    """Interval and counts below each other: three of them fit a line of 100 columns."""
+    return text.replace(" (", "\n(")
 
 
 def _letters(num: int) -> list[str]:

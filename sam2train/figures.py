@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +19,19 @@ import numpy as np
 from sam2train.ablation import (
     MASKMEM,
     POINTERS,
-    PROMPT_TYPES,
+    SPLITS,
+    Question,
+    differences,
     last_step,
+    questions,
     read_results,
     settings_in_order,
 )
 from sam2train.errors import UserError
 from sam2train.files import replacing
+from sam2train.metrics import JANDF
 from sam2train.results import over_seeds
+from sam2train.score_figures import COLOURS, GREY, MARKERS, new_figure
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,42 +39,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours that are dark enough for a line on white, the most different ones first.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
-MARKERS = "osD^vPX"
-GREY = "#777777"
 FROZEN = "#c8c8c8"
-JANDF = "J&F"
 _HORIZON_METRICS = {  # metric -> labels of its axes
     "horizon/J": ("frames since the prompt, up to", "J"),
     "horizon/recall_after_absence": ("frames away, up to", "found again (J > 0.5)"),
 }
-
-_STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e4e4",
-    "legend.frameon": False,
-    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
-}
-
-
-@contextmanager
-def new_figure(
-    width: float, height: float, columns: int = 1, rows: int = 1
-) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A new figure of so many inches with its axes, row by row, styled; not known to pyplot."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure, list(figure.subplots(rows, columns, sharey="row", squeeze=False).flat)
 
 
 def curves(
@@ -113,50 +86,50 @@ def curves(
     return figure
 
 
-def prompt_scores(results: pd.DataFrame, *, title: str = "") -> Figure:
-    """J&F by prompt type: the last step with its interval over seeds, and step 0 in grey.
+def ablation_scores(results: pd.DataFrame, question: Question, *, title: str = "") -> Figure:
+    """J&F by the values of a setting, and beside it the differences to the reference; bars are
+    intervals over seeds and videos. Where those are not known, there is no bar.
+
+    A series each split and each value of `question.within`. Dots are seeds, hollow marks step 0.
 
     Args:
-        results: as `ablation.read_results` gives them, with `dataset.prompt_types` varied.
+        results: as `ablation.read_results` gives them, with the setting of the question varied.
     """
-    last = _rows_of_all_videos(last_step(results))
-    first = _rows_of_all_videos(results[(results["metric"] == "J_and_F") & (results["step"] == 0)])
-    _not_empty(last)
-    order = settings_in_order(last[PROMPT_TYPES])
-    with new_figure(6.5, 3.8) as (figure, (axes,)):
-        for part, shift, style, label in (
-            (first, -0.13, {"color": GREY, "marker": "o"}, "step 0"),
-            (last, 0.13, {"color": COLOURS[0], "marker": "s"}, "last step"),
+    _not_empty(results)
+    table = differences(results, question)
+    order = settings_in_order(table[question.by])
+    names = [name.replace("+", "\n+ ") if isinstance(name, str) else str(name) for name in order]
+    several = table["split"].nunique() > 1
+    keys = ["split", *([question.within] if question.within in table else [])]
+    series = [*table.groupby(keys, sort=False)]
+    with new_figure(12, 4, 2, sharey=False) as (figure, (left, right)):
+        start = "step 0"  # in the legend once
+        for place, ((key, part), style) in enumerate(
+            zip(series, _styles(len(series)), strict=True)
         ):
-            _dots(axes, part, PROMPT_TYPES, order, shift, style, label)
-        names = [name.replace("+", "\n+ ") for name in order]
-        _categories(axes, names, "prompts in training and evaluation")
-        axes.set(ylabel=JANDF, title=title)
-        _legend(axes)
-    return figure
-
-
-def memory_scores(results: pd.DataFrame, *, title: str = "") -> Figure:
-    """J&F by `num_maskmem`, with and without object pointers, with intervals over seeds.
-
-    Args:
-        results: as `ablation.read_results` gives them, with `model.num_maskmem` varied and, if
-            there is to be a second series, `model.max_obj_ptrs_in_encoder`.
-    """
-    last = _rows_of_all_videos(last_step(results))
-    _not_empty(last)
-    order = settings_in_order(last[MASKMEM])
-    series = settings_in_order(last[POINTERS]) if POINTERS in last else [None]
-    with new_figure(6.5, 3.8) as (figure, (axes,)):
-        for place, (pointers, style) in enumerate(zip(series, _styles(len(series)), strict=True)):
-            part = last if pointers is None else last[last[POINTERS] == pointers]
-            shift = 0.2 * (place - (len(series) - 1) / 2)
-            label = "last step" if pointers is None else _pointers(pointers)
-            _dots(axes, part, MASKMEM, order, shift, {**style, "linestyle": "-"}, label)
-        _categories(axes, order, "memories kept (num_maskmem)")
-        _cut_off_below(axes, last, order)
-        axes.set(ylabel=JANDF, title=title)
-        _legend(axes)
+            words = [SPLITS[key[0]]] * several
+            words += [_within_label(question.within, value) for value in key[1:]]
+            label = ", ".join(words) or "last step"
+            shift = 0.24 * (place - (len(series) - 1) / 2)
+            part = part.assign(x=part[question.by].map(order.index) + shift)
+            _dots(left, part, style)
+            _bars(left, part, ("mean", "mean_low", "mean_high"), style, label)
+            known = part.dropna(subset=["start"])
+            if len(known):
+                hollow = {**style, "linestyle": "none", "markerfacecolor": "none"}
+                left.plot(known["x"] - 0.07, known["start"], label=start, **hollow)
+                start = None
+            apart = part.dropna(subset=["difference"])
+            _bars(right, apart, ("difference", "low", "high"), style, label)
+        right.axhline(0, color=GREY, linewidth=1)
+        for axes in (left, right):
+            _categories(axes, names, question.by.split(".")[-1])
+        _cut_off_below(left, table, ("mean", "mean_low", "mean_high"), question.by, order)
+        _cut_off_below(right, table, ("difference", "low", "high"), question.by, order)
+        left.set(ylabel=JANDF, title=f"{title or JANDF}; bars: 95 % over seeds and videos")
+        right.set_ylabel(f"{JANDF} minus that of {question.reference}")
+        handles = left.get_legend_handles_labels()
+        right.legend(*handles, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
     return figure
 
 
@@ -165,7 +138,8 @@ def horizon(results: pd.DataFrame, *, title: str = "") -> Figure:
     objects are found again after an absence, against its length.
 
     A line each `num_maskmem`, a column each number of object pointers. Lines are means over seeds,
-    the shade their interval; a single seed has none. What was not measured has no row.
+    side by side, bars their interval over seeds, on these videos; the curves have no rows by video
+    for another. A single seed has no bar. What was not measured has no row.
 
     Args:
         results: as `ablation.read_results` gives them.
@@ -184,14 +158,17 @@ def horizon(results: pd.DataFrame, *, title: str = "") -> Figure:
         cells = itertools.product(parts.items(), columns)
         for axes, ((name, part), column) in zip(all_axes, cells, strict=True):
             chosen = part if column is None else part[part[POINTERS] == column]
-            for setting, style in zip(settings, _ordered(len(settings)), strict=True):
-                means = over_seeds(chosen[chosen[MASKMEM] == setting], ["at"], "value")
-                axes.plot(means["at"], means["mean"], label=f"{setting}", markersize=5, **style)
-                axes.fill_between(
-                    means["at"], means["low"], means["high"], color=style["color"], alpha=0.13, lw=0
-                )
+            for place, style in enumerate(_ordered(len(settings))):
+                means = over_seeds(chosen[chosen[MASKMEM] == settings[place]], ["at"], "value")
+                # Beside each other, a few hundredths of the octave between two places.
+                x = means["at"] * 2 ** (0.07 * (place - (len(settings) - 1) / 2))
+                error = (means["high"] - means["mean"]).to_numpy()
+                bars = {"capsize": 2, "elinewidth": 1, "markersize": 5}
+                axes.errorbar(x, means["mean"], error, label=f"{settings[place]}", **bars, **style)
             axes.set_xscale("log", base=2)  # `at` is the end of a bin, each twice as long
+            axes.set_xticks(sorted(set(part["at"])), minor=False)
             axes.xaxis.set_major_formatter("{x:.0f}")
+            axes.grid(False, axis="x")
             xlabel, ylabel = _HORIZON_METRICS[name]
             axes.set(xlabel=xlabel, title="" if column is None else _pointers(column))
             if column == columns[0]:
@@ -199,8 +176,8 @@ def horizon(results: pd.DataFrame, *, title: str = "") -> Figure:
         all_axes[len(columns) - 1].legend(
             title="num_maskmem", loc="center left", bbox_to_anchor=(1, 0.5)
         )
-        if title:
-            figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+        title = f"{title or 'J and recall'}; bars: 95 % over seeds, on these videos"
+        figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     return figure
 
 
@@ -313,12 +290,10 @@ def draw_results(path: Path) -> list[Path]:
         UserError: no such file, or nothing in it that can be drawn.
     """
     results, drawn = read_results(path), {}
-    if PROMPT_TYPES in results:
-        drawn[""] = prompt_scores(results, title="Score by prompt type")
-    if MASKMEM in results:
-        drawn[""] = memory_scores(results, title="Score by number of memories")
-        if results["metric"].isin(_HORIZON_METRICS).any():
-            drawn["_horizon"] = horizon(results, title="How long the memory holds")
+    for question in questions(path.stem, results)[:1]:
+        drawn[""] = ablation_scores(results, question)
+    if MASKMEM in results and results["metric"].isin(_HORIZON_METRICS).any():
+        drawn["_horizon"] = horizon(results, title="How long the memory holds")
     written = []
     for suffix, figure in drawn.items():
         written.append(path.with_name(f"{path.stem}{suffix}.png"))
@@ -344,28 +319,24 @@ document.querySelectorAll("#NAME th").forEach((heading, column) => {
 """
 
 
-def _dots(
+def _dots(axes: Axes, part: pd.DataFrame, style: Mapping[str, Any]) -> None:
+    """The seeds of each row as faint dots."""
+    for row in part.to_dict("records"):
+        x = np.full(len(row["seeds"]), row["x"] + 0.07)
+        axes.scatter(x, row["seeds"], s=14, color=style["color"], alpha=0.4, lw=0)
+
+
+def _bars(
     axes: Axes,
     part: pd.DataFrame,
-    by: str,
-    order: Sequence[Any],
-    shift: float,
+    names: tuple[str, str, str],
     style: Mapping[str, Any],
     label: str,
 ) -> None:
-    """Each seed as a faint dot, their mean with its interval; categories at 0, 1, 2, ..."""
-    if part.empty:
-        return
-    places = {name: place + shift for place, name in enumerate(order)}
-    axes.scatter(
-        part[by].map(places) + 0.06, part["value"], s=14, color=style["color"], alpha=0.4, lw=0
-    )
-    means = over_seeds(part, [by], "value").set_index(by).reindex(order).dropna(subset=["mean"])
-    x = [places[name] for name in means.index]
-    error = (means["high"] - means["mean"]).to_numpy()  # NaN, and no bar, for a single seed
-    bars = {"capsize": 3, "elinewidth": 1.3, "markersize": 6, "linewidth": 1.2}
-    style = {"linestyle": "none", **style}
-    axes.errorbar(x, means["mean"], error, label=label, **bars, **style)
+    """Values with their intervals, by the names of value, low and high."""
+    value, low, high = (part[name].to_numpy(np.float64) for name in names)
+    bars = {"capsize": 3, "elinewidth": 1.3, "markersize": 6, "linestyle": "none"}
+    axes.errorbar(part["x"], value, [value - low, high - value], label=label, **bars, **style)
 
 
 def _categories(axes: Axes, names: Sequence[Any], label: str) -> None:
@@ -375,20 +346,23 @@ def _categories(axes: Axes, names: Sequence[Any], label: str) -> None:
     _honest(axes)
 
 
-def _cut_off_below(axes: Axes, part: pd.DataFrame, order: Sequence[Any]) -> None:
+def _cut_off_below(
+    axes: Axes, table: pd.DataFrame, names: tuple[str, str, str], by: str, order: Sequence[Any]
+) -> None:
     """Where the first category lies so far below the others that it would press them into one
-    line, end the axis above it and write its score instead."""
-    first, others = (part[(part[MASKMEM] == order[0]) == is_first] for is_first in (True, False))
-    gap = others["value"].min() - first["value"].max()  # NaN where there are no others
-    if not gap > max(0.1, 2 * (others["value"].max() - others["value"].min())):
+    line, end the axis above it and write its value instead."""
+    value = names[0]
+    first, others = (table[(table[by] == order[0]) == is_first] for is_first in (True, False))
+    gap = others[value].min() - first[value].max()  # NaN where there are no others
+    if not gap > max(0.1, 2 * (others[value].max() - others[value].min())):
         return
-    by = [name for name in (POINTERS, MASKMEM) if name in part]
-    ends = over_seeds(others, by, "value")[["mean", "low", "high"]]  # NaN ends for a single seed
+    drawn = [*names, *(["start"] if value == "mean" else [])]
+    ends = others[drawn]  # NaN where there is no interval
     low, high = ends.min(axis=None), ends.max(axis=None)
     margin = max(0.1 * (high - low), 0.025)
     axes.set_ylim(low - margin, high + margin)
     axes.annotate(
-        f"{first['value'].mean():.3f},\nbelow",
+        f"{first[value].mean():.3f},\nbelow",
         (0, 0),
         (0, 18),
         xycoords=("data", "axes fraction"),
@@ -414,9 +388,8 @@ def _pointers(number: Any) -> str:
     return "without object pointers" if number == 0 else f"{number} object pointers"
 
 
-def _rows_of_all_videos(results: pd.DataFrame) -> pd.DataFrame:
-    """The rows about all videos together."""
-    return results[results["video_id"].isna()]
+def _within_label(name: str, value: Any) -> str:
+    return _pointers(value) if name == POINTERS else f"{name.split('.')[-1]} {value}"
 
 
 def _not_empty(data: pd.DataFrame) -> None:

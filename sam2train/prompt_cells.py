@@ -9,7 +9,7 @@ import torch
 
 from sam2train.clips import Prompt, boundary_distance
 from sam2train.data_source import Video
-from sam2train.evaluate import Videos, first_views
+from sam2train.evaluate import ClipDataset, first_views
 from sam2train.memory import track_clip
 from sam2train.model import SAM2Model
 from sam2train.prompts import PROMPTS, PromptGenerator, mask_to_box, move_point, type_of
@@ -57,7 +57,9 @@ class CellPrompts:
         self.model, self.cell, self.bf16 = model, cell, bf16
         self.generator = PromptGenerator([cell.prompt], 0, include_center=True)
 
-    def __call__(self, dataset: Videos, video: Video, rng: np.random.Generator) -> list[Prompt]:
+    def __call__(
+        self, dataset: ClipDataset, video: Video, rng: np.random.Generator
+    ) -> list[Prompt]:
         prompts = []
         for object_id, t, mask in first_views(dataset, video):
             # A stream for each object: the number of clicks must not move what comes after.
@@ -72,7 +74,7 @@ class CellPrompts:
 
     def _correct(
         self,
-        dataset: Videos,
+        dataset: ClipDataset,
         video: Video,
         prompt: Prompt,
         mask: np.ndarray,
@@ -92,7 +94,7 @@ class CellPrompts:
 
 @torch.inference_mode()
 def segment_frame(
-    model: SAM2Model, dataset: Videos, video: Video, prompt: Prompt, *, bf16: bool = False
+    model: SAM2Model, dataset: ClipDataset, video: Video, prompt: Prompt, *, bf16: bool = False
 ) -> np.ndarray:
     """(H, W) bool at the model's input size: its answer on the prompted frame."""
     was_training = model.training

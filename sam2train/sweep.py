@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import signal
@@ -28,8 +29,8 @@ from sam2train.errors import UserError
 from sam2train.experiment import Experiment
 from sam2train.files import file_name, write_text
 from sam2train.machine import cell, say
-from sam2train.results import over_seeds
-from sam2train.stats import seed_difference
+from sam2train.results import compare_groups
+from sam2train.run_folder import RUNS
 from sam2train.sweep_file import Sweep, check_values, grid, in_grid, load_sweep, show_value
 from sam2train.sweep_search import examples, trials_to_stop
 from sam2train.sweep_trials import (
@@ -86,7 +87,7 @@ def run_sweep(
         UserError: what is wrong with the sweep, or with going on in this folder.
     """
     sweep = load_sweep(path, extra)
-    folder = folder or Path("runs/sweeps") / file_name(sweep.name)
+    folder = folder or RUNS / "sweeps" / file_name(sweep.name)
     return _LocalSweep(sweep, folder, count, jobs, console or Console()).run()
 
 
@@ -413,31 +414,31 @@ def _results_frame(sweep: Sweep, trials: Sequence[Trial]) -> pd.DataFrame:
 def _ranking(sweep: Sweep, trials: Sequence[Trial]) -> pd.DataFrame:
     """Finished trials with a score, grouped over seeds, best first.
 
-    Columns: the parameters as text; mean, low, high, num and text of `over_seeds`; difference, from
-    the best, seed by seed where they have the same seeds.
+    Columns: the parameters as text; mean; text, difference and p of `compare_groups`, the
+    difference from the best.
     """
     import pandas as pd
 
     names = [name for name in _varying(sweep) if name != _SEED]
-    groups: dict[str, dict[int, float]] = {}  # the values -> seed -> score
+    groups: dict[str, list[dict[str, Any]]] = {}  # the values -> their runs
     shown: dict[str, dict[str, str]] = {}
     for trial in trials:
         if trial.state == "finished" and trial.score is not None:
             values = {name: trial.values.get(name) for name in names}
             group = json.dumps(values)
-            groups.setdefault(group, {})[trial.seed] = trial.score
+            row = {"path": str(trial.folder), "seed": trial.seed, "last": trial.score}
+            groups.setdefault(group, []).append(row)
             shown[group] = {name: show_value(value) for name, value in values.items()}
     if not groups:
         return pd.DataFrame()
-    rows = [(g, seed, score) for g, scores in groups.items() for seed, score in scores.items()]
-    table = over_seeds(pd.DataFrame(rows, columns=["group", "seed", "score"]), ["group"], "score")
-    worse_last = sweep.config.metric.goal == "minimize"
-    table = table.sort_values("mean", ascending=worse_last, kind="stable", ignore_index=True)
-    best, *others = (groups[group] for group in table["group"])
-    differences = [seed_difference(best, scores).text(sign=True) for scores in others]
-    parameters = pd.DataFrame([shown[group] for group in table["group"]], columns=names)
-    numbers = table.drop(columns="group").assign(difference=["", *differences])
-    return pd.concat([parameters, numbers], axis=1)
+    frames = {group: pd.DataFrame(rows) for group, rows in groups.items()}
+    means = {g: frame.groupby("seed")["last"].mean().mean() for g, frame in frames.items()}
+    order = sorted(means, key=means.get, reverse=sweep.config.metric.goal != "minimize")
+    parameters = pd.DataFrame([shown[group] for group in order], columns=names)
+    parameters["mean"] = [means[group] for group in order]
+    metric = sweep.config.metric.name.removeprefix("val/")
+    compared = compare_groups([frames[group] for group in order], metric)
+    return pd.concat([parameters, compared], axis=1)
 
 
 def _show_results(sweep: Sweep, trials: Sequence[Trial], folder: Path, console: Console) -> None:
@@ -445,15 +446,21 @@ def _show_results(sweep: Sweep, trials: Sequence[Trial], folder: Path, console: 
     metric = sweep.config.metric.name
     table = _ranking(sweep, trials)
     if len(table):
-        title = f"{metric}, mean and 95 % interval over seeds"
+        num = int(table["p"].notna().sum())
+        title = f"{metric}, mean and 95 % interval"
         shown = Table(title=cell(title, "table.title"), title_justify="left")
         names = [name for name in _varying(sweep) if name != _SEED]
-        for heading in ("", *(_short_names(sweep)[name] for name in names), "score", "to the best"):
+        headings = ["", *(_short_names(sweep)[name] for name in names), "score", "to the best"]
+        for heading in headings + [f"p, Holm of {num}"] * (num > 0):
             shown.add_column(cell(heading))
         for rank, row in enumerate(table.to_dict("records"), start=1):
-            cells = [cell(row[name]) for name in names]
-            shown.add_row(str(rank), *cells, row["text"], row["difference"])
+            cells = [cell(row[name]) for name in names] + [row["text"], row["difference"]]
+            if num:
+                cells.append("" if math.isnan(row["p"]) else f"{row['p']:.3f}")
+            shown.add_row(str(rank), *cells)
         console.print(shown)
+        if num:
+            say(console, "the best was chosen by these scores: its lead is an optimistic one")
     elif any(trial.state == "finished" and not trial.diverged for trial in trials):
         say(console, f"no trial logged {metric}; `metric: name:` takes names of metrics.jsonl")
     if early := [trial.name for trial in trials if trial.state == "stopped"]:

@@ -28,20 +28,20 @@ from sam2train.build import base_hash, build_model, uses_bf16
 from sam2train.clips import BatchedVideoDatapoint, collate_fn
 from sam2train.config import to_yaml
 from sam2train.corrections import SimulatedUser
+from sam2train.data_report import shared_video_warnings
 from sam2train.datasets import ClipSampler, build_dataset
 from sam2train.errors import UserError
 from sam2train.evaluate import (
+    ClipDataset,
     OnFrame,
     OnVideo,
     SeenFrame,
     Track,
-    Videos,
     copy_first_mask,
     track_video,
 )
 from sam2train.experiment import Experiment, as_begun
 from sam2train.files import write_text
-from sam2train.horizon import numbers
 from sam2train.losses import divide_losses, sum_losses
 from sam2train.machine import (
     Interrupted,
@@ -55,18 +55,18 @@ from sam2train.metrics import BASE, COPY, TRAINED
 from sam2train.optimizer import build_optimizer, set_learning_rates
 from sam2train.run_folder import RunFolder
 from sam2train.runlog import RunLog
-from sam2train.scoring import (
+from sam2train.scores import (
     HORIZON_COLUMNS,
     LABELS,
     SCORE_COLUMNS,
     RowsFile,
     Scores,
+    numbers,
     read_scores,
     score,
     scores_table,
-    shared_video_warnings,
 )
-from sam2train.video_overlays import OverlayDrawer
+from sam2train.video_pictures import OverlayDrawer
 
 
 class Trainer:
@@ -377,7 +377,7 @@ class Trainer:
     def _score(
         self,
         track: Track,
-        data: Videos,
+        data: ClipDataset,
         split: str,
         model: str,
         step: int,

@@ -75,7 +75,7 @@ class TestRuns:
         make_run(tmp_path / "z", settings={"model.num_maskmem": 1})
         text = printed(show_runs, tmp_path)
         # 12.706 times half of the distance of two values.
-        assert "num_maskmem=7  0.508 ± 0.099 (2 seeds)" in text
+        assert "num_maskmem=7  0.508 ± 0.099 (2 seeds x 6 videos)" in text
         assert "num_maskmem=1  0.375 (1 seed: no interval)" in text
 
     def test_many_settings_leave_single_seeds_out(self, tmp_path):
@@ -84,7 +84,7 @@ class TestRuns:
             make_run(tmp_path / f"s{seed}", settings={"trainer.seed": seed})
         make_run(tmp_path / "z", settings=settings)
         text = printed(show_runs, tmp_path)
-        assert "(2 seeds)" in text
+        assert "(2 seeds x 6 videos)" in text
         assert "term1" not in text
 
     def test_a_killed_and_a_broken_run_are_marked(self, tmp_path):
@@ -107,17 +107,17 @@ class TestCompare:
         text = printed(compare_runs, pair)
         assert row(text, "model.num_maskmem") == ["model.num_maskmem", "7", "1"]
         assert "dataset.prompt_types" not in text
-        assert "J&F     +0.125 ± 0.000 (6 videos)" in text
-        assert "+0.250 ± 0.000 (6 videos)" in text  # a, since its step 0
+        needs = "needs more than 1 paired seed"
+        assert "+0.250 ± 0.000" in text  # a, since its step 0
+        assert " ".join(row(text, "B  J&F")) == f"B J&F {needs} +0.125 ± 0.000 {needs}"
         assert "0.500 at step 10" in text
-        assert text.count("needs more than 1 paired seed") == 1
 
     def test_the_interval_is_over_videos(self, tmp_path):
         gains = np.array([-0.25, 0.25, -0.125, 0.125, 0.0, 0.0])
         a = make_run(tmp_path / "a", gains=gains)
         b = make_run(tmp_path / "b", settings={"model.num_maskmem": 1})
         line = " ".join(row(printed(compare_runs, [a, b]), "B  J&F"))
-        assert line.startswith("B J&F +0.000 [-0.")
+        assert line.startswith("B J&F needs more than 1 paired seed +0.000 [-0.")
 
     def test_seeds_make_one_side(self, tmp_path):
         runs = [
@@ -131,7 +131,29 @@ class TestCompare:
         ]
         text = printed(compare_runs, runs)
         assert [line.split()[0] for line in text.splitlines()[2:6]] == ["A", "A", "B", "B"]
-        assert "B  J&F     +0.188 ± 0.000 (6 videos)  +0.188 ± 0.000 (2 paired seeds)" in text
+        same = "+0.188 ± 0.000"
+        assert " ".join(row(text, "B  J&F")) == f"B J&F {same} 0.000 {same} {same}"
+        assert "(2 paired seeds x 6 videos)" in text
+        assert "p, Holm of 1" in text
+
+    def test_several_comparisons_are_corrected(self, tmp_path):
+        rng = np.random.default_rng(0)
+        runs = [
+            make_run(
+                tmp_path / f"{num}_{seed}",
+                gains=rng.normal(num / 16, 0.05, 6),
+                settings={"model.num_maskmem": num, "trainer.seed": seed},
+            )
+            for num in (0, 1, 2, 4)
+            for seed in range(3)
+        ]
+        text = printed(compare_runs, runs)
+        assert "p, Holm of 3" in text
+        alone = printed(compare_runs, [*runs[:3], *runs[-3:]])
+        # D J&F +0.100 ± 0.050 p: the smallest of three counts three times
+        corrected, p = float(row(text, "D  J&F")[5]), float(row(alone, "B  J&F")[5])
+        assert corrected == pytest.approx(3 * p, abs=0.002)
+        assert 0.001 < p < 0.2
 
     def test_a_seed_that_was_run_twice_counts_once(self, tmp_path):
         for name, num, seed, score in (
@@ -144,13 +166,21 @@ class TestCompare:
             settings = {"model.num_maskmem": num, "trainer.seed": seed}
             make_run(tmp_path / name, [(0, 0.25), (10, score)], settings=settings)
         text = printed(compare_runs, [Path(n) for n in ("a", "a_again", "b", "c", "d")])
-        assert "+0.125 ± 0.000 (2 paired seeds)" in text
+        assert "+0.125 ± 0.000" in text
+        assert "(2 paired seeds x 6 videos)" in text
 
     def test_nothing_but_the_seed(self, tmp_path):
         runs = [make_run(tmp_path / f"{s}", settings={"trainer.seed": s}) for s in range(2)]
         text = printed(compare_runs, runs)
         assert "The settings are the same." in text
-        assert "J&F over the seeds: 0.375 ± 0.000 (2 seeds)" in text
+        assert "J&F of all: 0.375 ± 0.000 (2 seeds x 6 videos)" in text
+
+    def test_without_scores_by_object_the_mean_is_over_seeds(self, tmp_path):
+        runs = [
+            make_run(tmp_path / f"{s}", num_videos=0, settings={"trainer.seed": s})
+            for s in range(2)
+        ]
+        assert "J&F of all: 0.375 ± 0.000 (2 seeds)" in printed(compare_runs, runs)
 
     def test_what_is_missing_is_said_and_no_bare_difference_printed(self, pair):
         _, b = pair
@@ -205,7 +235,11 @@ class TestCollect:
         make_run(folder / "late", status="failed")
         text = printed(collect_results, folder)
         assert f"left out: {folder / 'late'}, failed at step 20" in text
-        assert "| 7 | 0.688 ± 0.000 (2 seeds) | +0.375 ± 0.000 |" in text
+        assert "| 7 | 0.688 ± 0.000 | +0.375 ± 0.000 |" in text
+        said = "Shown in J&F: num_maskmem 7 is higher than 1 (over seeds and videos; 1 comparison;"
+        assert said in text
+        assert "| 7 | 0.437 ± 0.000 | +0.375 ± 0.000 |" in text  # gained since step 0
+        assert "Shown in J&F gained since step 0: num_maskmem 7 is higher than 1" in text
         written = sorted(path.name for path in (tmp_path / "experiments/results").iterdir())
         assert written == ["num_maskmem.csv", "num_maskmem.png"]
 
@@ -213,12 +247,12 @@ class TestCollect:
         picture.unlink()
         again = printed(collect_results, None)  # from the table alone
         assert picture.is_file()
-        assert again.splitlines()[-4:] == text.splitlines()[-4:]
+        assert again.splitlines()[-12:] == text.splitlines()[-12:]
 
     def test_a_sweep_without_a_question_has_a_table_only(self, tmp_path):
         make_run(tmp_path / "runs" / "sweeps" / "learning_rate" / "1")
         text = printed(collect_results, tmp_path / "runs" / "sweeps" / "learning_rate")
-        assert text == "wrote experiments/results/learning_rate.csv: 1 runs, 15 rows\n"
+        assert text == "wrote experiments/results/learning_rate.csv: 1 runs, 21 rows\n"
 
     def test_nothing_to_collect(self, tmp_path):
         with pytest.raises(UserError, match="name the folder of a sweep"):

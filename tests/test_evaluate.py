@@ -2,6 +2,7 @@
 
 import tracemalloc
 from collections import deque
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +20,32 @@ from sam2train.errors import UserError
 from sam2train.evaluate import (
     EvaluationConfig,
     TrackedFrame,
-    evaluate,
     first_prompts,
     score_labelled,
-    score_tracks,
     track_frames,
     track_video,
+    track_videos,
 )
 from sam2train.memory import MemoryBank
-from sam2train.metrics import measure
+from sam2train.metrics import mean_scores, measure
 from sam2train.model import SAM2Model
 
 CONFIG = "sam2train/configs/sam2.1_hiera_demo.yaml"
 SIZE = (64, 64)
+
+
+def score_tracks(track, data, config, *, seed, on_frame=None, on_video=lambda index, video: None):
+    """The means over all objects."""
+    scores = []
+    for index, video in enumerate(track_videos(track, data, config, seed=seed, on_frame=on_frame)):
+        on_video(index, video)
+        scores.append(video.scores)
+    return mean_scores(scores)
+
+
+def evaluate(model, *arguments, **options):
+    """The means of a model."""
+    return score_tracks(partial(track_video, model), *arguments, **options)
 
 
 @pytest.fixture(scope="module")
@@ -105,17 +119,18 @@ def test_scores_repeat_and_the_model_is_left_as_it_was(model, tmp_path):
 def test_the_memory_of_a_long_video_is_bounded(model, tmp_path, monkeypatch):
     data = dataset(tmp_path, num_frames=30, num_objects=1)
     held = []
-    for_sam2 = MemoryBank.for_sam2
+    forget_before = MemoryBank.forget_before
 
-    def watch(bank):
-        held.append(len(bank.tracked) + len(bank.conditioning))
-        return for_sam2(bank)
+    def watch(bank, frame_idx):
+        held.append(len(bank.tracked) + len(bank.conditioning))  # with the memory of this frame
+        forget_before(bank, frame_idx)
 
-    monkeypatch.setattr(MemoryBank, "for_sam2", watch)
+    monkeypatch.setattr(MemoryBank, "forget_before", watch)
     prompts = first_prompts(data, data.videos[0], np.random.default_rng(0))
     deque(track_video(model, data, data.videos[0], prompts), maxlen=0)
-    assert len(held) == 29  # the prompted frame reads no memory
-    assert max(held) <= 1 + 16  # the prompt, and as many frames as object pointers reach
+    assert len(held) == 30
+    # The prompt, as many frames as object pointers reach, and the one that is tracked.
+    assert max(held) <= 1 + 16 + 1
 
 
 def test_limits_and_prompt_types_of_the_section(model, tmp_path):

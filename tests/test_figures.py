@@ -10,7 +10,7 @@ import pytest
 from test_results import make_run
 
 from sam2train import figures
-from sam2train.ablation import compact_results
+from sam2train.ablation import MASKMEM, POINTERS, PROMPT_TYPES, Question, compact_results
 from sam2train.errors import UserError
 from sam2train.pictures import read_png
 from sam2train.results import load_curves, load_runs
@@ -52,7 +52,11 @@ def prompts(tmp_path_factory):
 
 
 def legend(figure) -> list[str]:
-    return [text.get_text() for axes in figure.axes for text in axes.get_legend().texts]
+    legends = [axes.get_legend() for axes in figure.axes if axes.get_legend()]
+    return [text.get_text() for one in legends for text in one.texts]
+
+
+POINT, MEMORIES = Question(PROMPT_TYPES, "point"), Question(MASKMEM, 1, POINTERS)
 
 
 def means(axes) -> list[list[float]]:
@@ -89,43 +93,65 @@ def test_a_little_noise_is_not_drawn_as_a_slope(tmp_path):
 
 
 def test_prompts_stand_in_their_order_with_step_0_beside(prompts):
-    figure = figures.prompt_scores(compact_results(load_runs(prompts)))
-    (axes,) = figure.axes
-    assert [t.get_text() for t in axes.get_xticklabels()] == ["point", "mask", "point\n+ bbox"]
+    figure = figures.ablation_scores(compact_results(load_runs(prompts)), POINT)
+    left, right = figure.axes
+    assert [t.get_text() for t in left.get_xticklabels()] == ["point", "mask", "point\n+ bbox"]
     assert legend(figure) == ["step 0", "last step"]
-    assert means(axes) == [[0.25] * 3, [0.5625] * 3]
+    assert means(left) == [[0.5625] * 3]
+    (hollow,) = [line for line in left.lines if line.get_label() == "step 0"]
+    assert list(hollow.get_ydata()) == [0.25] * 3
+    assert means(right) == [[0, 0]]  # the differences to point
+    assert "minus that of point" in right.get_ylabel()
+    assert "over seeds and videos" in left.get_title(loc="left")
 
 
-def test_error_bars_are_the_intervals(prompts):
-    (axes,) = figures.prompt_scores(compact_results(load_runs(prompts))).axes
-    bars = axes.containers[1][2][0].get_segments()
-    half = 12.7062 * 0.0625  # two seeds, 1/8 apart
+def test_error_bars_are_the_intervals_over_seeds_and_videos(prompts):
+    results = compact_results(load_runs(prompts))
+    left, right = figures.ablation_scores(results, POINT).axes
+    bars = left.containers[0][2][0].get_segments()
+    half = 12.7062 * 0.0625  # two seeds, 1/8 apart, the same on all videos
     assert bars[0][:, 1] == pytest.approx([0.5625 - half, 0.5625 + half], abs=1e-4)
+    # Videos that differ widen the bar; those of differences stay, since videos are paired.
+    objects = results["video_id"].notna()
+    easy = results["video_id"].where(objects, "0").astype(int) / 16 * objects
+    left, right = figures.ablation_scores(results.assign(value=results["value"] + easy), POINT).axes
+    wide = left.containers[0][2][0].get_segments()[0][:, 1]
+    assert wide[1] - wide[0] > 2 * half * 1.001
+    apart = right.containers[0][2][0].get_segments()[0][:, 1]
+    assert apart == pytest.approx([0, 0], abs=1e-9)
 
 
 def test_memories_are_two_series(memories):
-    figure = figures.memory_scores(compact_results(load_runs(memories)))
-    (axes,) = figure.axes
-    assert legend(figure) == ["without object pointers", "16 object pointers"]
-    assert [t.get_text() for t in axes.get_xticklabels()] == ["1", "4", "7"]
+    figure = figures.ablation_scores(compact_results(load_runs(memories)), MEMORIES)
+    left, right = figure.axes
+    assert legend(figure) == ["step 0", "without object pointers", "16 object pointers"]
+    assert [t.get_text() for t in left.get_xticklabels()] == ["1", "4", "7"]
     expected = [0.25 + num / 32 + 1 / 128 for num in (1, 4, 7)]
-    assert means(axes)[0] == pytest.approx(expected, abs=1e-4)
-    assert means(axes)[1] == pytest.approx([v + 0.125 for v in expected], abs=1e-4)
+    assert means(left)[0] == pytest.approx(expected, abs=1e-4)
+    assert means(left)[1] == pytest.approx([v + 0.125 for v in expected], abs=1e-4)
+    assert means(right)[0] == pytest.approx([3 / 32, 6 / 32], abs=1e-4)
 
 
 def test_memories_without_a_second_setting(memories):
     results = compact_results(load_runs(memories))
-    results = results[results["model.max_obj_ptrs_in_encoder"] == 0]
-    figure = figures.memory_scores(results.drop(columns="model.max_obj_ptrs_in_encoder"))
-    assert legend(figure) == ["last step"]
+    results = results[results[POINTERS] == 0].drop(columns=POINTERS)
+    assert legend(figures.ablation_scores(results, MEMORIES)) == ["step 0", "last step"]
+
+
+def test_splits_are_series(prompts):
+    results = compact_results(load_runs(prompts))
+    test = results[results["video_id"].notna() & (results["step"] > 0)].assign(split="test")
+    figure = figures.ablation_scores(pd.concat([results, test]), POINT)
+    assert legend(figure) == ["step 0", "validation", "test"]
+    assert len(means(figure.axes[1])) == 2
 
 
 def test_a_single_seed_has_a_dot_and_no_bar(memories):
     results = compact_results(load_runs(memories))
-    (axes,) = figures.memory_scores(results[results["seed"] == 0]).axes
-    (bars,) = axes.containers[0][2]
+    left, _ = figures.ablation_scores(results[results["seed"] == 0], MEMORIES).axes
+    (bars,) = left.containers[0][2]
     assert all(np.isnan(segment).any() or not len(segment) for segment in bars.get_segments())
-    assert len(means(axes)[0]) == 3
+    assert len(means(left)[0]) == 3
 
 
 def test_horizon_has_a_panel_for_each_number_of_pointers(memories):
@@ -134,10 +160,14 @@ def test_horizon_has_a_panel_for_each_number_of_pointers(memories):
         "without object pointers",
         "16 object pointers",
     ]
-    lines = figure.axes[0].lines
-    assert [line.get_label() for line in lines] == ["1", "4", "7"]
+    lines = [bars[0] for bars in figure.axes[0].containers]
+    assert [bars.get_label() for bars in figure.axes[0].containers] == ["1", "4", "7"]
     assert list(lines[1].get_xdata()) == [8, 16, 32]
     assert list(lines[1].get_ydata()) == [0.5, 0.25, 0.125]
+    # Settings stand beside each other, and no band covers another.
+    assert lines[0].get_xdata()[0] < 8 < lines[2].get_xdata()[0]
+    assert not any("FillBetween" in type(item).__name__ for item in figure.axes[0].collections)
+    assert "over seeds, on these videos" in figure.get_suptitle()
 
 
 def test_horizon_has_a_row_for_each_curve(memories):
@@ -149,22 +179,22 @@ def test_horizon_has_a_row_for_each_curve(memories):
     labels = [(axes.get_ylabel(), axes.get_xlabel()) for axes in figure.axes]
     assert [label[0] for label in labels] == ["J", "", "found again (J > 0.5)", ""]
     assert "away" in labels[3][1]
-    assert list(figure.axes[2].lines[0].get_ydata()) == [0.75] * 3
+    assert list(figure.axes[2].containers[0][0].get_ydata()) == [0.75] * 3
 
 
 def test_a_score_far_below_is_written_not_drawn_to_scale(memories):
     results = compact_results(load_runs(memories))
     results["value"] = 0.5 + results["value"] / 8
-    name = "model.num_maskmem"
-    none = results[results[name] == 1].assign(**{name: 0, "value": 0.0625})
+    none = results[results[MASKMEM] == 1].assign(**{MASKMEM: 0, "value": 0.0625})
     none["run"] += "n"
-    (axes,) = figures.memory_scores(pd.concat([results, none])).axes
-    assert [text.get_text() for text in axes.texts] == ["0.062,\nbelow"]
-    assert axes.get_ylim()[0] > 0.4
+    left, right = figures.ablation_scores(pd.concat([results, none]), MEMORIES).axes
+    assert [text.get_text() for text in left.texts] == ["0.062,\nbelow"]
+    assert left.get_ylim()[0] > 0.4
+    assert right.texts[0].get_text().endswith(",\nbelow")
     near = none.assign(value=0.5)
-    (axes,) = figures.memory_scores(pd.concat([results, near])).axes
-    assert not axes.texts
-    assert axes.get_ylim()[0] < 0.5
+    left, right = figures.ablation_scores(pd.concat([results, near]), MEMORIES).axes
+    assert not left.texts
+    assert left.get_ylim()[0] < 0.5
 
 
 def test_mask_sizes_add_up_and_count_the_empty_ones():
@@ -177,11 +207,11 @@ def test_mask_sizes_add_up_and_count_the_empty_ones():
         assert heights.max() <= 2 / 3 + 1e-9
 
 
-@pytest.mark.parametrize("draw", [figures.prompt_scores, figures.memory_scores, figures.horizon])
-def test_nothing_to_draw_is_said(memories, draw):
-    results = compact_results(load_runs(memories)).assign(**{"dataset.prompt_types": "mask"})
-    with pytest.raises(UserError, match="nothing to draw"):
-        draw(results[:0])
+def test_nothing_to_draw_is_said(memories):
+    results = compact_results(load_runs(memories))[:0]
+    for draw in (lambda: figures.ablation_scores(results, POINT), lambda: figures.horizon(results)):
+        with pytest.raises(UserError, match="nothing to draw"):
+            draw()
 
 
 def test_no_curve_and_no_mask_is_said(memories):

@@ -70,6 +70,7 @@ def root(tmp_path_factory):
 def execute(path: Path, root: Path, monkeypatch) -> nbformat.NotebookNode:
     """The notebook with the outputs of a kernel of its own."""
     monkeypatch.setenv("SAM2TRAIN_ROOT", str(root))
+    monkeypatch.setenv("PYTHONPATH", str(NOTEBOOKS.parent))  # as if the package was installed
     monkeypatch.setenv("IPYTHONDIR", str(root / "ipython"))
     monkeypatch.setenv("MPLCONFIGDIR", str(root / "matplotlib"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -113,17 +114,22 @@ class TestExecuted:
 
     def test_prompts(self, root, monkeypatch):
         notebook = execute(NOTEBOOKS / "02_prompt_ablation.ipynb", root, monkeypatch)
-        (said,) = outputs(notebook, "text/markdown")
+        said, gained = outputs(notebook, "text/markdown")
         assert "**prompt_types point+bbox** against point: J&F +0.062 ± 0.000" in said
+        assert "Shown in J&F: prompt_types bbox is higher than point" in said
+        assert "2 comparisons, corrected by Holm" in said
+        assert "Shown in J&F gained since step 0" in gained
         assert len(outputs(notebook, "image/png")) == 2
         assert "point+bbox" in outputs(notebook, "text/html")[0]
 
     def test_memories(self, root, monkeypatch):
         notebook = execute(NOTEBOOKS / "03_num_maskmem_ablation.ipynb", root, monkeypatch)
-        memories, pointers, far = outputs(notebook, "text/markdown")
+        memories, pointers, gained, far = outputs(notebook, "text/markdown")
+        assert "Shown in J&F gained since step 0" in gained
         assert "max_obj_ptrs_in_encoder 0: **num_maskmem 7** against 1: J&F +0.062" in memories
         assert "num_maskmem 7: **max_obj_ptrs_in_encoder 16** against 0: J&F +0.031" in pointers
         assert "recall_after_absence at 3 to 4 frames" in far
+        assert "these videos only" in far
         assert len(outputs(notebook, "image/png")) == 2
 
     def test_data(self, root, monkeypatch):

@@ -14,7 +14,7 @@ from sam2train.experiment import Experiment
 from sam2train.machine import Interrupted
 from sam2train.metrics import TRAINED
 from sam2train.runlog import RunLog
-from sam2train.scoring import HORIZON_COLUMNS, SCORE_COLUMNS, Scores
+from sam2train.scores import HORIZON_COLUMNS, SCORE_COLUMNS, Scores
 from sam2train.trainer import Trainer
 
 NUM_STEPS = 8

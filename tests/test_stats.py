@@ -2,13 +2,23 @@
 
 import math
 
+import interval_coverage
 import numpy as np
 import pandas as pd
 import pytest
 
 from sam2train import stats
 from sam2train.errors import UserError
-from sam2train.stats import Interval, mean_interval, paired_bootstrap, seed_difference
+from sam2train.stats import (
+    Interval,
+    crossed_difference,
+    crossed_gains,
+    crossed_mean,
+    holm,
+    mean_interval,
+    paired_bootstrap,
+    seed_difference,
+)
 
 
 def scores(values, *, objects=1, **columns) -> pd.DataFrame:
@@ -152,3 +162,157 @@ def test_coverage_of_three_seeds():
     rng = np.random.default_rng(2)
     found = [mean_interval(rng.normal(0.4, 0.02, 3)) for _ in range(1000)]
     assert 0.93 <= np.mean([i.low <= 0.4 <= i.high for i in found]) <= 0.97
+
+
+def crossed(by_seed, **columns):
+    """seed -> its scores by video (and object), as rows with the seed."""
+    return pd.concat(scores(values, seed=seed, **columns) for seed, values in by_seed.items())
+
+
+class TestOverSeedsAndVideos:
+    def test_seeds_alone_differ(self):
+        # Each seed has one score on all videos: Student's interval of three seeds.
+        found = crossed_mean(crossed({s: np.full(6, 0.25 * s) for s in (1, 2, 3)}))
+        reference = mean_interval([0.25, 0.5, 0.75])
+        assert (found.low, found.high) == pytest.approx((reference.low, reference.high))
+        assert found.text() == "0.500 ± 0.621 (3 seeds x 6 videos)"
+
+    def test_videos_alone_differ(self):
+        values = [0.0, 0.1, 0.2, 0.4, 0.8]
+        found = crossed_mean(crossed({s: np.array(values) for s in range(3)}))
+        reference = mean_interval(values)
+        assert (found.low, found.high) == pytest.approx((reference.low, reference.high))
+
+    def test_components_by_hand(self):
+        # Rows -1 and 1, columns -2, -1, 0, 1, 2, and a rest of +-0.5: by the two-way table the
+        # squared errors are 2 / 2 = 1 of seeds, 10 / (5 * 4) = 0.5 of videos, 0.25 * 10 / (5 * 4 *
+        # 2 * 1) = 0.0625 of the rest; t is 12.7062 with 1 degree and 2.7764 with 4. All of the rest
+        # but 1 / 16 of it is taken from the videos, nothing from the seeds (1 - 1 / 1).
+        rest = np.array([1, -1, 1, -1, 0]) * 0.5
+        rest[-1] = 0
+        columns = np.arange(-2.0, 3.0)
+        found = crossed_mean(crossed({0: columns - 1 + rest, 1: columns + 1 - rest}))
+        left = 0.25 * 8 / (5 * 4 * 2)
+        weights = 1.0, (0.5 - 15 / 16 * left) ** 2
+        t = (weights[0] * 12.7062 + weights[1] * 2.77645) / sum(weights)
+        assert found.value == pytest.approx(0)
+        assert found.high == pytest.approx(t * math.sqrt(1 + 0.5 - left), rel=1e-5)
+
+    def test_p_is_where_the_interval_ends_at_zero(self):
+        from scipy import stats
+
+        values = [0.1, 0.3, 0.2, 0.6]
+        found = crossed_mean(crossed({s: np.full(5, v) for s, v in enumerate(values)}))
+        assert found.p == pytest.approx(stats.ttest_1samp(values, 0).pvalue)
+        rng = np.random.default_rng(0)
+        rows = crossed({s: rng.normal(0.2, 0.3, 8) for s in range(4)})
+        p = crossed_mean(rows).p
+        assert 0.001 < p < 0.5
+        assert crossed_mean(rows, level=1 - p).low == pytest.approx(0, abs=1e-9)
+
+    def test_p_of_no_and_of_every_difference(self):
+        zeros, ones = (crossed({s: np.full(5, v) for s in (0, 1)}) for v in (0.0, 1.0))
+        assert crossed_difference(zeros, zeros).p == 1
+        assert crossed_difference(zeros, ones).p == 0
+        assert (
+            crossed_difference(zeros, ones).text(sign=True).startswith("+1.000 ± 0.000 (2 paired")
+        )
+
+    def test_an_object_counts_once(self):
+        # Video 0 has three objects with 1, six videos have one object with 0.
+        first = pd.concat([scores([1.0] * 3, objects=3), scores(np.zeros(7)).iloc[1:]])
+        rows = pd.concat([first.assign(seed=s) for s in (0, 1)])
+        assert crossed_mean(rows).value == pytest.approx(3 / 9)
+
+    def test_equal_seeds_are_paired(self):
+        # What a seed does to both sides falls out of their difference; the order does not matter.
+        rng = np.random.default_rng(0)
+        luck, video = rng.normal(0, 0.3, 3), rng.normal(0, 0.3, 6)
+        first = crossed({s: video + luck[s] for s in (0, 1, 2)})
+        second = crossed({s: video + luck[s] + 0.125 for s in (2, 0, 1)})
+        found = crossed_difference(first, second)
+        assert (found.low, found.high) == pytest.approx((0.125, 0.125))
+        assert found.text(sign=True) == "+0.125 ± 0.000 (3 paired seeds x 6 videos)"
+
+    def test_other_seeds_give_welchs_interval(self):
+        sides = {0: 0.1, 1: 0.2, 2: 0.25}, {3: 0.4, 4: 0.9}
+        frames = [crossed({s: np.full(5, v) for s, v in side.items()}) for side in sides]
+        found, reference = crossed_difference(*frames), seed_difference(*sides)
+        assert (found.low, found.high) == pytest.approx((reference.low, reference.high))
+        assert found.text(sign=True).endswith("(2 seeds x 5 videos)")
+
+    def test_videos_are_paired_where_seeds_are_not(self):
+        video = np.linspace(0, 1, 6)
+        first = crossed(dict.fromkeys((0, 1), video))
+        found = crossed_difference(first, crossed(dict.fromkeys((2, 3), video + 0.5)))
+        assert (found.low, found.high) == pytest.approx((0.5, 0.5))
+
+    def test_a_seed_that_was_run_twice_counts_once(self):
+        rows = crossed({0: np.zeros(5), 1: np.ones(5)})
+        again = crossed({1: np.zeros(5)})
+        assert crossed_mean(pd.concat([rows, again])).value == pytest.approx(0.25)
+
+    def test_what_is_missing_is_said(self):
+        one_seed = crossed({0: np.zeros(6)})
+        assert crossed_mean(one_seed).text(sign=True) == "needs more than 1 seed"
+        few = crossed({s: np.zeros(4) for s in range(3)})
+        assert crossed_difference(few, few).text(sign=True) == "needs more than 4 videos"
+        assert math.isnan(crossed_mean(few).p)
+
+    def test_an_object_without_a_score_in_one_seed_is_left_out(self):
+        rows = crossed({0: np.array([0.0] * 5 + [1.0]), 1: np.array([0.0] * 5 + [math.nan])})
+        found = crossed_mean(rows)
+        assert (found.value, found.num_videos) == (0.0, 5)
+        with pytest.raises(UserError, match="nothing to compare"):
+            crossed_mean(rows.assign(J_and_F=math.nan))
+        with pytest.raises(UserError, match="no object has a J_and_F"):
+            crossed_mean(rows[:0])
+
+    def test_other_objects_are_refused_by_name(self):
+        five, six = (crossed({s: np.zeros(num) for s in (0, 1)}) for num in (5, 6))
+        for pair in ((five, six), (five, six.assign(seed=six["seed"] + 2))):
+            with pytest.raises(UserError, match="object 1 of video v5"):
+                crossed_difference(*pair)
+        with pytest.raises(UserError, match="object 1 of video v5"):
+            crossed_mean(crossed({0: np.zeros(5), 1: np.zeros(6)}))
+
+    def test_gains_and_their_difference_by_hand(self):
+        # From 0.25 and 0.5 to 0.5 on both sides: gains of 0.25 and 0, so -0.25 apart.
+        start, better = (crossed({s: np.full(5, v) for s in (0, 1)}) for v in (0.25, 0.5))
+        gains = crossed_gains(start, better), crossed_gains(better, better)
+        assert set(gains[0]["J_and_F"]) == {0.25}
+        assert len(gains[0]) == 10
+        assert crossed_difference(*gains).value == -0.25
+        assert crossed_mean(gains[0]).value == 0.25
+        with pytest.raises(UserError, match="seeds 1: scored once only"):
+            crossed_gains(start[start["seed"] == 0], better)
+
+
+def test_holm_by_hand():
+    # 0.005 * 4, 0.01 * 3, 0.03 * 2, and 0.04 * 1, which may not fall below the one before it.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    corrected = holm([math.nan, 0.02, 0.03])
+    assert math.isnan(corrected[0])
+    assert corrected[1:] == pytest.approx([0.04, 0.04])
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize("num_videos", [12, 60])
+@pytest.mark.parametrize("num_seeds", [(3,), (5,), (10,), (5, 5)], ids=str)
+def test_coverage_over_seeds_and_videos(num_seeds, num_videos):
+    """Seeds, videos, or both vary, with and without a rest, objects within videos: the 95 %
+    interval holds the truth about as often as it says."""
+    kinds = [kind for kind in interval_coverage.KINDS if kind != "seed > video"]
+    found = {
+        kind: interval_coverage.coverage(kind, num_seeds, num_videos, repeats=3000)
+        for kind in kinds
+    }
+    assert all(0.93 <= share <= 0.975 for share in found.values()), found
+
+
+@pytest.mark.parametrize("other", [interval_coverage.satterthwaite, interval_coverage.bootstrap])
+def test_what_was_tried_in_its_place_is_too_narrow(other):
+    settings = {"method": other, "most": 1, "repeats": 1000}
+    assert interval_coverage.coverage("both", (3,), 60, **settings) < 0.935
+    assert interval_coverage.coverage("both", (3,), 60, most=1, repeats=1000) > 0.935
