@@ -19,7 +19,7 @@ from rich.table import Table
 
 from sam2train.errors import UserError
 from sam2train.files import printable, read_json, write_text
-from sam2train.machine import say
+from sam2train.machine import describe_environment, say
 from sam2train.pictures import Overlay
 from sam2train.run_folder import RunFolder
 from sam2train.runlog_wandb import (
@@ -149,6 +149,11 @@ class RunLog:
         """
         self._write(step, scalars)
         self._mark = time.perf_counter()
+
+    def environment(self, device: "torch.device") -> None:
+        """Write what the run computes with: code, versions, machine."""
+        text = json.dumps(describe_environment(device), indent=2)
+        write_text(self.folder.environment, text + "\n")
 
     def parameters(self, report: Mapping[str, tuple[int, int]]) -> None:
         """Show and summarise module -> (trainable, total) parameters.

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from sam2train.data_clips import ClipDataset
 from sam2train.errors import UserError
 from sam2train.evaluate import (
-    ClipDataset,
     DrawPrompts,
     EvaluationConfig,
     OnFrame,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,33 +22,18 @@ from sam2train.audit import (
     row_warnings,
     rows_left,
 )
-from sam2train.build import base_hash, build_model, uses_bf16
 from sam2train.clips import BatchedVideoDatapoint, collate_fn
 from sam2train.config import to_yaml
 from sam2train.corrections import SimulatedUser
 from sam2train.data_report import shared_video_warnings
 from sam2train.datasets import ClipSampler, build_dataset
 from sam2train.errors import UserError
-from sam2train.evaluate import (
-    ClipDataset,
-    OnFrame,
-    OnVideo,
-    SeenFrame,
-    Track,
-    copy_first_mask,
-    track_video,
-)
-from sam2train.experiment import Experiment, as_begun
+from sam2train.eval_checkpoint import COPIED, Contender, score_beside, score_contender
+from sam2train.evaluate import SeenFrame, track_video
+from sam2train.experiment import Experiment, as_begun, base_hash, build_model, uses_bf16
 from sam2train.files import write_text
 from sam2train.losses import divide_losses, sum_losses
-from sam2train.machine import (
-    Interrupted,
-    StopRequests,
-    describe_environment,
-    leave_group,
-    num_cores,
-    say,
-)
+from sam2train.machine import Interrupted, StopRequests, leave_group, num_cores, say
 from sam2train.metrics import BASE, COPY, TRAINED
 from sam2train.optimizer import build_optimizer, set_learning_rates
 from sam2train.run_folder import RunFolder
@@ -63,7 +46,6 @@ from sam2train.scores import (
     Scores,
     numbers,
     read_scores,
-    score,
     scores_table,
 )
 from sam2train.video_pictures import OverlayDrawer
@@ -316,15 +298,15 @@ class Trainer:
             f"step_{self.step:06d}",
             self.experiment.evaluation.num_overlays,
         )
-        track = partial(track_video, self.model, bf16=self.bf16)
-        scores = self._score(
-            track,
-            self.val_data,
-            "val",
-            TRAINED,
-            self.step,
-            on_frame=drawer.see_frame,
-            on_video=drawer.see_video,
+        scores = self._keep(
+            score_contender(
+                self._contender(TRAINED, self.step),
+                self.val_data,
+                self.experiment,
+                "val",
+                on_frame=drawer.see_frame,
+                on_video=drawer.see_video,
+            )
         )
         self.latest, self.scored = scores.means, self.step
         values = {f"val/{name}": value for name, value in self.latest.items()}
@@ -333,7 +315,8 @@ class Trainer:
         self.runlog.overlays(self.step, drawer.overlays)
         if not self.baseline:
             self.baseline = self.latest
-            copied = self._score(copy_first_mask, self.val_data, "val", COPY, 0)
+            copied = score_contender(COPIED, self.val_data, self.experiment, "val")
+            self._keep(copied)
             self.runlog.summary({f"{COPY}/J_and_F": copied.means["J_and_F"]})
             self._show_scores("validation", 0, (COPY, 0))
         score = self.latest["J_and_F"]
@@ -355,13 +338,21 @@ class Trainer:
             file.rows = [row for row in file.rows if row["split"] != "test"]
         path = self.folder.best if self.val_data else self.folder.last
         content = checkpoint.load(path)
-        step, track = content["step"], partial(track_video, self.model, bf16=self.bf16)
-        heed = {"on_frame": self._heed_signal}
-        with self._weights(content["model"]):
-            scores = self._score(track, self.test_data, "test", TRAINED, step, **heed)
-        with self._weights(self.base_weights):
-            base = self._score(track, self.test_data, "test", BASE, 0, **heed)
-        copied = self._score(copy_first_mask, self.test_data, "test", COPY, 0)
+        step = content["step"]
+        contenders = [
+            self._contender(TRAINED, step, content["model"]),
+            self._contender(BASE, 0, self.base_weights),
+        ]
+        scores, base, copied = map(
+            self._keep,
+            score_beside(
+                contenders,
+                self.test_data,
+                self.experiment,
+                "test",
+                lambda contender: {"on_frame": self._heed_signal},
+            ),
+        )
         values = scores.means | numbers(scores.horizon)
         values = {f"test/{name}": value for name, value in values.items()}
         self.runlog.summary(
@@ -374,32 +365,17 @@ class Trainer:
         )
         self._show_scores("test", step, (BASE, 0), (COPY, 0))
 
-    def _score(
-        self,
-        track: Track,
-        data: ClipDataset,
-        split: str,
-        model: str,
-        step: int,
-        *,
-        on_frame: OnFrame | None = None,
-        on_video: OnVideo | None = None,
-    ) -> Scores:
-        """Score and keep the rows, the curves of models only: the copy has no memory."""
-        scores = score(
-            track,
-            data,
-            self.experiment.evaluation,
-            split=split,
-            model=model,
-            step=step,
-            seed=self.experiment.prompts_seed,
-            label=LABELS.get(model, f"step {step}"),
-            on_frame=on_frame,
-            on_video=on_video,
-        )
+    def _contender(
+        self, key: str, step: int, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> Contender:
+        track = partial(track_video, self.model, bf16=self.bf16)
+        label = LABELS.get(key, f"step {step}")
+        return Contender(key, label, step, track, self.model, weights)
+
+    def _keep(self, scores: Scores) -> Scores:
+        """Write the rows, the curves of models only: the copy has no memory."""
         self.score_rows.add(scores.objects)
-        if model != COPY:
+        if scores.model != COPY:
             self.horizon_rows.add(scores.horizon)
         return scores
 
@@ -426,16 +402,6 @@ class Trainer:
         """Stop between two frames where that was asked for; all is saved by now."""
         if self.stop.received is not None:
             raise self.stop.interrupted()
-
-    @contextmanager
-    def _weights(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Other values of the trained parameters, for a while."""
-        kept = {name: p.detach().clone() for name, p in self.parameters.items()}
-        try:
-            self.model.sam2.load_state_dict({n: weights[n] for n in kept}, strict=False)
-            yield
-        finally:
-            self.model.sam2.load_state_dict(kept, strict=False)
 
     # -- what is kept ---------------------------------------------------------------------------
 
@@ -493,8 +459,7 @@ class Trainer:
 
     def _write_run_files(self) -> None:
         write_text(self.folder.config, self.settings)
-        environment = json.dumps(describe_environment(self.device), indent=2)
-        write_text(self.folder.environment, environment + "\n")
+        self.runlog.environment(self.device)
 
     def _summarise(self, status: str) -> None:
         values = {f"val/{name}": self.latest[name] for name in ("J", "F", "J_and_F") if self.latest}

@@ -13,10 +13,11 @@ import numpy as np
 from PIL import Image
 
 from sam2train.clips import Prompt
+from sam2train.data_clips import ClipDataset
 from sam2train.data_source import Video
 from sam2train.data_videos import PICTURE_SUFFIXES
 from sam2train.errors import UserError
-from sam2train.evaluate import ClipDataset, SeenFrame, TrackedVideo
+from sam2train.evaluate import SeenFrame, TrackedVideo
 from sam2train.files import file_name, printable, write_text
 from sam2train.metrics import ObjectScores
 from sam2train.pictures import Overlay, comparison, id_mask, object_colours, pick_frames, save_png

@@ -32,18 +32,8 @@ GROUPS = {
         *("pictures", "video_pictures", "score_figures"),
     },
     "runs": {
-        *(
-            "experiment",
-            "build",
-            "run_folder",
-            "runlog",
-            "runlog_wandb",
-            "checkpoint",
-            "audit",
-            "trainer",
-            "training_run",
-        ),
-        *("benchmark", "prompt_cells", "export", "describe"),
+        *("experiment", "run_folder", "runlog", "runlog_wandb", "checkpoint", "audit"),
+        *("trainer", "training_run", "eval_checkpoint", "eval_prompts", "export"),
     },
     "reports": {
         *("results", "ablation", "compare", "figures"),

@@ -13,12 +13,11 @@ from conftest import edit, make_coco
 from rich.console import Console
 
 from sam2train import checkpoint, demo
-from sam2train.build import build_model
 from sam2train.clips import collate_fn
 from sam2train.config_yaml import load_yaml
 from sam2train.data_coco import CocoVideos
 from sam2train.errors import UserError
-from sam2train.experiment import Experiment, load_experiment
+from sam2train.experiment import Experiment, build_model, load_experiment
 from sam2train.export import export_checkpoint
 from sam2train.files import REPOSITORY
 from sam2train.machine import Interrupted
