@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import combinations
@@ -40,6 +41,7 @@ class SplitReport:
     path: str
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what was concluded from the files, and why
     statistics: dict[str, Any] = field(default_factory=dict)
 
 
@@ -50,6 +52,7 @@ class DataReport:
     splits: dict[str, SplitReport]
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def verdict(self) -> str:
@@ -77,9 +80,9 @@ class DataReport:
             )
         console.print(table)
         for name, part in [*self.splits.items(), ("between the splits", self)]:
-            if part.errors or part.warnings:
+            if part.errors or part.warnings or part.notes:
                 say(console, f"\n{name}: {part.path}" if part is not self else f"\n{name}")
-            for kind, style in (("error", "red"), ("warning", "yellow")):
+            for kind, style in (("note", ""), ("error", "red"), ("warning", "yellow")):
                 lines = getattr(part, f"{kind}s")
                 for line in lines[:_SHOWN]:
                     say(console, f"  {kind}: {line}", style)
@@ -111,7 +114,11 @@ def check_data(config: DatasetConfig, console: Console | None = None) -> DataRep
         if path is None:
             continue
         report = SplitReport(path)
-        source = _index(config, path, name == "training", report)
+        waiting = nullcontext()
+        if console is not None and console.is_terminal:
+            waiting = console.status(f"indexing {name}")
+        with waiting:
+            source = _index(config, path, name == "training", report)
         videos[name] = [] if source is None else source.videos
         pictures[name] = {} if source is None else _decode_frames(source, name, report, console)
         clip_length = config.video_clip_length if name == "training" else None
@@ -151,11 +158,13 @@ def _index(
     except DataError as problem:
         report.errors += problem.problems
         report.warnings += problem.source.warnings
+        report.notes += problem.source.notes
         return problem.source
     except UserError as problem:
         report.errors.append(str(problem))
         return None
     report.warnings += dataset.warnings
+    report.notes += dataset.source.notes
     return dataset.source
 
 

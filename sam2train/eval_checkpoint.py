@@ -250,11 +250,13 @@ class Evaluation:
             summary: dict[str, Any] = {
                 "split": self.split,
                 "frame_policy": self.experiment.evaluation.frame_policy,
+                "void": self.experiment.evaluation.void,
                 "prompt_types": list(
                     self.experiment.evaluation.prompt_types or self.experiment.dataset.prompt_types
                 ),
                 "seed": self.experiment.trainer.seed,
                 "evaluation_seed": self.experiment.prompts_seed,
+                "data": {self.split: self.data.fingerprint},
                 "num_videos": len(self.data.videos[: self.experiment.evaluation.max_videos]),
                 "base": {"path": config.checkpoint_path, "sha256": base_hash(self.experiment)},
                 "checkpoint": self.loaded

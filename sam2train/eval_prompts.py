@@ -28,7 +28,7 @@ from sam2train.transforms import normalise, resize_image
 MATRIX_COLUMNS = (
     *("step", "split", "model", "prompt", "clicks", "noise"),
     *MEANS,
-    *("num_objects", "num_not_scored", "frame_policy"),
+    *("num_objects", "num_not_scored", "frame_policy", "void"),
     # J&F minus that of the same prompt without noise, with its interval over videos
     *("change", "change_low", "change_high"),
 )
@@ -196,7 +196,8 @@ def _matrix_row(
 ) -> dict[str, Any]:
     row = {"step": contender.step, "split": evaluation.split, "model": contender.key}
     row |= {"prompt": cell.prompt, "clicks": cell.clicks, "noise": cell.noise}
-    row |= scores.means | {"frame_policy": evaluation.experiment.evaluation.frame_policy}
+    rules = evaluation.experiment.evaluation
+    row |= scores.means | {"frame_policy": rules.frame_policy, "void": rules.void}
     apart = None if scores is clean else difference(clean, scores)
     told = apart is not None and apart.known  # no difference without its interval
     changes = (apart.value, apart.low, apart.high) if told else (None, None, None)

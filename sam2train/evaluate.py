@@ -26,6 +26,7 @@ from sam2train.metrics import (
     FramePolicy,
     Measures,
     VideoScores,
+    VoidRule,
     join,
     measure,
     score_measures,
@@ -54,8 +55,15 @@ class EvaluationConfig(Section):
         "each run has its own",
     )
     frame_policy: FramePolicy = Field("after_prompt", description="frames that count")
+    void: VoidRule = Field(
+        "ignore",
+        description="pixels that the annotators left undecided (void, crowds): ignore leaves them "
+        "out of J and F; background counts them as such, as the DAVIS program does",
+    )
     max_videos: int | None = Field(None, ge=1, description="the first so many; null scores all")
-    max_frames: int | None = Field(None, ge=2, description="of each video, the first so many")
+    max_frames: int | None = Field(
+        None, ge=2, description="labelled ones of each video, the first so many"
+    )
     num_overlays: int = Field(3, ge=0, description="videos drawn at each evaluation")
 
 
@@ -77,6 +85,9 @@ class SeenFrame:
     frame_idx: int
     prediction: dict[int | str, np.ndarray]  # object id -> (H, W) bool
     ground_truth: dict[int | str, np.ndarray]
+    ignore: np.ndarray | None = (
+        None  # (H, W) bool: pixels that no score counts; None: there are none
+    )
 
 
 @dataclass(frozen=True)
@@ -121,7 +132,7 @@ def track_videos(
     """
     draw_prompts = draw_prompts or partial(first_prompts, prompt_types=config.prompt_types)
     videos = [
-        replace(video, frames=video.frames[: config.max_frames])
+        replace(video, frames=video.frames[: _end(video, config.max_frames)])
         for video in dataset.videos[: config.max_videos]
     ]
     for index, video in enumerate(videos):
@@ -131,10 +142,11 @@ def track_videos(
         measures: dict[int | str, list[Measures]] = {o: [] for o in video.object_ids}
         object_scores: dict[int | str, np.ndarray] = {}
         for t, frame in enumerate(track(dataset, video, prompts)):
-            seen = _see(dataset, video, prompts, t, frame)
+            seen = _see(dataset, video, prompts, t, frame, config.void)
+            ignore = None if seen.ignore is None else seen.ignore[None]
             for object_id, of_object in measures.items() if t in labelled else ():
                 pair = seen.prediction[object_id][None], seen.ground_truth[object_id][None]
-                of_object.append(measure(*pair))
+                of_object.append(measure(*pair, ignore=ignore))
             for object_id, value in frame.object_scores.items():
                 if object_id not in object_scores:
                     object_scores[object_id] = np.full(len(video.frames), np.nan, np.float32)
@@ -146,8 +158,20 @@ def track_videos(
         yield TrackedVideo(video, prompts, joined, scored, object_scores)
 
 
+def _end(video: Video, max_frames: int | None) -> int:
+    """How many frames of a video there are up to the last labelled one that counts."""
+    if max_frames is None or len(video.labelled) < max_frames:
+        return len(video.frames)
+    return video.labelled[max_frames - 1] + 1
+
+
 def _see(
-    dataset: ClipDataset, video: Video, prompts: list[Prompt], frame_idx: int, frame: TrackedFrame
+    dataset: ClipDataset,
+    video: Video,
+    prompts: list[Prompt],
+    frame_idx: int,
+    frame: TrackedFrame,
+    void: VoidRule,
 ) -> SeenFrame:
     empty = np.zeros(video.size, bool)
     return SeenFrame(
@@ -156,6 +180,7 @@ def _see(
         frame_idx,
         {o: frame.masks.get(o, empty) for o in video.object_ids},
         {o: dataset.read_mask(video, frame_idx, o) for o in video.object_ids},
+        dataset.read_ignore(video, frame_idx) if void == "ignore" else None,
     )
 
 

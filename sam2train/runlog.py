@@ -20,7 +20,6 @@ from rich.table import Table
 from sam2train.errors import UserError
 from sam2train.files import printable, read_json, write_text
 from sam2train.machine import describe_environment, say
-from sam2train.pictures import Overlay
 from sam2train.run_folder import RunFolder
 from sam2train.runlog_wandb import (
     STEP_AXIS,
@@ -32,6 +31,8 @@ from sam2train.runlog_wandb import (
 
 if TYPE_CHECKING:
     import torch
+
+    from sam2train.video_pictures import Overlay
 
 
 class RunLog:
@@ -167,7 +168,7 @@ class RunLog:
         learning = {f"trainable/{module}": count for module, (count, _) in report.items()}
         self.summary({"params/total": total, "params/trainable": trainable, **sizes, **learning})
 
-    def overlays(self, step: int, pictures: Sequence[Overlay]) -> None:
+    def overlays(self, step: int, pictures: "Sequence[Overlay]") -> None:
         """Send each picture to W&B twice: as composed, and as a frame whose masks can be toggled.
 
         W&B's terminal view shows no toggled masks, hence the composed one.

@@ -58,6 +58,7 @@ SCORE_COLUMNS = (
     "F_decay",
     "mIoU",
     "frame_policy",
+    "void",
     "prompt",
     "prompt_frame",
 )
@@ -121,7 +122,7 @@ def score(
         track, dataset, config, seed=seed, draw_prompts=draw_prompts, on_frame=on_frame
     )
     for index, tracked in enumerate(videos):
-        objects += object_rows(tracked, config.frame_policy)
+        objects += object_rows(tracked, config)
         frames += frame_rows(tracked)
         scored.append(tracked.scores)
         if on_video is not None:
@@ -139,8 +140,8 @@ def score(
     )
 
 
-def object_rows(tracked: TrackedVideo, frame_policy: str) -> list[dict[str, Any]]:
-    """The scores of each scored object of a video, with the rule and the prompt they hang on."""
+def object_rows(tracked: TrackedVideo, config: EvaluationConfig) -> list[dict[str, Any]]:
+    """The scores of each scored object of a video, with the rules and the prompt they hang on."""
     prompts = {prompt["object_id"]: prompt for prompt in tracked.prompts}
     rows = []
     for scores in tracked.scores.objects:
@@ -158,7 +159,8 @@ def object_rows(tracked: TrackedVideo, frame_policy: str) -> list[dict[str, Any]
                 "F_recall": scores.F_recall,
                 "F_decay": scores.F_decay,
                 "mIoU": scores.iou,
-                "frame_policy": frame_policy,
+                "frame_policy": config.frame_policy,
+                "void": config.void,
                 "prompt": prompt and prompt["type"],
                 "prompt_frame": prompt and prompt["frame_index"],
             }

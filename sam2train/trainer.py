@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Console
-from torch.utils.data import DataLoader
 
 from sam2train import checkpoint
 from sam2train.audit import (
@@ -22,18 +21,18 @@ from sam2train.audit import (
     row_warnings,
     rows_left,
 )
-from sam2train.clips import BatchedVideoDatapoint, collate_fn
+from sam2train.clips import BatchedVideoDatapoint
 from sam2train.config import to_yaml
 from sam2train.corrections import SimulatedUser
 from sam2train.data_report import shared_video_warnings
-from sam2train.datasets import ClipSampler, build_dataset
+from sam2train.datasets import build_dataset, load_batches
 from sam2train.errors import UserError
 from sam2train.eval_checkpoint import COPIED, Contender, score_beside, score_contender
 from sam2train.evaluate import SeenFrame, track_video
 from sam2train.experiment import Experiment, as_begun, base_hash, build_model, uses_bf16
 from sam2train.files import write_text
 from sam2train.losses import divide_losses, sum_losses
-from sam2train.machine import Interrupted, StopRequests, leave_group, num_cores, say
+from sam2train.machine import Interrupted, StopRequests, say
 from sam2train.metrics import BASE, COPY, TRAINED
 from sam2train.optimizer import build_optimizer, set_learning_rates
 from sam2train.run_folder import RunFolder
@@ -98,6 +97,12 @@ class Trainer:
         self.train_data = build_dataset(*sections, data, training=True, say=warn)
         self.val_data = val and build_dataset(*sections, val, training=False, say=warn)
         self.test_data = test and build_dataset(*sections, test, training=False, say=warn)
+        splits = {"train": self.train_data, "val": self.val_data, "test": self.test_data}
+        self.splits = {name: part for name, part in splits.items() if part}
+        self.fingerprints = {name: part.fingerprint for name, part in self.splits.items()}
+        # Checkpoints from before this key have none.
+        before = content.get("data", {}) if content else {}
+        self.changed_data = [n for n, value in before.items() if self.fingerprints.get(n) != value]
         self.model = build_model(experiment)
         torch.manual_seed(self.config.seed)  # of dropout and dropped paths
         self.device = self.model.device
@@ -146,15 +151,21 @@ class Trainer:
             runlog.parameters(self.model.parameter_report())
             for text in row_warnings(self.model, self.experiment):
                 runlog.say(f"warning: {text}")
-            splits = {"train": self.train_data, "val": self.val_data, "test": self.test_data}
-            warnings = shared_video_warnings({name: data for name, data in splits.items() if data})
+            warnings = shared_video_warnings(self.splits)
+            if self.changed_data:
+                warnings.append(
+                    f"the {' and '.join(self.changed_data)} data changed since this run saved: its "
+                    "scores before and after are not of the same data"
+                )
             for warning in warnings:
                 runlog.say(f"warning: {warning}")
             runlog.summary(
                 {
                     "status": "running",
                     "steps": self.step,
+                    "data": self.fingerprints,
                     "frame_policy": self.experiment.evaluation.frame_policy,
+                    "void": self.experiment.evaluation.void,
                     "evaluation_seed": self.experiment.prompts_seed,
                     "warnings": warnings,
                 }
@@ -198,26 +209,12 @@ class Trainer:
 
     def batches(self) -> Iterator[BatchedVideoDatapoint]:
         """The batches of the steps to come: without end, in an order that the seed gives."""
-        config = self.experiment.dataset
-        sampler = ClipSampler(
-            len(self.train_data),
-            shuffle=config.shuffle,
-            seed=self.experiment.clips_seed,
+        return load_batches(
+            self.train_data,
+            self.experiment.dataset,
+            self.experiment.clips_seed,
             start=self.num_clips,
-        )
-        return iter(
-            DataLoader(
-                self.train_data,
-                batch_size=config.batch_size,
-                sampler=sampler,
-                # More processes than cores only wait for each other; the clips are the same.
-                num_workers=min(config.num_workers, num_cores()),
-                collate_fn=collate_fn,
-                worker_init_fn=leave_group,
-                pin_memory=self.device.type == "cuda",
-                # Its own generator: the loader must not draw from the one that dropout uses.
-                generator=torch.Generator().manual_seed(self.experiment.clips_seed),
-            )
+            pin_memory=self.device.type == "cuda",
         )
 
     def train_step(self, batches: Iterator[BatchedVideoDatapoint]) -> dict[str, torch.Tensor]:
@@ -237,7 +234,11 @@ class Trainer:
             # Outside autocast, on float32 logits: dice sums up to 10^6 pixels of an object, and
             # bfloat16 carries 8 significant bits.
             of_batch = sum_losses(
-                outputs["frames"], batch.masks, self.experiment.loss, batch.object_frame_valid
+                outputs["frames"],
+                batch.masks,
+                self.experiment.loss,
+                batch.object_frame_valid,
+                batch.object_ignore,
             )
             loss = divide_losses(of_batch, num_objects, self.experiment.loss)["loss"]
             if loss.requires_grad:  # else nothing that is trained was read
@@ -430,6 +431,7 @@ class Trainer:
                 "scored": self.scored,
                 "window": self.runlog.state_dict(),
                 "run_id": self.run_id,
+                "data": self.fingerprints,
                 "audited": self.audited,
                 # best.pt is for use, last.pt for going on.
                 "optimizer": self.optimizer.state_dict() if path == self.folder.last else None,

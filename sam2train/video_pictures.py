@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,44 @@ import numpy as np
 from PIL import Image
 
 from sam2train.clips import Prompt
-from sam2train.data_clips import ClipDataset
+from sam2train.data_clips import ClipDataset, stack_ignored
 from sam2train.data_source import Video
 from sam2train.data_videos import PICTURE_SUFFIXES
 from sam2train.errors import UserError
 from sam2train.evaluate import SeenFrame, TrackedVideo
 from sam2train.files import file_name, printable, write_text
 from sam2train.metrics import ObjectScores
-from sam2train.pictures import Overlay, comparison, id_mask, object_colours, pick_frames, save_png
+from sam2train.pictures import comparison, id_mask, object_colours, pick_frames, save_png
 from sam2train.transforms import resize_mask_smoothly
 
 MAX_FRAMES = 8  # of a picture
 MAX_TOGGLED = 255  # objects in a mask of W&B's
+
+
+@dataclass(frozen=True, eq=False)
+class Overlay:
+    """One frame with its masks, to be judged by a person.
+
+    Raises ValueError for what W&B would show wrong without a word: it casts a float frame to
+    black, and stretches a mask of another size.
+    """
+
+    name: str
+    path: Path  # the composed PNG, on disk
+    frame: np.ndarray  # (H, W, 3) uint8
+    prediction: np.ndarray  # (H, W) object ids, 0..255, 0 is background
+    ground_truth: np.ndarray  # (H, W) as `prediction`
+    class_labels: Mapping[int, str]  # object id -> text
+
+    def __post_init__(self) -> None:
+        if self.frame.dtype != np.uint8 or self.frame.shape[2:] != (3,):
+            raise ValueError(f"frame is {self.frame.dtype} {self.frame.shape}, not uint8 (H, W, 3)")
+        for mask in (self.prediction, self.ground_truth):
+            if mask.shape != self.frame.shape[:2] or mask.min() < 0 or mask.max() > 255:
+                raise ValueError(
+                    f"mask of shape {mask.shape} with ids {mask.min()}..{mask.max()} on a frame of "
+                    f"{self.frame.shape[:2]}; W&B needs equal sizes and ids in 0..255"
+                )
 
 
 class OverlayDrawer:
@@ -87,6 +114,7 @@ class OverlayDrawer:
                 scores=[_mean_J(means.values(), t) for t in shown],
                 max_frames=len(shown),
                 names={number: printable(o) for o, number in numbers.items()},
+                ignore=stack_ignored([kept[t][1].ignore for t in shown], video.size),
             ),
             path,
         )

@@ -76,12 +76,14 @@ def test_a_checkpoint_beside_its_baselines(trained, tmp_path, capsys):
     assert len(rows) == 3 * 4
     late = [row for row in rows if (row["video_id"], row["object_id"]) == ("1", "2")]
     assert {row["prompt_frame"] for row in late} == {"1"}
+    assert {row["void"] for row in rows} == {"ignore"}
     summary = json.loads((out / "summary.json").read_text())
     assert summary["status"] == "finished"
     assert summary["checkpoint"]["sha256"] == file_hash(source)
     mean = np.mean([float(row["J_and_F"]) for row in rows if row["model"] == "trained"])
     assert summary["val/J_and_F"] == pytest.approx(mean)
     assert summary["val/gain_over_copy_first_mask"]["num_videos"] == 2
+    assert summary["void"] == "ignore"
     frames = [r for r in table(out / "frames.csv") if r["model"] == "trained"]
     for visible, name, count in ((0, "absence_recall", "absent"), (1, "false_absences", "visible")):
         scores = [float(r["object_score"]) for r in frames if int(r["visible"]) == visible]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_coco, stacks
+from conftest import edit, load, make_coco, stacks
 from test_data_vos import make_vos
 
 from sam2train.clips import collate_fn
@@ -20,6 +20,7 @@ from sam2train.errors import UserError
 from sam2train.evaluate import (
     EvaluationConfig,
     TrackedFrame,
+    copy_first_mask,
     first_prompts,
     score_labelled,
     track_frames,
@@ -152,6 +153,29 @@ def test_limits_and_prompt_types_of_the_section(model, tmp_path):
     ]
     assert frames[0][1].prediction[1].shape == frames[0][1].ground_truth[2].shape == (48, 64)
     assert [len(values) for values in seen[0].measures[1]] == [3] * 4
+
+
+@pytest.mark.parametrize(("max_frames", "expected"), [(2, 5), (3, 9), (4, 12), (None, 12)])
+def test_the_limit_of_frames_counts_labelled_ones(tmp_path, max_frames, expected):
+    """Frames between them are seen, and the video ends with the last labelled one."""
+    path = make_coco(tmp_path, num_frames=12)
+
+    def change(content):
+        for image in content["images"]:
+            image["is_annotated"] = image["order_in_video"] % 4 == 0
+
+    data, seen, scores = load(edit(path, change)), [], []
+    score_tracks(
+        copy_first_mask,
+        data,
+        EvaluationConfig(max_frames=max_frames),
+        seed=0,
+        on_frame=lambda index, frame: seen.append(frame.frame_idx),
+        on_video=lambda index, video: scores.append(video.scores),
+    )
+    assert seen == list(range(expected))
+    # The first frame is prompted.
+    assert [o.frames.tolist() for o in scores[0].objects] == [[4, 8][: (max_frames or 3) - 1]] * 2
 
 
 def test_masks_of_a_long_video_are_not_kept(tmp_path):

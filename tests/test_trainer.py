@@ -90,6 +90,7 @@ def test_a_run_writes_what_the_readme_names(experiment, tmp_path):
     assert summary["val/J_and_F"] == scores["J_and_F"]
     assert summary["val/J"] == scores["J"]
     assert summary["val/F"] == scores["F"]
+    assert summary["void"] == "ignore"
     assert summary["best/J_and_F"] >= max(summary["baseline/J_and_F"], summary["val/J_and_F"])
     report = trainer.model.parameter_report()
     assert summary["params/total"] == sum(total for _, total in report.values()) == 2_585_138
