@@ -132,7 +132,7 @@ class Train(FileCommand):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep(FileCommand):
+class RunSweep(FileCommand):
     """Run the trials of a W&B sweep file here. The same command goes on where it stopped."""
 
     group = "Train"
@@ -386,7 +386,7 @@ class Collect(Command):
 # In the order of the overview.
 COMMANDS: tuple[type[Command], ...] = (
     Train,
-    Sweep,
+    RunSweep,
     ListExperiments,
     DryRun,
     CheckData,

@@ -19,7 +19,7 @@ import numpy as np
 from sam2train.ablation import (
     MASKMEM,
     POINTERS,
-    SPLITS,
+    SPLIT_NAMES,
     Question,
     differences,
     last_step,
@@ -107,7 +107,7 @@ def ablation_scores(results: pd.DataFrame, question: Question, *, title: str = "
         for place, ((key, part), style) in enumerate(
             zip(series, _styles(len(series)), strict=True)
         ):
-            words = [SPLITS[key[0]]] * several
+            words = [SPLIT_NAMES[key[0]]] * several
             words += [_within_label(question.within, value) for value in key[1:]]
             label = ", ".join(words) or "last step"
             shift = 0.24 * (place - (len(series) - 1) / 2)

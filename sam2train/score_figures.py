@@ -13,7 +13,7 @@ from sam2train.scores import (
     ABSENCE_RECALL,
     FALSE_ABSENCES,
     area_under_roc,
-    object_scores,
+    presence_scores,
     roc,
 )
 
@@ -107,7 +107,7 @@ def horizon_figure(
                 _draw_bins(
                     axes, [r for r in rows if r["metric"] == f"horizon/{metric}"], label, style
                 )
-            present, absent = object_scores(frames[label])
+            present, absent = presence_scores(frames[label])
             if present and absent:
                 false, true = roc(present, absent)
                 colour = style["color"]

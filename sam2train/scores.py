@@ -370,7 +370,7 @@ def horizon_rows(frames: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for metric, name in (("false_positives", "predicted"), ("false_positive_area", "area")):
             mean = float(np.mean([row[name] for row in absent]))
             rows.append(_row(f"horizon/{metric}", None, mean, len(absent)))
-    scored = object_scores(frames)
+    scored = presence_scores(frames)
     if all(map(len, scored)):
         count = sum(map(len, scored))
         rows.append(_row("horizon/object_score_auc", None, area_under_roc(*scored), count))
@@ -381,7 +381,7 @@ def horizon_rows(frames: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def object_scores(frames: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
+def presence_scores(frames: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
     """The object scores of the frames with the object, and of those without."""
     given = [row for row in frames if row["object_score"] is not None]
     return tuple([row["object_score"] for row in given if row["visible"] == k] for k in (1, 0))

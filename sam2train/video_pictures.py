@@ -24,7 +24,7 @@ from sam2train.metrics import ObjectScores
 from sam2train.pictures import comparison, id_mask, object_colours, pick_frames, save_png
 from sam2train.transforms import resize_mask_smoothly
 
-MAX_FRAMES = 8  # of a picture
+MAX_SHOWN = 8  # of a picture
 MAX_TOGGLED = 255  # objects in a mask of W&B's
 
 
@@ -159,7 +159,7 @@ def _picked(video: Video, prompts: list[Prompt]) -> tuple[list[int], int]:
     nobody knows what is right on the others."""
     frames = video.labelled or list(range(len(video.frames)))
     prompted = {frames.index(prompt["frame_index"]) for prompt in prompts}
-    shown = [frames[place] for place in pick_frames(len(frames), prompted, MAX_FRAMES)]
+    shown = [frames[place] for place in pick_frames(len(frames), prompted, MAX_SHOWN)]
     return shown, frames[len(frames) // 2]
 
 

@@ -172,3 +172,25 @@ def _closures(folder: type) -> list:
 
 def _is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def test_no_public_name_has_two_meanings():
+    """Names at the top level of a module, defined there."""
+    found: dict[str, list[str]] = {}
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            for name in _defined(node):
+                if not name.startswith("_"):
+                    found.setdefault(name, []).append(path.stem)
+    assert {"Trainer", "RunFolder", "FORMATS", "PROMPTS", "TRAINED"} <= found.keys()
+    assert not {name: rooms for name, rooms in found.items() if len(set(rooms)) > 1}
+
+
+def _defined(node: ast.stmt) -> set[str]:
+    """The names that a statement defines."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
+    if not isinstance(node, ast.Assign | ast.AnnAssign):
+        return set()
+    return {part.id for t in targets for part in ast.walk(t) if isinstance(part, ast.Name)}

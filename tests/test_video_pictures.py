@@ -15,7 +15,7 @@ from sam2train.data_vos import VosVideos
 from sam2train.datasets import COCODataset
 from sam2train.errors import UserError
 from sam2train.evaluate import EvaluationConfig, SeenFrame, copy_first_mask, track_videos
-from sam2train.video_pictures import MAX_FRAMES, MaskFolder, OverlayDrawer
+from sam2train.video_pictures import MAX_SHOWN, MaskFolder, OverlayDrawer
 
 SIZE = (48, 64)
 
@@ -48,7 +48,7 @@ def test_the_first_videos_are_drawn(tmp_path):
 def test_only_what_is_drawn_is_kept(tmp_path):
     drawer = draw(make_coco(tmp_path, num_videos=2, num_frames=30), tmp_path / "overlays")
     kept = [seen.frame_idx for _, seen in drawer._kept]  # of the second video
-    assert len(kept) <= MAX_FRAMES + 1
+    assert len(kept) <= MAX_SHOWN + 1
     assert {0, 15, 29} <= set(kept)
 
 
