@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from sam2train.data_clips import ClipDataset
 from sam2train.data_source import DataError, Video, VideoSource, listed
 from sam2train.datasets import DataPart, DatasetConfig, build_dataset, data_paths
 from sam2train.errors import UserError
+from sam2train.files import natural_key, resolve_path
 from sam2train.machine import cell, num_cores, say
 from sam2train.transforms import AugmentConfig
 
@@ -367,3 +369,49 @@ def presence_text(masks: pd.DataFrame) -> str:
         f"masks cover less than {area.median():.1%} of their frame, one in twenty less than "
         f"{area.quantile(0.05):.2%}."
     )
+
+
+def shared_split_warning(config: DatasetConfig) -> str | None:
+    """What to say where one path both chooses the best checkpoint and reports the result."""
+    if config.val_path is None or config.test_path is None:
+        return None
+    paths = [resolve_path(path).resolve() for path in (config.val_path, config.test_path)]
+    if paths[0] != paths[1]:
+        return None
+    return f"dataset.val_path and dataset.test_path are the same ({config.val_path}): {_TOO_HIGH}"
+
+
+_TOO_HIGH = (
+    "the best checkpoint was chosen on the videos it is reported on, so that its test score is too "
+    "high"
+)
+
+
+def shared_video_warnings(splits: Mapping[str, ClipDataset]) -> list[str]:
+    """What to say where two of the data sets, by the names train, val and test, share frames."""
+    resolve = cache(Path.resolve)  # of folders: the disk is asked once for each
+    places = {
+        name: {
+            resolve(frame.path.parent) / frame.path.name: video.video_id
+            for video in data.videos
+            for frame in video.frames
+        }
+        for name, data in splits.items()
+    }
+    trained = "was trained on, so that its score says little about other videos"
+    consequences = {
+        ("val", "test"): _TOO_HIGH,
+        ("train", "val"): f"what chooses the best checkpoint {trained}",
+        ("train", "test"): f"what the result is reported on {trained}",
+    }
+    warnings = []
+    for (one, other), consequence in consequences.items():
+        shared = places.get(one, {}).keys() & places.get(other, {}).keys()
+        videos = sorted({str(places[other][place]) for place in shared}, key=natural_key)
+        if videos:
+            keys = {"train": "data_path", "val": "val_path", "test": "test_path"}
+            warnings.append(
+                f"dataset.{keys[one]} and dataset.{keys[other]} share frames (video "
+                f"{listed(videos)}): {consequence}"
+            )
+    return warnings

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
 from pydantic import Field, field_validator, model_validator
+from torch.utils.data import DataLoader
 
 from sam2train import demo
+from sam2train.clips import BatchedVideoDatapoint
 from sam2train.clips import collate_fn as collate_fn  # beside the data sets it batches
 from sam2train.config import Section
 from sam2train.data_burst import burst_to_coco, is_burst
@@ -28,6 +31,7 @@ from sam2train.data_synthetic import SyntheticConfig
 from sam2train.data_videos import MadeUpVideos
 from sam2train.data_vos import VosVideos, find_masks
 from sam2train.data_youtube_vis import is_youtube_vis, youtube_vis_to_coco
+from sam2train.machine import leave_group, num_cores
 from sam2train.prompts import (
     DEFAULT_TYPES,
     BoxJitter,
@@ -456,3 +460,27 @@ class ClipSampler:
             for index in order[first:]:
                 yield epoch, int(index)
             epoch, first = epoch + 1, 0
+
+
+def load_batches(
+    data: ClipDataset, config: DatasetConfig, seed: int, *, start: int, pin_memory: bool
+) -> Iterator[BatchedVideoDatapoint]:
+    """Batches of clips without end, in an order that the seed gives.
+
+    Args:
+        start: clips that were used before, which a resumed run leaves out.
+    """
+    return iter(
+        DataLoader(
+            data,
+            batch_size=config.batch_size,
+            sampler=ClipSampler(len(data), shuffle=config.shuffle, seed=seed, start=start),
+            # More processes than cores only wait for each other; the clips are the same.
+            num_workers=min(config.num_workers, num_cores()),
+            collate_fn=collate_fn,
+            worker_init_fn=leave_group,
+            pin_memory=pin_memory,
+            # Its own generator: the loader must not draw from the one that dropout uses.
+            generator=torch.Generator().manual_seed(seed),
+        )
+    )

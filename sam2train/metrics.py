@@ -34,6 +34,7 @@ VoidRule = Literal["ignore", "background"]
 
 # Whose masks are scored, in the column `model` of the files.
 TRAINED, BASE, COPY = "trained", "base", "copy_first_mask"
+JANDF = "J&F"  # how people write `J_and_F`
 
 
 def jaccard(prediction: np.ndarray, ground_truth: np.ndarray) -> np.ndarray:

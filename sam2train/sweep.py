@@ -31,6 +31,7 @@ from sam2train.experiment import Experiment
 from sam2train.files import file_name, write_text
 from sam2train.machine import cell, say
 from sam2train.results import compare_groups
+from sam2train.run_folder import RUNS
 from sam2train.sweep_file import Sweep, check_values, grid, in_grid, load_sweep, show_value
 from sam2train.sweep_search import examples, trials_to_stop
 from sam2train.sweep_trials import (
@@ -87,7 +88,7 @@ def run_sweep(
         UserError: what is wrong with the sweep, or with going on in this folder.
     """
     sweep = load_sweep(path, extra)
-    folder = folder or Path("runs/sweeps") / file_name(sweep.name)
+    folder = folder or RUNS / "sweeps" / file_name(sweep.name)
     return _LocalSweep(sweep, folder, count, jobs, console or Console()).run()
 
 

@@ -23,6 +23,7 @@ from sam2train.errors import UserError
 from sam2train.files import read_json, write_text
 from sam2train.machine import num_cores
 from sam2train.results import load_metrics
+from sam2train.run_folder import RunFolder
 
 LOG = "log.txt"  # all that a trial printed
 VALUES = "sweep_parameters.yaml"  # what an agent's trial finds through WANDB_SWEEP_PARAM_PATH
@@ -75,7 +76,7 @@ class Trial:
         Raises:
             OSError: the folder cannot be written, or the process not started.
         """
-        checkpoint = self.folder / "checkpoints" / "last.pt"
+        checkpoint = RunFolder(self.folder).last
         if not checkpoint.exists():
             self._clear()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -134,7 +135,7 @@ class Trial:
         self.problem = None
         try:
             summary = read_summary(self.folder)
-            written = (self.folder / "metrics.jsonl").is_file()
+            written = RunFolder(self.folder).metrics.is_file()
             metrics = load_metrics(self.folder) if written else None
         except UserError as error:
             self.problem = str(error)
@@ -205,7 +206,7 @@ def stop_all(trials: Sequence[Trial]) -> None:
 def read_summary(folder: Path) -> dict[str, Any]:
     """`summary.json` of a run, empty if there is none yet; UserError if it holds anything else."""
     way_out = f"expected the JSON that the run wrote; delete the folder {folder} to run it again"
-    return read_json(folder / "summary.json", way_out, optional=True)
+    return read_json(RunFolder(folder).summary, way_out, optional=True)
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Console
-from torch.utils.data import DataLoader
 
 from sam2train import checkpoint
 from sam2train.audit import (
@@ -24,48 +21,33 @@ from sam2train.audit import (
     row_warnings,
     rows_left,
 )
-from sam2train.build import base_hash, build_model, uses_bf16
-from sam2train.clips import BatchedVideoDatapoint, collate_fn
+from sam2train.clips import BatchedVideoDatapoint
 from sam2train.config import to_yaml
 from sam2train.corrections import SimulatedUser
-from sam2train.datasets import ClipSampler, build_dataset
+from sam2train.data_report import shared_video_warnings
+from sam2train.datasets import build_dataset, load_batches
 from sam2train.errors import UserError
-from sam2train.evaluate import (
-    OnFrame,
-    OnVideo,
-    SeenFrame,
-    Track,
-    Videos,
-    copy_first_mask,
-    track_video,
-)
-from sam2train.experiment import Experiment, as_begun
+from sam2train.eval_checkpoint import COPIED, Contender, score_beside, score_contender
+from sam2train.evaluate import SeenFrame, track_video
+from sam2train.experiment import Experiment, as_begun, base_hash, build_model, uses_bf16
 from sam2train.files import write_text
-from sam2train.horizon import numbers
 from sam2train.losses import divide_losses, sum_losses
-from sam2train.machine import (
-    Interrupted,
-    StopRequests,
-    describe_environment,
-    leave_group,
-    num_cores,
-    say,
-)
+from sam2train.machine import Interrupted, StopRequests, say
 from sam2train.metrics import BASE, COPY, TRAINED
 from sam2train.optimizer import build_optimizer, set_learning_rates
-from sam2train.scoring import (
+from sam2train.run_folder import RunFolder
+from sam2train.runlog import RunLog
+from sam2train.scores import (
     HORIZON_COLUMNS,
     LABELS,
     SCORE_COLUMNS,
     RowsFile,
     Scores,
+    numbers,
     read_scores,
-    score,
     scores_table,
-    shared_video_warnings,
 )
-from sam2train.tracking import Tracker
-from sam2train.video_overlays import OverlayDrawer
+from sam2train.video_pictures import OverlayDrawer
 
 
 class Trainer:
@@ -98,7 +80,7 @@ class Trainer:
         self.experiment = experiment
         self.settings = to_yaml(experiment)
         self.config = experiment.trainer
-        self.run_dir = run_dir
+        self.folder = RunFolder(run_dir)
         self.step = 0
         self.scored: int | None = None  # the last step that was scored on the validation videos
         self.best = -math.inf
@@ -116,10 +98,10 @@ class Trainer:
         self.val_data = val and build_dataset(*sections, val, training=False, say=warn)
         self.test_data = test and build_dataset(*sections, test, training=False, say=warn)
         splits = {"train": self.train_data, "val": self.val_data, "test": self.test_data}
-        self.fingerprints = {name: part.fingerprint for name, part in splits.items() if part}
-        before = (
-            content.get("data", {}) if content else {}
-        )  # checkpoints from before this key have none
+        self.splits = {name: part for name, part in splits.items() if part}
+        self.fingerprints = {name: part.fingerprint for name, part in self.splits.items()}
+        # Checkpoints from before this key have none.
+        before = content.get("data", {}) if content else {}
         self.changed_data = [n for n, value in before.items() if self.fingerprints.get(n) != value]
         self.model = build_model(experiment)
         torch.manual_seed(self.config.seed)  # of dropout and dropped paths
@@ -138,11 +120,11 @@ class Trainer:
         if content:
             run_id = self._restore(content, resume)
         self.run_id = run_id
-        self.score_rows = RowsFile(run_dir / "scores.csv", SCORE_COLUMNS, self.scored)
-        self.horizon_rows = RowsFile(run_dir / "horizon.csv", HORIZON_COLUMNS, self.scored)
-        self.tracker = Tracker(
+        self.score_rows = RowsFile(self.folder.scores, SCORE_COLUMNS, self.scored)
+        self.horizon_rows = RowsFile(self.folder.horizon, HORIZON_COLUMNS, self.scored)
+        self.runlog = RunLog(
             experiment.tracking,
-            run_dir,
+            self.folder,
             run_id=run_id,
             name=name,
             settings=experiment.model_dump(mode="json"),
@@ -162,23 +144,22 @@ class Trainer:
             Interrupted: a signal asked the run to stop; it has saved first.
             FloatingPointError: a loss or gradient that is not finite, with step and clips.
         """
-        config, tracker = self.config, self.tracker
+        config, runlog = self.config, self.runlog
         saved = self.step or None  # a resumed run has its checkpoint
-        with self.stop, tracker:
+        with self.stop, runlog:
             self._write_run_files()
-            tracker.parameters(self.model.parameter_report())
+            runlog.parameters(self.model.parameter_report())
             for text in row_warnings(self.model, self.experiment):
-                tracker.say(f"warning: {text}")
-            splits = {"train": self.train_data, "val": self.val_data, "test": self.test_data}
-            warnings = shared_video_warnings({name: data for name, data in splits.items() if data})
+                runlog.say(f"warning: {text}")
+            warnings = shared_video_warnings(self.splits)
             if self.changed_data:
                 warnings.append(
                     f"the {' and '.join(self.changed_data)} data changed since this run saved: its "
                     "scores before and after are not of the same data"
                 )
             for warning in warnings:
-                tracker.say(f"warning: {warning}")
-            tracker.summary(
+                runlog.say(f"warning: {warning}")
+            runlog.summary(
                 {
                     "status": "running",
                     "steps": self.step,
@@ -191,25 +172,25 @@ class Trainer:
             )
             try:
                 self.model.train()
-                batches = self._batches()
+                batches = self.batches()
                 while True:
                     last = self.step >= config.num_steps
                     if self.step != self.scored and (last or self.step % config.val_every == 0):
-                        self._evaluate()
+                        self.evaluate()
                     due = last or (self.step and self.step % config.save_every == 0)
                     if due and self.step != saved:
-                        self._save("last.pt")
+                        self.save(self.folder.last)
                     if self.stop.received is not None:
-                        self._save("last.pt")
+                        self.save(self.folder.last)
                         raise self.stop.interrupted()
                     if last:
                         break
-                    scalars = self._train_step(batches)
+                    scalars = self.train_step(batches)
                     self.step += 1
                     clips = self.experiment.dataset.batch_size * config.grad_accumulation
-                    tracker.log(self.step, scalars, clips=clips)
+                    runlog.log(self.step, scalars, clips=clips)
                     if self.audit:
-                        tracker.record(self.step, self.audit)
+                        runlog.record(self.step, self.audit)
                         self.audit = {}
                 if self.baseline and self.step:
                     self._show_scores("validation", self.step, (TRAINED, 0), (COPY, 0))
@@ -226,30 +207,17 @@ class Trainer:
         """Clips that the steps so far have used."""
         return self.step * self.config.grad_accumulation * self.experiment.dataset.batch_size
 
-    def _batches(self) -> Iterator[BatchedVideoDatapoint]:
-        config = self.experiment.dataset
-        sampler = ClipSampler(
-            len(self.train_data),
-            shuffle=config.shuffle,
-            seed=self.experiment.clips_seed,
+    def batches(self) -> Iterator[BatchedVideoDatapoint]:
+        """The batches of the steps to come: without end, in an order that the seed gives."""
+        return load_batches(
+            self.train_data,
+            self.experiment.dataset,
+            self.experiment.clips_seed,
             start=self.num_clips,
-        )
-        return iter(
-            DataLoader(
-                self.train_data,
-                batch_size=config.batch_size,
-                sampler=sampler,
-                # More processes than cores only wait for each other; the clips are the same.
-                num_workers=min(config.num_workers, num_cores()),
-                collate_fn=collate_fn,
-                worker_init_fn=leave_group,
-                pin_memory=self.device.type == "cuda",
-                # Its own generator: the loader must not draw from the one that dropout uses.
-                generator=torch.Generator().manual_seed(self.experiment.clips_seed),
-            )
+            pin_memory=self.device.type == "cuda",
         )
 
-    def _train_step(self, batches: Iterator[BatchedVideoDatapoint]) -> dict[str, torch.Tensor]:
+    def train_step(self, batches: Iterator[BatchedVideoDatapoint]) -> dict[str, torch.Tensor]:
         """One optimiser step. Returns detached scalars, still on the device."""
         config = self.config
         set_learning_rates(self.optimizer, self.step, config.num_steps, self.experiment.optimizer)
@@ -317,45 +285,47 @@ class Trainer:
             text = ". ".join(entry.text for entry in idle if not entry.may_come)
             raise UserError(f"model.trainable_modules: {text}. trainer.audit=warn goes on without")
         for entry in idle:
-            self.tracker.say(f"warning: model.trainable_modules: {entry.text}")
+            self.runlog.say(f"warning: model.trainable_modules: {entry.text}")
 
     # -- scores and pictures --------------------------------------------------------------------
 
-    def _evaluate(self) -> None:
+    def evaluate(self) -> None:
+        """Score the validation videos, the first time the copied mask too; keep the best."""
         if not self.val_data:
             return
         drawer = OverlayDrawer(
             self.val_data,
-            self.run_dir / "overlays",
+            self.folder.overlays,
             f"step_{self.step:06d}",
             self.experiment.evaluation.num_overlays,
         )
-        track = partial(track_video, self.model, bf16=self.bf16)
-        scores = self._score(
-            track,
-            self.val_data,
-            "val",
-            TRAINED,
-            self.step,
-            on_frame=drawer.see_frame,
-            on_video=drawer.see_video,
+        scores = self._keep(
+            score_contender(
+                self._contender(TRAINED, self.step),
+                self.val_data,
+                self.experiment,
+                "val",
+                on_frame=drawer.see_frame,
+                on_video=drawer.see_video,
+            )
         )
         self.latest, self.scored = scores.means, self.step
         values = {f"val/{name}": value for name, value in self.latest.items()}
-        self.tracker.record(self.step, values | numbers(scores.horizon))
-        self.tracker.summary(numbers(scores.horizon))
-        self.tracker.overlays(self.step, drawer.overlays)
+        self.runlog.record(self.step, values | numbers(scores.horizon))
+        self.runlog.summary(numbers(scores.horizon))
+        self.runlog.overlays(self.step, drawer.overlays)
         if not self.baseline:
             self.baseline = self.latest
-            copied = self._score(copy_first_mask, self.val_data, "val", COPY, 0)
-            self.tracker.summary({f"{COPY}/J_and_F": copied.means["J_and_F"]})
+            copied = score_contender(COPIED, self.val_data, self.experiment, "val")
+            self._keep(copied)
+            self.runlog.summary({f"{COPY}/J_and_F": copied.means["J_and_F"]})
             self._show_scores("validation", 0, (COPY, 0))
         score = self.latest["J_and_F"]
         if score > self.best:
             self.best = score
-            self._save("best.pt")
+            self.save(self.folder.best)
         if self.step:
-            self.tracker.say(
+            self.runlog.say(
                 f"step {self.step}: J&F {score:.3f} on the validation videos "
                 f"(step 0: {self.baseline['J_and_F']:.3f}, best: {self.best:.3f})"
             )
@@ -367,18 +337,26 @@ class Trainer:
         # A run that goes on after its end reports again.
         for file in (self.score_rows, self.horizon_rows):
             file.rows = [row for row in file.rows if row["split"] != "test"]
-        path = self.run_dir / "checkpoints" / ("best.pt" if self.val_data else "last.pt")
+        path = self.folder.best if self.val_data else self.folder.last
         content = checkpoint.load(path)
-        step, track = content["step"], partial(track_video, self.model, bf16=self.bf16)
-        heed = {"on_frame": self._heed_signal}
-        with self._weights(content["model"]):
-            scores = self._score(track, self.test_data, "test", TRAINED, step, **heed)
-        with self._weights(self.base_weights):
-            base = self._score(track, self.test_data, "test", BASE, 0, **heed)
-        copied = self._score(copy_first_mask, self.test_data, "test", COPY, 0)
+        step = content["step"]
+        contenders = [
+            self._contender(TRAINED, step, content["model"]),
+            self._contender(BASE, 0, self.base_weights),
+        ]
+        scores, base, copied = map(
+            self._keep,
+            score_beside(
+                contenders,
+                self.test_data,
+                self.experiment,
+                "test",
+                lambda contender: {"on_frame": self._heed_signal},
+            ),
+        )
         values = scores.means | numbers(scores.horizon)
         values = {f"test/{name}": value for name, value in values.items()}
-        self.tracker.summary(
+        self.runlog.summary(
             {
                 **values,
                 "test/step": step,
@@ -388,32 +366,17 @@ class Trainer:
         )
         self._show_scores("test", step, (BASE, 0), (COPY, 0))
 
-    def _score(
-        self,
-        track: Track,
-        data: Videos,
-        split: str,
-        model: str,
-        step: int,
-        *,
-        on_frame: OnFrame | None = None,
-        on_video: OnVideo | None = None,
-    ) -> Scores:
-        """Score and keep the rows, the curves of models only: the copy has no memory."""
-        scores = score(
-            track,
-            data,
-            self.experiment.evaluation,
-            split=split,
-            model=model,
-            step=step,
-            seed=self.experiment.prompts_seed,
-            label=LABELS.get(model, f"step {step}"),
-            on_frame=on_frame,
-            on_video=on_video,
-        )
+    def _contender(
+        self, key: str, step: int, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> Contender:
+        track = partial(track_video, self.model, bf16=self.bf16)
+        label = LABELS.get(key, f"step {step}")
+        return Contender(key, label, step, track, self.model, weights)
+
+    def _keep(self, scores: Scores) -> Scores:
+        """Write the rows, the curves of models only: the copy has no memory."""
         self.score_rows.add(scores.objects)
-        if model != COPY:
+        if scores.model != COPY:
             self.horizon_rows.add(scores.horizon)
         return scores
 
@@ -434,33 +397,24 @@ class Trainer:
             if (key, model, step) in kept  # a file that was deleted comes back without the past
         ]
         policy = self.experiment.evaluation.frame_policy
-        self.tracker.console.print(scores_table(f"{split} videos, frames: {policy}", rows))
+        self.runlog.console.print(scores_table(f"{split} videos, frames: {policy}", rows))
 
     def _heed_signal(self, index: int, seen: SeenFrame) -> None:
         """Stop between two frames where that was asked for; all is saved by now."""
         if self.stop.received is not None:
             raise self.stop.interrupted()
 
-    @contextmanager
-    def _weights(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Other values of the trained parameters, for a while."""
-        kept = {name: p.detach().clone() for name, p in self.parameters.items()}
-        try:
-            self.model.sam2.load_state_dict({n: weights[n] for n in kept}, strict=False)
-            yield
-        finally:
-            self.model.sam2.load_state_dict(kept, strict=False)
-
     # -- what is kept ---------------------------------------------------------------------------
 
-    def _save(self, name: str) -> None:
+    def save(self, path: Path) -> None:
+        """Write a checkpoint: the last one to go on from, the best one for use."""
         weights = self.model.sam2.state_dict()
         everything = len(self.parameters) == len(list(self.model.sam2.parameters()))
         # Over random weights nobody could tell what the rest was; all of them need no base.
         if self.base_hash is not None and not everything:
             weights = {key: weights[key] for key in self.parameters}
         checkpoint.save(
-            self.run_dir / "checkpoints" / name,
+            path,
             {
                 "model": {key: value.detach().cpu() for key, value in weights.items()},
                 "base": {
@@ -475,12 +429,12 @@ class Trainer:
                 "scores": self.latest,
                 "baseline": self.baseline,
                 "scored": self.scored,
-                "window": self.tracker.state_dict(),
+                "window": self.runlog.state_dict(),
                 "run_id": self.run_id,
                 "data": self.fingerprints,
                 "audited": self.audited,
                 # best.pt is for use, last.pt for going on.
-                "optimizer": self.optimizer.state_dict() if name == "last.pt" else None,
+                "optimizer": self.optimizer.state_dict() if path == self.folder.last else None,
                 "rng": {
                     "torch": torch.get_rng_state(),
                     "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -506,15 +460,14 @@ class Trainer:
         return content["run_id"]
 
     def _write_run_files(self) -> None:
-        write_text(self.run_dir / "config.yaml", self.settings)
-        environment = json.dumps(describe_environment(self.device), indent=2)
-        write_text(self.run_dir / "environment.json", environment + "\n")
+        write_text(self.folder.config, self.settings)
+        self.runlog.environment(self.device)
 
     def _summarise(self, status: str) -> None:
         values = {f"val/{name}": self.latest[name] for name in ("J", "F", "J_and_F") if self.latest}
         if self.baseline:
             values["baseline/J_and_F"] = self.baseline["J_and_F"]
             values["best/J_and_F"] = self.best
-        self.tracker.summary(
-            {**values, "steps": self.step, "seconds": self.tracker.seconds, "status": status}
+        self.runlog.summary(
+            {**values, "steps": self.step, "seconds": self.runlog.seconds, "status": status}
         )

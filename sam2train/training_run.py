@@ -17,12 +17,12 @@ from sam2train.config import flatten
 from sam2train.config_yaml import load_yaml
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment, as_begun, load_experiment
-from sam2train.files import file_name
 from sam2train.machine import Interrupted
+from sam2train.run_folder import RunFolder
 from sam2train.trainer import Trainer
 
 # What a resumed run may change: these move no result, or say only how far the run goes.
-_FREE = (
+_MAY_CHANGE = (
     "dataset.mask_cache_mb",
     "dataset.num_workers",
     "evaluation.num_overlays",
@@ -30,15 +30,6 @@ _FREE = (
     "trainer.device",
     "trainer.num_steps",
 )
-_FILES = {
-    "summary.json": "scores and parameter counts",
-    "metrics.jsonl": "losses and scores by step",
-    "scores.csv": "scores of every object",
-    "horizon.csv": "how long the memory holds",
-    "overlays": "ground truth, prediction and errors as pictures",
-    "checkpoints/best.pt": "the weights of the highest validation J&F",
-    "checkpoints/last.pt": "to go on from",
-}
 
 
 def train(
@@ -66,11 +57,11 @@ def train(
     """
     run_id = new_run_id()
     if checkpoint is not None:
-        run_dir = checkpoint.parent.parent
+        run_dir = RunFolder.of_checkpoint(checkpoint).path
         experiment = check_same_experiment(experiment, run_dir)
     else:
-        run_dir = run_dir or Path("runs") / file_name(name) / run_id
-        if (run_dir / "checkpoints").exists():
+        run_dir = run_dir or RunFolder.of_experiment(name) / run_id
+        if RunFolder(run_dir).checkpoints.exists():
             raise UserError(
                 f"--run-dir {run_dir}: a run is there already; add --resume to go on with it, or "
                 "name another folder"
@@ -78,7 +69,7 @@ def train(
     trainer = Trainer(
         experiment, run_dir, run_id=run_id, name=name, resume=checkpoint, console=console
     )
-    say = trainer.tracker.say
+    say = trainer.runlog.say
     try:
         trainer.run()
     except Interrupted as stopped:
@@ -88,11 +79,12 @@ def train(
             _die_of_sigterm()
         return int(stopped.code)
     say(f"\nwrote {run_dir}/")
-    for place, what in _FILES.items():
-        if (run_dir / place).exists():
-            say(f"  {run_dir / place!s:<48} {what}")
-    if trainer.tracker.how_to_sync:
-        say(f"look at it: wandb leet {run_dir}/wandb    upload it: {trainer.tracker.how_to_sync}")
+    folder = trainer.folder
+    names = ("summary", "metrics", "scores", "horizon", "overlays", "best", "last")
+    for line in folder.contents(*names):
+        say(line)
+    if upload := trainer.runlog.wandb.how_to_sync:
+        say(f"look at it: wandb leet {folder.wandb}    upload it: {upload}")
     return 0
 
 
@@ -115,19 +107,22 @@ def find_checkpoint(named: Path | None, run_dir: Path | None, runs: Path) -> Pat
     """
     place = named or run_dir
     if place is None:
-        found = sorted(runs.glob("*/checkpoints/last.pt"), key=lambda path: path.stat().st_mtime)
+        paths = (RunFolder(path).last for path in runs.glob("*"))
+        found = sorted(filter(Path.is_file, paths), key=lambda path: path.stat().st_mtime)
         if not found:
             raise UserError(f"--resume: no run with a checkpoint under {runs}/; name one")
         return found[-1]
-    path = place / "checkpoints" / "last.pt" if place.is_dir() else place
+    path = RunFolder(place).last if place.is_dir() else place
     if not path.is_file():
         raise UserError(
             f"--resume: no checkpoint {path}; expected a run folder or RUN/checkpoints/last.pt"
         )
-    if run_dir is not None and run_dir.resolve() != path.resolve().parent.parent:
+    # Resolved first: a link to a checkpoint goes on where the checkpoint is.
+    if run_dir is not None and run_dir.resolve() != RunFolder.of_checkpoint(path.resolve()).path:
+        goes_on = RunFolder.of_checkpoint(path).path
         raise UserError(
-            f"--resume {named} goes on in {path.parent.parent}, and --run-dir names {run_dir}; "
-            "give one of them"
+            f"--resume {named} goes on in {goes_on}, and --run-dir names {run_dir}; give one of "
+            "them"
         )
     return path
 
@@ -141,7 +136,7 @@ def check_same_experiment(experiment: Experiment, run_dir: Path) -> Experiment:
     Raises:
         UserError: the resumed run would mix two experiments.
     """
-    config_file = run_dir / "config.yaml"
+    config_file = RunFolder(run_dir).config
     # Loaded as a file of a user's: a key that is younger than the run has its default there.
     config = load_yaml(config_file)
     before = as_begun(load_experiment(config_file), config)
@@ -152,7 +147,7 @@ def check_same_experiment(experiment: Experiment, run_dir: Path) -> Experiment:
         f"{key}: {before.get(key)!r} in the run, {now.get(key)!r} now"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
-        and key not in _FREE
+        and key not in _MAY_CHANGE
         and not key.endswith("_every")
         and not key.startswith("tracking.")
     ]

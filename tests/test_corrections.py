@@ -341,15 +341,16 @@ def make_trainer(settings, run_dir, **options):
 def stopped_at_two(settings, run_dir):
     """The last.pt of a run that died right after writing it."""
     trainer = make_trainer(settings, run_dir)
-    saved = trainer._save
+    saved = checkpoint.save
 
-    def save_and_crash(name):
-        saved(name)
+    def save_and_crash(path, content):
+        saved(path, content)
         raise RuntimeError("the machine goes down")
 
-    trainer._save = save_and_crash
-    with pytest.raises(RuntimeError, match="goes down"):
-        trainer.run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", save_and_crash)
+        with pytest.raises(RuntimeError, match="goes down"):
+            trainer.run()
     return run_dir / "checkpoints" / "last.pt"
 
 

@@ -2,6 +2,7 @@
 
 import tracemalloc
 from collections import deque
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,19 +21,32 @@ from sam2train.evaluate import (
     EvaluationConfig,
     TrackedFrame,
     copy_first_mask,
-    evaluate,
     first_prompts,
     score_labelled,
-    score_tracks,
     track_frames,
     track_video,
+    track_videos,
 )
 from sam2train.memory import MemoryBank
-from sam2train.metrics import measure
+from sam2train.metrics import mean_scores, measure
 from sam2train.model import SAM2Model
 
 CONFIG = "sam2train/configs/sam2.1_hiera_demo.yaml"
 SIZE = (64, 64)
+
+
+def score_tracks(track, data, config, *, seed, on_frame=None, on_video=lambda index, video: None):
+    """The means over all objects."""
+    scores = []
+    for index, video in enumerate(track_videos(track, data, config, seed=seed, on_frame=on_frame)):
+        on_video(index, video)
+        scores.append(video.scores)
+    return mean_scores(scores)
+
+
+def evaluate(model, *arguments, **options):
+    """The means of a model."""
+    return score_tracks(partial(track_video, model), *arguments, **options)
 
 
 @pytest.fixture(scope="module")

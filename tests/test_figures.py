@@ -12,7 +12,7 @@ from test_results import make_run
 from sam2train import figures
 from sam2train.ablation import MASKMEM, POINTERS, PROMPT_TYPES, Question, compact_results
 from sam2train.errors import UserError
-from sam2train.overlays import read_png
+from sam2train.pictures import read_png
 from sam2train.results import load_curves, load_runs
 
 

@@ -15,11 +15,11 @@ from sam2train.data_clips import ClipDataset, clip_settings
 from sam2train.data_coco import CocoVideos
 from sam2train.data_vos import VosVideos
 from sam2train.errors import UserError
-from sam2train.evaluate import EvaluationConfig, TrackedFrame, score_tracks
+from sam2train.evaluate import EvaluationConfig, TrackedFrame, track_videos
 from sam2train.losses import LossConfig, compute_losses, dice_loss, mask_iou
-from sam2train.metrics import measure
-from sam2train.overlays import clip_sheet, comparison, draw_errors, hatch_ignored
-from sam2train.scoring import score
+from sam2train.metrics import mean_scores, measure
+from sam2train.pictures import clip_sheet, comparison, draw_errors, hatch_ignored
+from sam2train.scores import score
 from sam2train.transforms import AugmentConfig
 
 RINGS = np.array([_void_ring(ids, 3) for ids in TRUTH]) == 255
@@ -267,7 +267,9 @@ def generous(data, video, prompts):
 @pytest.mark.parametrize(("rule", "low", "high"), [("ignore", 1, 1), ("background", 0.2, 0.7)])
 def test_the_setting_says_whether_void_counts(root, rule, low, high):
     config = EvaluationConfig(void=rule)
-    means = score_tracks(generous, load(root), config, seed=0)
+    means = mean_scores(
+        [video.scores for video in track_videos(generous, load(root), config, seed=0)]
+    )
     assert low <= means["J"] <= high
     rows = score(generous, load(root), config, split="val", model="m", step=0, seed=0, label="m")
     assert {row["void"] for row in rows.objects} == {rule}

@@ -13,7 +13,7 @@ from nbclient.exceptions import CellExecutionError
 from test_results import make_run
 
 from sam2train.ablation import MASKMEM, POINTERS, PROMPT_TYPES, compact_results
-from sam2train.overlays import save_png
+from sam2train.pictures import save_png
 from sam2train.results import load_runs
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"

@@ -16,10 +16,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 from rich.console import Console
 
-from sam2train.build import build_model
 from sam2train.corrections import SimulatedUser
 from sam2train.datasets import COCODataset
-from sam2train.experiment import load_experiment
+from sam2train.experiment import build_model, load_experiment
 from sam2train.files import REPOSITORY
 from sam2train.losses import compute_losses
 from sam2train.optimizer import build_optimizer, set_learning_rates
@@ -414,13 +413,13 @@ def test_a_step_has_the_gradient_of_one_batch_of_its_clips(tmp_path):
     with torch.no_grad():  # random weights call every object absent, and such masks learn nothing
         score_head.layers[-1].bias += 4
     trainer.model.train()
-    counts = [batch.masks.shape[1] for batch, _ in zip(trainer._batches(), range(8), strict=False)]
+    counts = [batch.masks.shape[1] for batch, _ in zip(trainer.batches(), range(8), strict=False)]
     assert set(counts) == {1, 2, 3}
     assert experiment.dataset.batch_size == 1
 
     at_once = {"dataset.batch_size": experiment.trainer.grad_accumulation}
     at_once |= {"trainer.grad_accumulation": 1}
-    (batch,) = islice(Trainer(scaled_down(data, **at_once), tmp_path, **options)._batches(), 1)
+    (batch,) = islice(Trainer(scaled_down(data, **at_once), tmp_path, **options).batches(), 1)
     assert batch.masks.shape[1] == sum(counts)
     user = SimulatedUser(experiment.interaction, experiment.trainer.seed)
     frames = trainer.model(batch, interaction=user)["frames"]
@@ -430,7 +429,7 @@ def test_a_step_has_the_gradient_of_one_batch_of_its_clips(tmp_path):
     norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
     assert norm > experiment.trainer.max_grad_norm == 0.1
 
-    scalars = trainer._train_step(trainer._batches())
+    scalars = trainer.train_step(trainer.batches())
     found = {n: p.grad for n, p in trainer.parameters.items() if p.grad is not None}
     assert found.keys() == expected.keys()
     apart = [(found[n] - 0.1 / norm * expected[n]).norm() for n in found]

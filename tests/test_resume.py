@@ -9,12 +9,12 @@ import torch
 from conftest import make_coco
 from rich.console import Console
 
-from sam2train import checkpoint, trainer
+from sam2train import checkpoint, eval_checkpoint, runlog, trainer
 from sam2train.experiment import Experiment
 from sam2train.machine import Interrupted
 from sam2train.metrics import TRAINED
-from sam2train.scoring import HORIZON_COLUMNS, SCORE_COLUMNS, Scores
-from sam2train.tracking import Tracker
+from sam2train.runlog import RunLog
+from sam2train.scores import HORIZON_COLUMNS, SCORE_COLUMNS, Scores
 from sam2train.trainer import Trainer
 
 NUM_STEPS = 8
@@ -61,8 +61,8 @@ def start(tmp_path, monkeypatch):
     """A trainer whose model, steps and scores cost nothing; what it writes is real."""
     data = str(make_coco(tmp_path / "data", num_frames=3, size=(16, 16)))
     monkeypatch.setattr(trainer, "build_model", SmallModel)
-    monkeypatch.setattr(trainer, "score", score_by_step)
-    monkeypatch.setattr(trainer, "describe_environment", lambda device: {})
+    monkeypatch.setattr(eval_checkpoint, "score", score_by_step)
+    monkeypatch.setattr(runlog, "describe_environment", lambda device: {})
     monkeypatch.setattr(trainer, "scores_table", lambda title, rows: title)  # a bootstrap each
 
     def build(run_dir, resume=None, **periods):
@@ -83,7 +83,7 @@ def start(tmp_path, monkeypatch):
             some = {"interaction/iou_before": torch.tensor(0.1 * number)} if number % 3 else {}
             return {"loss": torch.tensor(1.0 / number), "lr": 1e-3 / number, **some}
 
-        run._train_step = step
+        run.train_step = step
         return run
 
     return build
@@ -102,7 +102,7 @@ def kill(run, place, at):
     `signal` and `signal in evaluation` ask it to stop, so that it saves first. At the others the
     process ends: with an error (`step`, `evaluated`, `saved`), or at once (`SIGKILL`).
     """
-    step, evaluate, save = run._train_step, run._evaluate, run._save
+    step, evaluate, save = run.train_step, run.evaluate, run.save
 
     def in_step(batches):
         if run.step == at and place == "signal":
@@ -118,15 +118,15 @@ def kill(run, place, at):
         elif run.step == at and place == "evaluated":
             raise Killed
 
-    def in_save(name):
-        save(name)
-        if name == "last.pt" and run.step == at and place == "saved":
+    def in_save(path):
+        save(path)
+        if path.name == "last.pt" and run.step == at and place == "saved":
             raise Killed
 
-    run._train_step, run._evaluate, run._save = in_step, in_evaluation, in_save
+    run.train_step, run.evaluate, run.save = in_step, in_evaluation, in_save
     with pytest.MonkeyPatch.context() as patch:
         if place == "SIGKILL":
-            patch.setattr(Tracker, "__exit__", lambda *_: None)
+            patch.setattr(RunLog, "__exit__", lambda *_: None)
             patch.setattr(run, "_summarise", lambda status: None)
         with suppress(Killed, Interrupted):
             run.run()

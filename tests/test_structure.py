@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sam2train.experiment import load_experiment
+from sam2train.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sam2train"
@@ -30,12 +31,12 @@ GROUPS = {
         *("losses", "optimizer"),
     },
     "scores": {
-        *("metrics", "evaluate", "horizon", "scoring", "prompt_cells"),
-        *("overlays", "mask_files"),
+        *("metrics", "evaluate", "scores"),
+        *("pictures", "video_pictures", "score_figures"),
     },
     "runs": {
-        *("experiment", "build", "tracking", "checkpoint", "audit", "trainer", "training_run"),
-        *("benchmark", "export", "describe", "video_overlays", "score_figures"),
+        *("experiment", "run_folder", "runlog", "runlog_wandb", "checkpoint", "audit"),
+        *("trainer", "training_run", "eval_checkpoint", "eval_prompts", "export"),
     },
     "reports": {
         *("results", "ablation", "compare", "figures"),
@@ -62,8 +63,6 @@ def imports(path: Path, *, anywhere: bool) -> set[str]:
 
 def imports_of(module: str) -> set[str]:
     """The modules of the package that a module imports, anywhere in it."""
-    if module == "score_figures":
-        return set()  # TODO its style moves there from `figures`
     names = {
         part[1]
         for name in imports(PACKAGE / f"{module}.py", anywhere=True)
@@ -141,3 +140,51 @@ def test_no_path_of_the_machine_that_wrote_it():
         if path.suffix in {".py", ".md", ".yaml", ".toml", ".txt", ".ipynb"} and path.exists():
             text = path.read_text()
             assert not any(f"{folder}/" in text for folder in here), name
+
+
+def test_one_module_spells_the_names_of_a_run_s_files():
+    """Whole words of code, as in `folder / "scores.csv"`; not what a message or docstring says."""
+    places = [cell.cell_contents for cell in _closures(RunFolder)]
+    names = {name for place in places for name in (place, Path(place).name)}
+    names -= {"wandb", "overlays"}  # words for more than a folder
+    assert {"metrics.jsonl", "last.pt", "checkpoints"} <= names
+    spelled = {}
+    for path in PACKAGE.glob("*.py"):
+        texts = (node.value for node in ast.walk(ast.parse(path.read_text())) if _is_text(node))
+        words = (text for text in texts if " " not in text)
+        if found := {word for word in words if names & {word, word.split("/")[-1]}}:
+            spelled[path.stem] = found
+    assert spelled.pop("run_folder") >= {"metrics.jsonl", "checkpoints/last.pt"}
+    assert not spelled
+
+
+def _closures(folder: type) -> list:
+    """What the properties of a class keep: the name of a place each."""
+    properties = [part for part in vars(folder).values() if isinstance(part, property)]
+    return [cell for part in properties for cell in part.fget.__closure__ or ()]
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def test_no_public_name_has_two_meanings():
+    """Names at the top level of a module, defined there."""
+    found: dict[str, list[str]] = {}
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            for name in _defined(node):
+                if not name.startswith("_"):
+                    found.setdefault(name, []).append(path.stem)
+    assert {"Trainer", "RunFolder", "FORMATS", "PROMPTS", "TRAINED"} <= found.keys()
+    assert not {name: rooms for name, rooms in found.items() if len(set(rooms)) > 1}
+
+
+def _defined(node: ast.stmt) -> set[str]:
+    """The names that a statement defines."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
+    if not isinstance(node, ast.Assign | ast.AnnAssign):
+        return set()
+    return {part.id for t in targets for part in ast.walk(t) if isinstance(part, ast.Name)}

@@ -13,12 +13,11 @@ from conftest import edit, make_coco
 from rich.console import Console
 
 from sam2train import checkpoint, demo
-from sam2train.build import build_model
 from sam2train.clips import collate_fn
 from sam2train.config_yaml import load_yaml
 from sam2train.data_coco import CocoVideos
 from sam2train.errors import UserError
-from sam2train.experiment import Experiment, load_experiment
+from sam2train.experiment import Experiment, build_model, load_experiment
 from sam2train.export import export_checkpoint
 from sam2train.files import REPOSITORY
 from sam2train.machine import Interrupted
@@ -123,7 +122,7 @@ def test_best_is_the_checkpoint_of_the_best_score(experiment, tmp_path):
 
 @pytest.mark.parametrize(("stopped_at", "log_every"), [(2, 3), (3, 2)])
 def test_a_resumed_run_equals_one_that_was_never_stopped(
-    experiment, tmp_path, stopped_at, log_every
+    experiment, tmp_path, monkeypatch, stopped_at, log_every
 ):
     """Weights, optimiser, losses and scores, bit for bit, also with dropout and augmentation."""
     # The real dropout of SAM 2, switched on where the demo config has none.
@@ -139,14 +138,14 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(
     make_trainer(settings, whole).run()
 
     first = make_trainer(settings, parts)
-    saved = first._save
+    saved = first.save
 
-    def save_and_crash(name):
-        saved(name)
-        if name == "last.pt":
+    def save_and_crash(path):
+        saved(path)
+        if path.name == "last.pt":
             raise RuntimeError("the machine goes down")
 
-    first._save = save_and_crash
+    first.save = save_and_crash
     with pytest.raises(RuntimeError, match="goes down"):
         first.run()
     torch.manual_seed(12345)  # another process has another state
@@ -197,7 +196,7 @@ def gradients_of_a_step(settings, run_dir):
     with torch.no_grad():  # random weights call every object absent, and such masks learn nothing
         trainer.model.sam2.sam_mask_decoder.pred_obj_score_head.layers[-1].bias += 4
     trainer.model.train()
-    scalars = trainer._train_step(trainer._batches())
+    scalars = trainer.train_step(trainer.batches())
     found = {n: p.grad.clone() for n, p in trainer.parameters.items() if p.grad is not None}
     return found, {name: float(value) for name, value in scalars.items()}
 
@@ -252,7 +251,7 @@ def step_zero(experiment, run_dir, **sections):
     settings = experiment(**sections)
     trainer = make_trainer(settings, run_dir)
     first = {name: p.detach().clone() for name, p in trainer.parameters.items()}
-    clips = next(iter(trainer._batches()))
+    clips = next(iter(trainer.batches()))
     trainer.run()
     return (run_dir / "scores.csv").read_text(), first, (clips.names, clips.img_batch)
 
@@ -332,7 +331,7 @@ def test_a_signal_saves_first_and_the_run_goes_on(experiment, tmp_path):
     run_dir = tmp_path / "run"
     settings = experiment(trainer={"save_every": 100, "val_every": 100})
     trainer = make_trainer(settings, run_dir)
-    step = trainer._train_step
+    step = trainer.train_step
 
     def step_and_signal(batches):
         scalars = step(batches)
@@ -340,7 +339,7 @@ def test_a_signal_saves_first_and_the_run_goes_on(experiment, tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
         return scalars
 
-    trainer._train_step = step_and_signal
+    trainer.train_step = step_and_signal
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted) as stopped:
         trainer.run()
@@ -358,7 +357,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(experiment, tmp_path
     before = {name: value.clone() for name, value in trainer.model.sam2.state_dict().items()}
     clip = trainer.train_data[0]
     clip.images[:, :, 10, 10] = float("nan")
-    trainer._batches = lambda: iter([collate_fn([clip])])
+    trainer.batches = lambda: iter([collate_fn([clip])])
     with pytest.raises(FloatingPointError, match=r"step 1: .*not finite.* video 1 frames \d\.\.\d"):
         trainer.run()
     assert_same(before, trainer.model.sam2.state_dict())
@@ -382,7 +381,7 @@ def test_a_run_may_be_told_to_go_on_without_a_gradient(experiment, tmp_path, mon
     )
     trainer = make_trainer(settings, tmp_path / "run")
     said = []
-    monkeypatch.setattr(trainer.tracker, "say", said.append)
+    monkeypatch.setattr(trainer.runlog, "say", said.append)
     before = {name: value.clone() for name, value in trainer.model.sam2.state_dict().items()}
     trainer.run()
     assert "memory_attention got no gradient" in "".join(said)
@@ -492,14 +491,14 @@ def test_what_hangs_on_the_draw_is_a_warning(experiment, tmp_path, monkeypatch):
     )
     trainer = make_trainer(settings, tmp_path / "run")
     said = []
-    monkeypatch.setattr(trainer.tracker, "say", said.append)
+    monkeypatch.setattr(trainer.runlog, "say", said.append)
     trainer.run()
     assert "warning: model.trainable_modules: mask_downsample got no gradient" in "".join(said)
 
 
 def said_by(trainer, monkeypatch) -> list[str]:
     said = []
-    monkeypatch.setattr(trainer.tracker, "say", said.append)
+    monkeypatch.setattr(trainer.runlog, "say", said.append)
     return said
 
 

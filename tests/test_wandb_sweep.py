@@ -55,11 +55,13 @@ time.sleep(600)
 
 TABLE = """
 from pathlib import Path
-from sam2train.tracking import Tracker, TrackingConfig
+from sam2train.run_folder import RunFolder
+from sam2train.runlog import RunLog
+from sam2train.runlog_wandb import TrackingConfig
 
 settings = {"run_id": "table", "name": "t", "settings": {}, "log_every": 1, "num_steps": 1}
-with Tracker(TrackingConfig(mode="offline"), Path("table"), **settings) as tracker:
-    tracker.report(3, {"cells": [{"prompt": "point", "J": 0.5}, {"prompt": "mask", "J": 1}]}, [])
+with RunLog(TrackingConfig(mode="offline"), RunFolder(Path("table")), **settings) as runlog:
+    runlog.report(3, {"cells": [{"prompt": "point", "J": 0.5}, {"prompt": "mask", "J": 1}]}, [])
 """
 
 

@@ -1,9 +1,10 @@
-"""Tracking: what lands in the files, what W&B gets, and that W&B never stops a run."""
+"""The runlog: what lands in the files, what W&B gets, and that W&B never stops a run."""
 
 import copy
 import io
 import json
 import math
+import os
 import socket
 import subprocess
 import sys
@@ -16,9 +17,13 @@ import wandb
 from PIL import Image
 from rich.console import Console
 
-from sam2train import tracking
+from sam2train import runlog as runlog_room
+from sam2train import runlog_wandb
 from sam2train.errors import UserError
-from sam2train.tracking import Overlay, Tracker, TrackingConfig, choose_mode, parameter_table
+from sam2train.run_folder import RunFolder
+from sam2train.runlog import RunLog, parameter_table
+from sam2train.runlog_wandb import TrackingConfig, choose_mode
+from sam2train.video_pictures import Overlay
 
 KEY = "a" * 40
 OFF, OFFLINE = TrackingConfig(mode="disabled"), TrackingConfig(mode="offline")
@@ -27,7 +32,7 @@ OFF, OFFLINE = TrackingConfig(mode="disabled"), TrackingConfig(mode="offline")
 @pytest.fixture(autouse=True)
 def alone(tmp_path, monkeypatch):
     """No W&B variables, keys or settings of whoever runs the tests; W&B reads them once."""
-    for name in [name for name in tracking.os.environ if name.startswith("WANDB_")]:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -44,12 +49,12 @@ def screen():
 
 @pytest.fixture
 def start(tmp_path, screen):
-    """A tracker of the run `tmp_path / "run"`, writing to `screen`."""
+    """A log of the run `tmp_path / "run"`, writing to `screen`."""
 
     def make(config=OFF, **changes):
         arguments = {"run_id": "abc", "name": "night", "settings": {"model": {"num_maskmem": 7}}}
         arguments |= {"log_every": 2, "num_steps": 100, "console": screen, **changes}
-        return Tracker(config, tmp_path / "run", **arguments)
+        return RunLog(config, RunFolder(tmp_path / "run"), **arguments)
 
     return make
 
@@ -102,8 +107,8 @@ def test_mode_from_the_environment_beats_a_key(monkeypatch, value, mode):
 
 def test_mode_that_wandb_does_not_know(monkeypatch, start, screen):
     monkeypatch.setenv("WANDB_MODE", "ofline")
-    with start(TrackingConfig()) as tracker:
-        tracker.record(1, {"a": 1})
+    with start(TrackingConfig()) as runlog:
+        runlog.record(1, {"a": 1})
     assert "WANDB_MODE=ofline is none of online, offline, disabled" in shown(screen)
 
 
@@ -150,10 +155,10 @@ def test_config_takes_a_yaml_list_and_refuses_names_that_wandb_refuses():
 
 
 def test_lines_are_means_since_the_last_line(start, tmp_path):
-    with start(num_steps=5) as tracker:
+    with start(num_steps=5) as runlog:
         for step, loss in enumerate((1.0, 2.0, 4.0, 8.0, 16.0), start=1):
             lr = {"lr": 0.5} if step != 4 else {}
-            tracker.log(step, {"loss": torch.tensor(loss, dtype=torch.bfloat16), **lr})
+            runlog.log(step, {"loss": torch.tensor(loss, dtype=torch.bfloat16), **lr})
     assert [(row["step"], row["loss"], row["lr"]) for row in rows(tmp_path)] == [
         (2, 1.5, 0.5),
         (4, 6.0, 0.5),  # lr: the mean over the one step that had it
@@ -165,11 +170,11 @@ def test_lines_are_means_since_the_last_line(start, tmp_path):
 
 def test_a_tensor_reused_by_the_caller_and_its_graph_do_not_leak(start, tmp_path):
     buffer = torch.ones((), requires_grad=True)
-    with start() as tracker:
-        tracker.log(1, {"loss": buffer})
+    with start() as runlog:
+        runlog.log(1, {"loss": buffer})
         with torch.no_grad():
             buffer += 2
-        tracker.log(2, {"loss": buffer})
+        runlog.log(2, {"loss": buffer})
     assert rows(tmp_path)[0]["loss"] == 2.0
 
 
@@ -184,12 +189,12 @@ def test_only_a_written_line_reads_the_device(start):
 
     readers = {"__float__", "item", "tolist", "numpy", "cpu", "to", "__bool__", "isfinite"}
     loss = torch.ones(()).as_subclass(Watched)
-    with start(log_every=3) as tracker:
-        tracker.log(1, {"loss": loss})
-        tracker.log(2, {"loss": loss})
+    with start(log_every=3) as runlog:
+        runlog.log(1, {"loss": loss})
+        runlog.log(2, {"loss": loss})
         assert "add" in calls
         assert not readers & set(calls)
-        tracker.log(3, {"loss": loss})
+        runlog.log(3, {"loss": loss})
         assert calls.count("__float__") == 1
 
 
@@ -198,8 +203,8 @@ def test_tensors_that_cannot_be_read_any_more_do_not_hide_the_error(start, scree
         raise RuntimeError("CUDA error: an illegal memory access")
 
     def train():
-        with start() as tracker:
-            tracker.log(1, {"loss": torch.ones(())})
+        with start() as runlog:
+            runlog.log(1, {"loss": torch.ones(())})
             monkeypatch.setattr(torch.Tensor, "__float__", broken)
             raise ZeroDivisionError
 
@@ -211,14 +216,14 @@ def test_tensors_that_cannot_be_read_any_more_do_not_hide_the_error(start, scree
 def test_throughput_leaves_validation_out(start, tmp_path, monkeypatch):
     clock = SimpleNamespace(now=100.0)
     clock.perf_counter = lambda: clock.now
-    monkeypatch.setattr(tracking, "time", clock)
-    with start(num_steps=4) as tracker:
+    monkeypatch.setattr(runlog_room, "time", clock)
+    with start(num_steps=4) as runlog:
         for step in (1, 2, 3, 4):
             clock.now += 1.0
-            tracker.log(step, {"loss": 0.0}, clips=3)
+            runlog.log(step, {"loss": 0.0}, clips=3)
             if step == 3:
                 clock.now += 50.0
-                tracker.record(3, {"val/J": 0.5})
+                runlog.record(3, {"val/J": 0.5})
     first, validation, second = rows(tmp_path)
     assert validation == {"step": 3, "val/J": 0.5}
     assert (first["clips_per_second"], first["seconds"]) == (3.0, 2.0)
@@ -227,9 +232,9 @@ def test_throughput_leaves_validation_out(start, tmp_path, monkeypatch):
 
 def test_an_interrupted_run_keeps_the_steps_since_the_last_line(start, tmp_path):
     def train():
-        with start(log_every=10) as tracker:
+        with start(log_every=10) as runlog:
             for step in (1, 2, 3):
-                tracker.log(step, {"loss": float(step)})
+                runlog.log(step, {"loss": float(step)})
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -238,27 +243,27 @@ def test_an_interrupted_run_keeps_the_steps_since_the_last_line(start, tmp_path)
 
 
 def test_not_finite_is_null_and_numpy_is_a_number(start, tmp_path):
-    with start() as tracker:
+    with start() as runlog:
         scores = {"a": math.nan, "b": -math.inf, "c": np.float32(0.5), "d": torch.tensor(2)}
-        tracker.record(0, scores)
-        tracker.summary({"x": {"y": [np.int64(3), math.inf]}, "status": "done"})
+        runlog.record(0, scores)
+        runlog.summary({"x": {"y": [np.int64(3), math.inf]}, "status": "done"})
     assert rows(tmp_path) == [{"step": 0, "a": None, "b": None, "c": 0.5, "d": 2}]
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary == {"x": {"y": [3, None]}, "status": "done"}
 
 
 def test_a_resumed_run_drops_what_came_after_the_checkpoint(start, tmp_path, screen):
-    with start() as tracker:
+    with start() as runlog:
         for step in range(1, 9):
-            tracker.log(step, {"loss": 1.0})
-        tracker.record(8, {"val/J": 0.5})
+            runlog.log(step, {"loss": 1.0})
+        runlog.record(8, {"val/J": 0.5})
     with (tmp_path / "run/metrics.jsonl").open("a") as file:
         file.write('{"step": 10, "lo')
     before = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
-    with start(first_step=5) as tracker:
-        assert tracker.seconds >= json.loads(before[1])["seconds"]
+    with start(first_step=5) as runlog:
+        assert runlog.seconds >= json.loads(before[1])["seconds"]
         for step in (6, 7):
-            tracker.log(step, {"loss": 2.0})
+            runlog.log(step, {"loss": 2.0})
     after = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert after[:2] == before[:2]
     assert [(row["step"], row["loss"]) for row in rows(tmp_path)[2:]] == [(6, 2.0), (7, 2.0)]
@@ -270,10 +275,10 @@ def test_a_resumed_run_goes_on_with_the_sums_of_its_checkpoint(start, tmp_path):
     some = [{}, {"b": torch.tensor(3.0)}, {}, {"b": torch.tensor(5.0)}]
 
     def train():
-        with start(log_every=4) as tracker:
+        with start(log_every=4) as runlog:
             for step in (1, 2):
-                tracker.log(step, {"a": 2 * step, **some[step - 1]})
-            state.update(copy.deepcopy(tracker.state_dict()))
+                runlog.log(step, {"a": 2 * step, **some[step - 1]})
+            state.update(copy.deepcopy(runlog.state_dict()))
             raise KeyboardInterrupt
 
     state = {}
@@ -283,30 +288,30 @@ def test_a_resumed_run_goes_on_with_the_sums_of_its_checkpoint(start, tmp_path):
     with start(first_step=2, resume=state):
         pass  # nothing was done, and nothing is written
     assert rows(tmp_path) == []
-    with start(log_every=4, first_step=2, resume=state) as tracker:
+    with start(log_every=4, first_step=2, resume=state) as runlog:
         for step in (3, 4):
-            tracker.log(step, {"a": 2 * step, **some[step - 1]})
+            runlog.log(step, {"a": 2 * step, **some[step - 1]})
     assert [(row["step"], row["a"], row["b"]) for row in rows(tmp_path)] == [(4, 5.0, 4.0)]
 
 
 def test_a_new_start_drops_only_a_half_written_line(start, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.jsonl").write_text('{"step": 7, "a": 1}\n{"step": 8, "a')
-    with start() as tracker:
-        tracker.record(1, {"a": 2})
+    with start() as runlog:
+        runlog.record(1, {"a": 2})
     assert rows(tmp_path) == [{"step": 7, "a": 1}, {"step": 1, "a": 2}]
 
 
 def test_summary_merges_over_processes_and_names_a_broken_file(start, tmp_path):
     for values in ({"a": 1, "status": "running"}, {"status": "done"}):
-        with start() as tracker:
-            tracker.summary(values)
+        with start() as runlog:
+            runlog.summary(values)
     path = tmp_path / "run/summary.json"
     assert json.loads(path.read_text()) == {"a": 1, "status": "done"}
     assert not list(path.parent.glob("*.tmp"))
     path.write_text("{")
-    with start() as tracker, pytest.raises(UserError, match=r"summary\.json.*mend or delete"):
-        tracker.summary({"a": 2})
+    with start() as runlog, pytest.raises(UserError, match=r"summary\.json.*mend or delete"):
+        runlog.summary({"a": 2})
 
 
 def test_the_parts_of_the_memory_stand_together(screen):
@@ -324,8 +329,8 @@ def test_the_parts_of_the_memory_stand_together(screen):
 
 
 def test_tables(start, tmp_path, screen):
-    with start() as tracker:
-        tracker.parameters({"image_encoder": (0, 2_000_000), "memory_attention": (1_500, 2_000)})
+    with start() as runlog:
+        runlog.parameters({"image_encoder": (0, 2_000_000), "memory_attention": (1_500, 2_000)})
     lines = [
         [cell.strip() for cell in line.split("│")[1:-1]] for line in shown(screen).splitlines()
     ]
@@ -343,10 +348,10 @@ def test_tables(start, tmp_path, screen):
 
 
 def test_plain_lines_without_a_terminal(start, screen):
-    with start(log_every=5, num_steps=200) as tracker:
+    with start(log_every=5, num_steps=200) as runlog:
         for step in range(1, 201):
-            tracker.log(step, {"loss": 0.25, "lr": 1e-5}, clips=1)
-        tracker.say("saved [red]last.pt " + "x" * 120)
+            runlog.log(step, {"loss": 0.25, "lr": 1e-5}, clips=1)
+        runlog.say("saved [red]last.pt " + "x" * 120)
     lines = [line for line in shown(screen).splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in lines] == [f"{step}/200" for step in range(20, 201, 20)]
     assert "loss 0.25  lr 1.0e-05" in lines[0]
@@ -362,10 +367,10 @@ def test_live_line_gives_the_cursor_back_when_training_fails(start):
     )
 
     def train():
-        with start(console=terminal) as tracker:
-            tracker.log(1, {"loss": 1.0})
-            tracker.log(2, {"loss": 2.0})
-            tracker.say("in between")
+        with start(console=terminal) as runlog:
+            runlog.log(1, {"loss": 1.0})
+            runlog.log(2, {"loss": 2.0})
+            runlog.say("in between")
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -378,17 +383,17 @@ def test_live_line_gives_the_cursor_back_when_training_fails(start):
 
 def test_offline_data_arrives(start, tmp_path, screen):
     config = TrackingConfig(mode="offline", project="p", group="g", tags=("t",))
-    with start(config, num_steps=2) as tracker:
-        tracker.record(0, {"val/J": 0.5})
-        tracker.log(1, {"loss": torch.tensor(1.0)})
-        tracker.log(2, {"loss": torch.tensor(3.0)})
-        tracker.overlays(2, [overlay(tmp_path)])
-        tracker.summary({"status": "done", "best/J_and_F": 0.5})
-        assert tracker.mode == "offline"
+    with start(config, num_steps=2) as runlog:
+        runlog.record(0, {"val/J": 0.5})
+        runlog.log(1, {"loss": torch.tensor(1.0)})
+        runlog.log(2, {"loss": torch.tensor(3.0)})
+        runlog.overlays(2, [overlay(tmp_path)])
+        runlog.summary({"status": "done", "best/J_and_F": 0.5})
+        assert runlog.wandb.mode == "offline"
         first = shown(screen).splitlines()[0]
         assert first.startswith("W&B is offline: tracking.mode is offline. Upload later: ")
-        assert first.endswith(tracker.how_to_sync)
-        folder = tracker.how_to_sync.removeprefix("wandb sync ")
+        assert first.endswith(runlog.wandb.how_to_sync)
+        folder = runlog.wandb.how_to_sync.removeprefix("wandb sync ")
     assert (tmp_path / folder / "run-abc.wandb").is_file()
     assert "off from here" not in shown(screen)
 
@@ -428,9 +433,9 @@ def test_wandb_is_told_what_the_shell_sees(start, monkeypatch, error, code):
     monkeypatch.setattr(wandb, "init", lambda **_: wandb.Run(wandb.Settings(mode="disabled")))
     monkeypatch.setattr(wandb.Run, "define_metric", lambda *_, **__: None)
     monkeypatch.setattr(wandb.Run, "dir", "x/files")
-    tracker = start(OFFLINE)
-    tracker.__enter__()
-    assert not tracker.__exit__(type(error), error, None)
+    runlog = start(OFFLINE)
+    runlog.__enter__()
+    assert not runlog.__exit__(type(error), error, None)
     assert told == [code]
 
 
@@ -438,21 +443,21 @@ def test_wandb_that_fails_later_costs_one_line(start, tmp_path, screen, monkeypa
     def broken(*_, **__):
         raise OSError("no space left on device\nsecond line")
 
-    with start(OFFLINE) as tracker:
-        tracker.log(1, {"loss": 1.0})
-        tracker.log(2, {"loss": 1.0})
+    with start(OFFLINE) as runlog:
+        runlog.log(1, {"loss": 1.0})
+        runlog.log(2, {"loss": 1.0})
         monkeypatch.setattr(wandb.Run, "log", broken)
         for step in range(3, 9):
-            tracker.log(step, {"loss": 1.0})
-        tracker.record(8, {"val/J": 0.5})
-        tracker.overlays(8, [overlay(tmp_path)])
-        tracker.summary({"status": "done"})
+            runlog.log(step, {"loss": 1.0})
+        runlog.record(8, {"val/J": 0.5})
+        runlog.overlays(8, [overlay(tmp_path)])
+        runlog.summary({"status": "done"})
     assert [row["step"] for row in rows(tmp_path)] == [2, 4, 6, 8, 8]
     assert json.loads((tmp_path / "run/summary.json").read_text()) == {"status": "done"}
     complaints = [line for line in shown(screen).splitlines() if "off from here" in line]
     assert len(complaints) == 1
     assert "log failed (OSError: no space left on device)" in complaints[0]
-    assert complaints[0].endswith(tracker.how_to_sync)
+    assert complaints[0].endswith(runlog.wandb.how_to_sync)
     # What W&B had got before is finished and readable.
     assert [row["item"]["trainer/global_step"] for row in records(tmp_path)["history"]] == [2]
 
@@ -462,9 +467,9 @@ def test_wandb_that_does_not_start_costs_one_line(start, tmp_path, screen, monke
         raise ImportError("libfoo.so")
 
     monkeypatch.setattr(wandb, "init", broken)
-    with start(OFFLINE) as tracker:
-        tracker.record(1, {"a": 1})
-        assert (tracker.mode, tracker.how_to_sync) == ("disabled", None)
+    with start(OFFLINE) as runlog:
+        runlog.record(1, {"a": 1})
+        assert (runlog.wandb.mode, runlog.wandb.how_to_sync) == ("disabled", None)
     assert rows(tmp_path) == [{"step": 1, "a": 1}]
     assert shown(screen) == "W&B is off, it did not start (ImportError: libfoo.so)\n"
 
@@ -475,19 +480,19 @@ def test_online_without_a_server_falls_back_to_offline(start, tmp_path, screen, 
         port = closed.getsockname()[1]
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
-    monkeypatch.setattr(tracking, "INIT_TIMEOUT", 1.0)
-    with start(TrackingConfig()) as tracker:
-        tracker.record(1, {"a": 1})
-        assert tracker.mode == "offline"
+    monkeypatch.setattr(runlog_wandb, "INIT_TIMEOUT", 1.0)
+    with start(TrackingConfig()) as runlog:
+        runlog.record(1, {"a": 1})
+        assert runlog.wandb.mode == "offline"
     assert "W&B is offline: going online failed: " in shown(screen)
     assert records(tmp_path)["history"][0]["item"]["a"] == 1
 
 
 def test_disabled_leaves_no_trace_of_wandb(start, tmp_path, screen):
-    with start(OFF) as tracker:
-        tracker.record(1, {"a": 1})
-        tracker.overlays(1, [overlay(tmp_path)])
-        assert (tracker.mode, tracker.how_to_sync) == ("disabled", None)
+    with start(OFF) as runlog:
+        runlog.record(1, {"a": 1})
+        runlog.overlays(1, [overlay(tmp_path)])
+        assert (runlog.wandb.mode, runlog.wandb.how_to_sync) == ("disabled", None)
     assert shown(screen) == "W&B is off: tracking.mode is disabled\n"
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["metrics.jsonl"]
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam2train import overlays
-from sam2train.overlays import (
+from sam2train import pictures
+from sam2train.pictures import (
     ERRORS,
     NEGATIVE,
     POSITIVE,
@@ -314,9 +314,9 @@ def cells(sheet, side):
 
 def test_names_stand_in_the_legend(monkeypatch):
     legends = []
-    header = overlays._header
+    header = pictures._header
     monkeypatch.setattr(
-        overlays,
+        pictures,
         "_header",
         lambda title, legend, width: legends.append(legend) or header(title, legend, width),
     )
@@ -417,7 +417,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
         part.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(overlays.Image.Image, "save", break_halfway)
+    monkeypatch.setattr(pictures.Image.Image, "save", break_halfway)
     with pytest.raises(OSError, match="disk full"):
         save_png(grey(8, 8), path)
     assert path.read_bytes() == before

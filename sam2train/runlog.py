@@ -1,117 +1,41 @@
 """One run's record: the console, `metrics.jsonl` and `summary.json`, Weights & Biases.
 
-The calls are the same whatever the W&B mode. Disk comes first, W&B second: the first exception out
-of W&B is one line on the console, then W&B is off for the rest of the run and training goes on.
+The calls are the same whatever the W&B mode. Disk comes first, W&B second.
 """
 
 import contextlib
 import json
-import math
 import os
-import shlex
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from sam2train.config import Section
 from sam2train.errors import UserError
 from sam2train.files import printable, read_json, write_text
-from sam2train.machine import say
+from sam2train.machine import describe_environment, say
+from sam2train.run_folder import RunFolder
+from sam2train.runlog_wandb import (
+    STEP_AXIS,
+    TrackingConfig,
+    WandbRun,
+    first_line,
+    plain_values,
+)
 
 if TYPE_CHECKING:
     import torch
 
-Mode = Literal["online", "offline", "disabled"]
-
-STEP_AXIS = "trainer/global_step"
-INIT_TIMEOUT = 20.0  # seconds; without a network an online start fails after about this long
-FINISH_TIMEOUT = 120.0  # seconds; W&B's own default waits for the server without limit
-FLUSH_INTERVAL = 2.0  # seconds; a run that is killed loses this much, with W&B's default 15
-# `shared` is several writers of one online run; the other two are W&B's old names.
-OTHER_MODES: dict[str, Mode] = {"shared": "online", "run": "online", "dryrun": "offline"}
+    from sam2train.video_pictures import Overlay
 
 
-class TrackingConfig(Section):
-    """Where a run reports to besides its own folder. `mode: null` lets `choose_mode` decide."""
-
-    mode: Mode | None = None
-    # The pattern leaves out the characters that W&B refuses in a project's name.
-    project: str = Field(default="sam2train", pattern=r"^[^/\\#?%:]+$", max_length=128)
-    entity: str | None = None
-    name: str | None = None
-    group: str | None = None
-    tags: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class Overlay:
-    """One frame with its masks, to be judged by a person.
-
-    Raises ValueError for what W&B would show wrong without a word: it casts a float frame to
-    black, and stretches a mask of another size.
-    """
-
-    name: str
-    path: Path  # the composed PNG, on disk
-    frame: np.ndarray  # (H, W, 3) uint8
-    prediction: np.ndarray  # (H, W) object ids, 0..255, 0 is background
-    ground_truth: np.ndarray  # (H, W) as `prediction`
-    class_labels: Mapping[int, str]  # object id -> text
-
-    def __post_init__(self) -> None:
-        if self.frame.dtype != np.uint8 or self.frame.shape[2:] != (3,):
-            raise ValueError(f"frame is {self.frame.dtype} {self.frame.shape}, not uint8 (H, W, 3)")
-        for mask in (self.prediction, self.ground_truth):
-            if mask.shape != self.frame.shape[:2] or mask.min() < 0 or mask.max() > 255:
-                raise ValueError(
-                    f"mask of shape {mask.shape} with ids {mask.min()}..{mask.max()} on a frame of "
-                    f"{self.frame.shape[:2]}; W&B needs equal sizes and ids in 0..255"
-                )
-
-
-def choose_mode(config: TrackingConfig) -> tuple[Mode, str]:
-    """The W&B mode of a run and, in words, why.
-
-    The first that speaks wins: `tracking.mode`, WANDB_MODE, what `wandb offline` or `wandb
-    disabled` wrote in this folder, credentials. Online without usable credentials becomes offline:
-    W&B would ask for a key on the terminal and wait for ever.
-    """
-    mode, reason = config.mode, f"tracking.mode is {config.mode}"
-    if mode is None and (named := os.environ.get("WANDB_MODE")):
-        mode, reason = OTHER_MODES.get(named, named), f"WANDB_MODE={named}"
-        if mode not in get_args(Mode):  # W&B then refuses to start, offline too
-            return "disabled", f"{reason} is none of {', '.join(get_args(Mode))}"
-    if mode in ("offline", "disabled"):
-        return mode, reason
-
-    import wandb
-
-    settings = wandb.setup(wandb.Settings(silent=True)).settings
-    if mode is None and settings.mode in ("offline", "disabled"):
-        return settings.mode, f"`wandb {settings.mode}` was run in this folder"
-    remembered, settings.mode = settings.mode, "online"  # login() says False to whoever is offline
-    try:
-        found = wandb.login(prompt=False, verify=False)
-    except wandb.errors.AuthenticationError as error:
-        return "offline", f"the key cannot be used: {_first_line(error)}"
-    finally:
-        settings.mode = remembered
-    if found:
-        return "online", reason if mode else "a key was found"
-    missing = "no key was found; `wandb login` stores one"
-    return "offline", f"{reason}, but {missing}" if mode else missing
-
-
-class Tracker:
+class RunLog:
     """Context manager around one run. Steps count what is done: the last is `num_steps`.
 
     A resumed run gives `resume`, the `state_dict` of its last checkpoint: what was written to
@@ -122,7 +46,7 @@ class Tracker:
     def __init__(
         self,
         config: TrackingConfig,
-        run_dir: Path,
+        folder: RunFolder,
         *,
         run_id: str,
         name: str,
@@ -134,15 +58,17 @@ class Tracker:
         console: Console | None = None,
         job_type: str = "train",
     ) -> None:
-        self.run_dir, self.console = Path(run_dir), console or Console()
-        self.mode: Mode = "disabled"
-        self.how_to_sync: str | None = None  # the command that uploads what lies on disk only
-        self._metrics = self.run_dir / "metrics.jsonl"
-        self._config, self._job_type = config, job_type
-        self._run_id, self._name, self._settings = run_id, config.name or name, settings
+        self.folder, self.console = folder, console or Console()
+        self.wandb = WandbRun(
+            config,
+            folder,
+            run_id=run_id,
+            name=name,
+            settings=settings,
+            job_type=job_type,
+            say=self.say,
+        )
         self._log_every, self._num_steps, self._first_step = log_every, num_steps, first_step
-        self._run: Any = None  # wandb.Run
-        self._reporting = False  # to W&B: from a start that worked to the first exception
         self._progress: Progress | None = None
         self._printed_step = first_step
         self._steps, self._training_seconds = 0, 0.0  # of this process, without validation
@@ -157,16 +83,16 @@ class Tracker:
         sums = {n: v.cpu() if hasattr(v, "cpu") else v for n, v in self._sums.items()}
         return {"sums": sums, "counts": dict(self._counts), "lines": self._lines}
 
-    def __enter__(self) -> "Tracker":
+    def __enter__(self) -> "RunLog":
         try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self.folder.path.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
             raise UserError(
-                f"{self.run_dir}: cannot be the folder of the run ({problem.strerror}); name "
+                f"{self.folder.path}: cannot be the folder of the run ({problem.strerror}); name "
                 "another with --run-dir"
             ) from None
         self._seconds_before = self._trim_metrics()
-        self._start_wandb()
+        self.wandb.start()
         self._entered = self._mark = time.perf_counter()
         return self
 
@@ -180,15 +106,9 @@ class Tracker:
         except Exception as failure:  # for one, the tensors of a CUDA context that is gone
             if error is None:
                 raise
-            self.say(f"the steps since the last line are lost: {_first_line(failure)}")
+            self.say(f"the steps since the last line are lost: {first_line(failure)}")
         finally:
-            code = _exit_code(error)
-            if self._reporting:
-                self._report("finish", lambda run: run.finish(exit_code=code))
-                self._reporting = False
-            elif self._run is not None:  # it failed before; what it holds is still worth writing
-                with contextlib.suppress(Exception):
-                    self._run.finish(exit_code=code)
+            self.wandb.finish(_exit_code(error))
 
     @property
     def seconds(self) -> float:
@@ -231,6 +151,11 @@ class Tracker:
         self._write(step, scalars)
         self._mark = time.perf_counter()
 
+    def environment(self, device: "torch.device") -> None:
+        """Write what the run computes with: code, versions, machine."""
+        text = json.dumps(describe_environment(device), indent=2)
+        write_text(self.folder.environment, text + "\n")
+
     def parameters(self, report: Mapping[str, tuple[int, int]]) -> None:
         """Show and summarise module -> (trainable, total) parameters.
 
@@ -243,7 +168,7 @@ class Tracker:
         learning = {f"trainable/{module}": count for module, (count, _) in report.items()}
         self.summary({"params/total": total, "params/trainable": trainable, **sizes, **learning})
 
-    def overlays(self, step: int, pictures: Sequence[Overlay]) -> None:
+    def overlays(self, step: int, pictures: "Sequence[Overlay]") -> None:
         """Send each picture to W&B twice: as composed, and as a frame whose masks can be toggled.
 
         W&B's terminal view shows no toggled masks, hence the composed one.
@@ -264,7 +189,7 @@ class Tracker:
                 images[f"masks/{picture.name}"] = wandb.Image(picture.frame, masks=masks)
             run.log({STEP_AXIS: step, **images})
 
-        self._report("overlays", send)
+        self.wandb.report("overlays", send)
         self._mark = time.perf_counter()
 
     def report(
@@ -279,11 +204,11 @@ class Tracker:
             for name, rows in tables.items():
                 if rows:
                     columns = list(rows[0])
-                    cells = [[_plain_values(row[column]) for column in columns] for row in rows]
+                    cells = [[plain_values(row[column]) for column in columns] for row in rows]
                     sent[f"tables/{name}"] = wandb.Table(columns, cells, allow_mixed_types=True)
             run.log({STEP_AXIS: step, **sent})
 
-        self._report("report", send)
+        self.wandb.report("report", send)
 
     def say(self, text: str) -> None:
         """One line on the console, above the live progress; paths are neither styled nor cut."""
@@ -291,21 +216,19 @@ class Tracker:
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Merge into `summary.json` (replaced as a whole, never half written) and W&B's summary."""
-        path = self.run_dir / "summary.json"
+        path = self.folder.summary
         expected = "expected the JSON that this run wrote; mend or delete the file"
         known = read_json(path, expected, optional=True)
-        text = json.dumps(
-            {**known, **_plain_values(values, finite=True)}, indent=2, allow_nan=False
-        )
+        text = json.dumps({**known, **plain_values(values, finite=True)}, indent=2, allow_nan=False)
         write_text(path, text + "\n")
-        self._report("summary", lambda run: run.summary.update(_plain_values(values)))
+        self.wandb.report("summary", lambda run: run.summary.update(plain_values(values)))
 
     def _trim_metrics(self) -> float:
         """Drop the lines that a resumed run writes again, and what a killed process half wrote.
 
         Returns the `seconds` of the last line kept, 0 where there is none.
         """
-        lines = self._metrics.read_text().splitlines() if self._metrics.exists() else []
+        lines = self.folder.metrics.read_text().splitlines() if self.folder.metrics.exists() else []
         kept, seconds = [], 0.0
         by_step = self._lines is None and self._first_step > 0
         for line in lines[: self._lines]:
@@ -315,93 +238,19 @@ class Tracker:
                     kept.append(line + "\n")
                     seconds = row.get("seconds", seconds)
         if dropped := len(lines) - len(kept):
-            write_text(self._metrics, "".join(kept))
+            write_text(self.folder.metrics, "".join(kept))
             what = f"{dropped} line{'s' * (dropped > 1)}"
             after = f"from after the checkpoint of step {self._first_step}"
-            self.say(f"{self._metrics}: dropped {what} {after}, or cut off")
+            self.say(f"{self.folder.metrics}: dropped {what} {after}, or cut off")
         self._lines = len(kept)
         return seconds
 
-    def _start_wandb(self) -> None:
-        try:
-            mode, reason = choose_mode(self._config)
-            if mode == "disabled":
-                self.say(f"W&B is off: {reason}")
-                return
-            try:
-                self._init_wandb(mode)
-            except Exception as error:
-                if mode == "offline":
-                    raise
-                import wandb
-
-                wandb.teardown()  # else W&B refuses the run id of the failed start
-                reason = f"going online failed: {_first_line(error)}"
-                self._init_wandb("offline")
-        except Exception as error:
-            self.say(f"W&B is off, it did not start ({type(error).__name__}: {_first_line(error)})")
-            return
-        self._reporting = True
-        folder = shlex.quote(str(self.run_dir / "wandb" / Path(self._run.dir).parent.name))
-        if self.mode == "offline":
-            self.how_to_sync = f"wandb sync {folder}"
-            self.say(f"W&B is offline: {reason}. Upload later: {self.how_to_sync}")
-        else:
-            self._sync_broken = f"wandb sync --include-online {folder}"
-            self.say(f"W&B is online: {reason}. {self._run.url}")
-
-    def _init_wandb(self, mode: Mode) -> None:
-        import wandb
-
-        wandb.setup(wandb.Settings(silent=True))
-        self._run = wandb.init(
-            mode=mode,
-            project=self._config.project,
-            entity=self._config.entity,
-            group=self._config.group,
-            tags=self._config.tags,
-            name=printable(self._name),
-            id=self._run_id,
-            dir=str(self.run_dir),
-            config=self._settings,
-            job_type=self._job_type,
-            resume="allow",
-            reinit="create_new",  # never somebody else's run that was left open
-            settings=wandb.Settings(
-                silent=True,
-                console="off",
-                init_timeout=INIT_TIMEOUT,
-                finish_timeout=FINISH_TIMEOUT,
-                finish_timeout_raises=True,
-                x_transaction_log_flush_interval=FLUSH_INTERVAL,
-            ),
-        )
-        self.mode = mode
-        # An axis of our own and never `step=`, which drops rows below the current step.
-        self._run.define_metric(STEP_AXIS)
-        self._run.define_metric("*", step_metric=STEP_AXIS)
-
-    def _report(self, what: str, call: Callable[[Any], object]) -> None:
-        """Run one W&B call; its first exception ends the reporting, not the training."""
-        if not self._reporting:
-            return
-        try:
-            call(self._run)
-        except Exception as error:
-            self._reporting = False
-            self.how_to_sync = self.how_to_sync or self._sync_broken
-            self.say(
-                f"W&B is off from here, {what} failed ({type(error).__name__}: "
-                f"{_first_line(error)}); {self.run_dir} goes on. Upload what W&B has: "
-                f"{self.how_to_sync}"
-            )
-
     def _write(self, step: int, scalars: Mapping[str, Any]) -> None:
-        row = json.dumps({"step": step, **_plain_values(scalars, finite=True)}, allow_nan=False)
-        with self._metrics.open("a") as file:
+        row = json.dumps({"step": step, **plain_values(scalars, finite=True)}, allow_nan=False)
+        with self.folder.metrics.open("a") as file:
             file.write(row + "\n")
         self._lines += 1
-        self._report("log", lambda run: run.log({STEP_AXIS: step, **_plain_values(scalars)}))
+        self.wandb.report("log", lambda run: run.log({STEP_AXIS: step, **plain_values(scalars)}))
 
     def _write_window(self, step: int) -> str:
         """Write the means since the last line. Returns the text of the progress line."""
@@ -460,20 +309,6 @@ def parameter_table(report: Mapping[str, tuple[int, int]]) -> Table:
     return table
 
 
-def _plain_values(value: Any, *, finite: bool = False) -> Any:
-    """The value with Python numbers for tensors and NumPy scalars, at any depth.
-
-    `finite` makes None of NaN and infinities: JSON has no word for them, and pandas reads NaN.
-    """
-    if isinstance(value, Mapping):
-        return {str(name): _plain_values(item, finite=finite) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain_values(item, finite=finite) for item in value]
-    if hasattr(value, "item"):
-        value = value.item()
-    return None if finite and isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _memory() -> dict[str, float]:
     """`memory_gb`, 10^9 bytes: CUDA's peak, else what the process holds; empty if not on Linux."""
     import torch
@@ -493,7 +328,3 @@ def _exit_code(error: BaseException | None) -> int:
     if error is None:
         return 0
     return 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, UserError) else 1
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

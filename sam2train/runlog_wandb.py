@@ -1,0 +1,204 @@
+"""One run in Weights & Biases: whether, how it starts, and that its failure stops nothing.
+
+The first exception out of W&B is one line on the console, then W&B is off for the rest of the run.
+"""
+
+import contextlib
+import math
+import os
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import Field
+
+from sam2train.config import Section
+from sam2train.files import printable
+from sam2train.run_folder import RunFolder
+
+Mode = Literal["online", "offline", "disabled"]
+
+STEP_AXIS = "trainer/global_step"
+INIT_TIMEOUT = 20.0  # seconds; without a network an online start fails after about this long
+FINISH_TIMEOUT = 120.0  # seconds; W&B's own default waits for the server without limit
+FLUSH_INTERVAL = 2.0  # seconds; a run that is killed loses this much, with W&B's default 15
+# `shared` is several writers of one online run; the other two are W&B's old names.
+OTHER_MODES: dict[str, Mode] = {"shared": "online", "run": "online", "dryrun": "offline"}
+
+
+class TrackingConfig(Section):
+    """Where a run reports to besides its own folder. `mode: null` lets `choose_mode` decide."""
+
+    mode: Mode | None = None
+    # The pattern leaves out the characters that W&B refuses in a project's name.
+    project: str = Field(default="sam2train", pattern=r"^[^/\\#?%:]+$", max_length=128)
+    entity: str | None = None
+    name: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+def choose_mode(config: TrackingConfig) -> tuple[Mode, str]:
+    """The W&B mode of a run and, in words, why.
+
+    The first that speaks wins: `tracking.mode`, WANDB_MODE, what `wandb offline` or `wandb
+    disabled` wrote in this folder, credentials. Online without usable credentials becomes offline:
+    W&B would ask for a key on the terminal and wait for ever.
+    """
+    mode, reason = config.mode, f"tracking.mode is {config.mode}"
+    if mode is None and (named := os.environ.get("WANDB_MODE")):
+        mode, reason = OTHER_MODES.get(named, named), f"WANDB_MODE={named}"
+        if mode not in get_args(Mode):  # W&B then refuses to start, offline too
+            return "disabled", f"{reason} is none of {', '.join(get_args(Mode))}"
+    if mode in ("offline", "disabled"):
+        return mode, reason
+
+    import wandb
+
+    settings = wandb.setup(wandb.Settings(silent=True)).settings
+    if mode is None and settings.mode in ("offline", "disabled"):
+        return settings.mode, f"`wandb {settings.mode}` was run in this folder"
+    remembered, settings.mode = settings.mode, "online"  # login() says False to whoever is offline
+    try:
+        found = wandb.login(prompt=False, verify=False)
+    except wandb.errors.AuthenticationError as error:
+        return "offline", f"the key cannot be used: {first_line(error)}"
+    finally:
+        settings.mode = remembered
+    if found:
+        return "online", reason if mode else "a key was found"
+    missing = "no key was found; `wandb login` stores one"
+    return "offline", f"{reason}, but {missing}" if mode else missing
+
+
+class WandbRun:
+    """A run as W&B knows it.
+
+    Args:
+        config: the `tracking:` section.
+        folder: W&B writes below it.
+        settings: of the experiment.
+        say: prints one line.
+    """
+
+    def __init__(
+        self,
+        config: TrackingConfig,
+        folder: RunFolder,
+        *,
+        run_id: str,
+        name: str,
+        settings: dict[str, Any],
+        job_type: str,
+        say: Callable[[str], None],
+    ) -> None:
+        self.mode: Mode = "disabled"
+        self.how_to_sync: str | None = None  # the command that uploads what lies on disk only
+        self.reporting = False  # from a start that worked to the first exception
+        self._config, self._folder, self._say = config, folder, say
+        self._run_id, self._name, self._settings = run_id, config.name or name, settings
+        self._job_type = job_type
+        self._run: Any = None  # wandb.Run
+
+    def start(self) -> None:
+        """Begin to report, and say where to; offline where going online fails."""
+        try:
+            mode, reason = choose_mode(self._config)
+            if mode == "disabled":
+                self._say(f"W&B is off: {reason}")
+                return
+            try:
+                self._init(mode)
+            except Exception as error:
+                if mode == "offline":
+                    raise
+                import wandb
+
+                wandb.teardown()  # else W&B refuses the run id of the failed start
+                reason = f"going online failed: {first_line(error)}"
+                self._init("offline")
+        except Exception as error:
+            self._say(f"W&B is off, it did not start ({type(error).__name__}: {first_line(error)})")
+            return
+        self.reporting = True
+        folder = shlex.quote(str(self._folder.wandb / Path(self._run.dir).parent.name))
+        if self.mode == "offline":
+            self.how_to_sync = f"wandb sync {folder}"
+            self._say(f"W&B is offline: {reason}. Upload later: {self.how_to_sync}")
+        else:
+            self._sync_broken = f"wandb sync --include-online {folder}"
+            self._say(f"W&B is online: {reason}. {self._run.url}")
+
+    def _init(self, mode: Mode) -> None:
+        import wandb
+
+        wandb.setup(wandb.Settings(silent=True))
+        self._run = wandb.init(
+            mode=mode,
+            project=self._config.project,
+            entity=self._config.entity,
+            group=self._config.group,
+            tags=self._config.tags,
+            name=printable(self._name),
+            id=self._run_id,
+            dir=str(self._folder.path),
+            config=self._settings,
+            job_type=self._job_type,
+            resume="allow",
+            reinit="create_new",  # never somebody else's run that was left open
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=INIT_TIMEOUT,
+                finish_timeout=FINISH_TIMEOUT,
+                finish_timeout_raises=True,
+                x_transaction_log_flush_interval=FLUSH_INTERVAL,
+            ),
+        )
+        self.mode = mode
+        # An axis of our own and never `step=`, which drops rows below the current step.
+        self._run.define_metric(STEP_AXIS)
+        self._run.define_metric("*", step_metric=STEP_AXIS)
+
+    def report(self, what: str, call: Callable[[Any], object]) -> None:
+        """Run one W&B call; its first exception ends the reporting, not the training."""
+        if not self.reporting:
+            return
+        try:
+            call(self._run)
+        except Exception as error:
+            self.reporting = False
+            self.how_to_sync = self.how_to_sync or self._sync_broken
+            self._say(
+                f"W&B is off from here, {what} failed ({type(error).__name__}: "
+                f"{first_line(error)}); {self._folder.path} goes on. Upload what W&B has: "
+                f"{self.how_to_sync}"
+            )
+
+    def finish(self, code: int) -> None:
+        """End the run with the exit code of its process."""
+        if self.reporting:
+            self.report("finish", lambda run: run.finish(exit_code=code))
+            self.reporting = False
+        elif self._run is not None:  # it failed before; what it holds is still worth writing
+            with contextlib.suppress(Exception):
+                self._run.finish(exit_code=code)
+
+
+def plain_values(value: Any, *, finite: bool = False) -> Any:
+    """The value with Python numbers for tensors and NumPy scalars, at any depth.
+
+    `finite` makes None of NaN and infinities: JSON has no word for them, and pandas reads NaN.
+    """
+    if isinstance(value, Mapping):
+        return {str(name): plain_values(item, finite=finite) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_values(item, finite=finite) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if finite and isinstance(value, float) and not math.isfinite(value) else value
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
