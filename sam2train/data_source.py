@@ -184,6 +184,14 @@ class VideoSource:
         annotation = video.frames[frame_idx].annotations.get(object_id)
         return annotation is not None and annotation.area > 0
 
+    def is_trainable(self, video: Video) -> bool:
+        """Whether clips of a video have objects."""
+        return self.makes_objects or any(video.visible(t) for t in video.labelled)
+
+    def weighted(self, videos: Sequence[Video]) -> list[tuple[list[Video], float]]:
+        """The videos in groups, each with how often an epoch visits one of them."""
+        return [(list(videos), 1.0)]
+
     def sample_clip(
         self,
         video: Video,

@@ -21,14 +21,8 @@ GROUPS = {
         *("datasets", "data_source", "data_clips", "data_videos", "data_coco", "data_vos"),
         *("data_sav", "data_synthetic", "data_pictures", "data_report"),
         *("data_mask_values", "data_mots", "data_mevis", "data_coco_crowds"),
-        *(
-            "data_rle",
-            "data_fingerprint",
-            "data_coco_files",
-            "data_coco_objects",
-            "data_youtube_vis",
-            "data_burst",
-        ),
+        *("data_rle", "data_fingerprint", "data_mixture", "data_coco_files", "data_coco_objects"),
+        *("data_youtube_vis", "data_burst"),
         *("transforms", "prompts", "demo", "demo_videos"),
     },
     "model": {
