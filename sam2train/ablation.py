@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sam2train.errors import UserError
-from sam2train.metrics import BASE, TRAINED
+from sam2train.metrics import BASE, JANDF, TRAINED
 from sam2train.results import load_metrics, load_scores, read_csv, varied
+from sam2train.run_folder import RunFolder
 from sam2train.stats import (
     Interval,
     crossed_difference,
@@ -31,10 +32,9 @@ if TYPE_CHECKING:
 PROMPT_TYPES = "dataset.prompt_types"
 MASKMEM = "model.num_maskmem"
 POINTERS = "model.max_obj_ptrs_in_encoder"
-JANDF = "J&F"
 GAIN = "J&F gained since step 0"
 HORIZON = ("horizon/J", "horizon/recall_after_absence")  # the curves that are told
-SPLITS = {"val": "validation", "test": "test"}
+SPLIT_NAMES = {"val": "validation", "test": "test"}
 LEVEL = 0.05  # a p value up to this, after Holm's correction, shows a difference
 
 _RESULT_COLUMNS = ("split", "step", "metric", "video_id", "object_id", "at", "value", "count")
@@ -175,7 +175,7 @@ def differences(results: pd.DataFrame, question: Question, *, gain: bool = False
     import pandas as pd
 
     rows = []
-    for split in SPLITS:
+    for split in SPLIT_NAMES:
         scores = _last_and_first(results, split)
         if gain:
             scores = scores.dropna(subset=["first"])
@@ -204,7 +204,9 @@ def readable(table: pd.DataFrame, question: Question, what: str = JANDF) -> pd.D
     names = {"J_and_F": what, "over_both": against, "corrected": f"p, Holm of {_num(table)}"}
     names |= {"over_seeds": f"{against}, over seeds", "over_videos": f"{against}, over videos"}
     kept = [name for name in (question.within, question.by) if name in table]
-    table = table.assign(split=table["split"].map(SPLITS), corrected=table["corrected"].map(_p))
+    table = table.assign(
+        split=table["split"].map(SPLIT_NAMES), corrected=table["corrected"].map(_p)
+    )
     shown = table[["split", *kept, *names]].map(
         lambda cell: "" if cell != cell else str(cell)  # NaN is not itself
     )
@@ -222,7 +224,7 @@ def brief(table: pd.DataFrame, question: Question, what: str = JANDF) -> pd.Data
     columns: dict[str, dict[str, str]] = {}
     for row in table.to_dict("records"):
         name = question.within
-        where = f", {SPLITS[row['split']]}" if several else ""
+        where = f", {SPLIT_NAMES[row['split']]}" if several else ""
         where += f", {name.split('.')[-1]} {row[name]}" if name in row else ""
         value = str(row[question.by])
         mean, apart = row["J_and_F"], ""
@@ -243,7 +245,7 @@ def sentences(table: pd.DataFrame, question: Question) -> str:
     lines = []
     for outer, value, pair in _comparisons(table, question):
         told = [
-            f"{row['over_both']} on {SPLITS[row['split']]}"
+            f"{row['over_both']} on {SPLIT_NAMES[row['split']]}"
             + (f", p {_p(row['corrected'])}" if row["p"] == row["p"] else "")
             for row in pair
         ]
@@ -291,7 +293,7 @@ def _scored_at(table: pd.DataFrame) -> str:
             "Validation scores are those of the last step; test scores are those of the checkpoint "
             "that was best on validation."
         )
-    names = SPLITS[splits.pop()]
+    names = SPLIT_NAMES[splits.pop()]
     return f"The scores are those of the last step on {names} videos, which chose no checkpoint."
 
 
@@ -456,7 +458,7 @@ def _compact_run(path: Path) -> pd.DataFrame:
     rows = whole.rename_axis(["step", "metric"]).rename("value").reset_index()
     rows["count"] = rows["step"].map(metrics["val/num_objects"].dropna())
     parts = [rows.assign(split="val")]
-    if (path / "scores.csv").is_file():
+    if RunFolder(path).scores.is_file():
         # On the test videos the run's own step 0 is scored as the base.
         base = load_scores(path, BASE)
         first = base[(base["split"] == "test") & (base["step"] == 0)]
@@ -467,8 +469,8 @@ def _compact_run(path: Path) -> pd.DataFrame:
         objects = objects.drop_duplicates(["split", "step", "video_id", "object_id"])
         objects = objects.rename(columns={"J_and_F": "value"})
         parts.append(objects.assign(metric="J_and_F", count=1))
-    if (path / "horizon.csv").is_file():
-        horizon = read_csv(path / "horizon.csv", _HORIZON_COLUMNS)
+    if RunFolder(path).horizon.is_file():
+        horizon = read_csv(RunFolder(path).horizon, _HORIZON_COLUMNS)
         parts.append(_at_the_end(horizon[horizon["model"] == TRAINED]))
     parts = [part.reindex(columns=list(_RESULT_COLUMNS)) for part in parts if len(part)]
     return pd.concat(parts, ignore_index=True).round({"value": 5})

@@ -8,13 +8,18 @@ import io
 import math
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from sam2train.config_yaml import read_yaml
 from sam2train.errors import UserError
-from sam2train.files import check_unpacked_size, read_end, replacing
+from sam2train.experiment import Experiment, base_hash
+from sam2train.files import check_unpacked_size, file_hash, read_end, replacing
+from sam2train.model import SAM2Model
+from sam2train.pretrained import load_weights
 from sam2train.run_folder import RunFolder
 
 FORMAT = 2  # 1 had no digest
@@ -276,6 +281,13 @@ _PARTS = {
     "audited": _Part("a truth value", lambda v: isinstance(v, bool), since_format_1=False),
     "scored": _Part("None or a step", lambda v: v is None or _count(v), since_format_1=False),
     "window": _Part("sums, counts and lines", _window, since_format_1=False),
+    "data": _Part(
+        "fingerprints by split",
+        lambda v: (
+            isinstance(v, Mapping) and all(isinstance(t, str) for kv in v.items() for t in kv)
+        ),
+        since_format_1=False,
+    ),
     "untrained_rows": _Part(
         "a list of row numbers",
         lambda value: isinstance(value, list | tuple) and all(map(_count, value)),
@@ -353,3 +365,62 @@ def _describe_base(path: str | None, sha256: str | None) -> str:
     if sha256 is None:
         return "random weights"
     return (f"{path}, " if path else "a file of ") + f"sha256 {sha256[:12]}..."
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint whose weights a model now has."""
+
+    path: str
+    sha256: str
+    step: int | None  # of the run; None for a file that does not say
+    notes: tuple[str, ...]  # where the run's settings and the experiment's differ
+    untrained_rows: tuple[int, ...]  # temporal rows that no training has reached, as far as known
+
+
+# What a run may have changed in the model without changing the shape of most weights.
+_SHAPING = ("image_size", "num_maskmem", "max_obj_ptrs_in_encoder")
+
+
+def as_trained(experiment: Experiment, source: Path) -> Experiment:
+    """The experiment with the model as the run of a checkpoint had it; as it is for other files."""
+    if not is_checkpoint(source):
+        return experiment
+    trained = read_yaml(load(source)["config"], f"{source}, its settings")["model"]
+    model = experiment.model.model_copy(update={name: trained[name] for name in _SHAPING})
+    return experiment.model_copy(update={"model": model})
+
+
+def load_checkpoint(model: SAM2Model, experiment: Experiment, source: Path) -> Loaded:
+    """Put a run's checkpoint, or a file `{"model": state_dict}` such as `--export` writes, into a
+    model that holds the experiment's base weights.
+
+    Raises:
+        UserError: a missing or damaged file, another base, another architecture.
+    """
+    if not is_checkpoint(source):
+        try:
+            untrained = load_weights(model.sam2, source)
+        except UserError as problem:
+            raise UserError(str(problem).removeprefix("model.checkpoint_path: ")) from None
+        return Loaded(str(source), file_hash(source), None, (), tuple(untrained))
+    content = load(source)
+    apply_weights(model.sam2, content, base_hash(experiment), source)
+    trained = read_yaml(content["config"], f"{source}, its settings")["model"]
+    now = experiment.model.model_dump(mode="json")
+    notes = [
+        f"model.{name} is {now[name]!r}; {source} was trained with {trained[name]!r}"
+        for name in _SHAPING
+        if trained[name] != now[name]
+    ]
+    # Checkpoints from before this key: rows that were trained lie in them, others are the base's.
+    untrained = [] if "maskmem_tpos_enc" in content["model"] else list(model.untrained_rows)
+    if trained["num_maskmem"] == model.num_maskmem:
+        untrained = content.get("untrained_rows", untrained)
+    return Loaded(
+        str(source),
+        file_hash(source),
+        content["step"],
+        tuple(notes),
+        tuple(untrained),
+    )

@@ -71,6 +71,8 @@ class Clip:
     object_ids: list[int | str]  # (N,)
     frame_valid: torch.Tensor  # (T,) bool, False on padding
     frame_size: tuple[int, int]  # (H, W) of the source frames
+    # (T, H, W) bool: pixels without a label, which no loss counts; None where there are none
+    ignore: torch.Tensor | None = None
 
     def __getitem__(self, name: str) -> Any:
         names = self.__dataclass_fields__
@@ -92,8 +94,8 @@ class BatchedVideoMetaData:
 class BatchedVideoDatapoint:
     """Clips stacked for the model, with the field names and axes of SAM 2's class of this name.
 
-    `prompts`, `frame_valid`, `object_valid` and `names` are ours; SAM 2's training model does not
-    mind them.
+    `prompts`, `frame_valid`, `object_valid`, `names` and `ignore` are ours; SAM 2's training model
+    does not mind them.
     """
 
     img_batch: torch.Tensor  # (T, B, 3, H, W) float32
@@ -105,6 +107,8 @@ class BatchedVideoDatapoint:
     object_valid: torch.Tensor  # (B, N) bool, False on the padding of `object_masks`
     names: list[str]  # of the clips, for messages
     dict_key: str = "sam2train"
+    # (T, B, H, W) bool: pixels without a label; None: no clip has any
+    ignore: torch.Tensor | None = None
 
     @property
     def num_frames(self) -> int:
@@ -139,6 +143,12 @@ class BatchedVideoDatapoint:
     def object_frame_valid(self) -> torch.Tensor:
         """(T, O) bool: False where an object's frame is padding."""
         return self.frame_valid[:, self.obj_to_frame_idx[0, :, 1].long()]
+
+    @property
+    def object_ignore(self) -> torch.Tensor | None:
+        """(T, O, H, W) bool: for each object the pixels of its clip without a label, or None."""
+        clip_of_object = self.obj_to_frame_idx[0, :, 1].long()
+        return None if self.ignore is None else self.ignore[:, clip_of_object]
 
     def to(self, device: torch.device | str) -> BatchedVideoDatapoint:
         moved = {
@@ -207,6 +217,11 @@ def collate_fn(clips: Sequence[Clip | Mapping[str, Any]]) -> BatchedVideoDatapoi
     images = [_pad_frames(clip.images, num_frames, repeat=True) for clip in clips]
     masks = [_pad_frames(clip.masks, num_frames, repeat=False) for clip in clips]
     valid = [_pad_frames(clip.frame_valid, num_frames, repeat=False) for clip in clips]
+    ignore = None
+    if any(clip.ignore is not None for clip in clips):
+        none = torch.zeros(1, *clips[0].images.shape[2:], dtype=torch.bool)
+        of_clips = [none if clip.ignore is None else clip.ignore for clip in clips]
+        ignore = torch.stack([_pad_frames(o, num_frames, repeat=False) for o in of_clips], dim=1)
     object_valid = torch.arange(max(num_objects)) < torch.tensor(num_objects)[:, None]
     object_index = make_object_index(object_valid, num_frames)
 
@@ -236,19 +251,21 @@ def collate_fn(clips: Sequence[Clip | Mapping[str, Any]]) -> BatchedVideoDatapoi
             f"video {clip.video_id} frames {clip.frame_indices[0]}..{clip.frame_indices[-1]}"
             for clip in clips
         ],
+        ignore=ignore,
     )
 
 
 def _to_clip(sample: Mapping[str, Any]) -> Clip:
     names = Clip.__dataclass_fields__.keys()
-    if missing := [name for name in names if name not in sample and name != "frame_size"]:
+    optional = ("frame_size", "ignore")
+    if missing := [name for name in names if name not in sample and name not in optional]:
         raise UserError(
             f"collate_fn: a sample without {', '.join(missing)}; it has "
             f"{', '.join(map(str, sample)) or 'nothing'}"
         )
     known = {"frame_size": tuple(sample["images"].shape[-2:]), **sample}
     known["frame_indices"] = [int(t) for t in sample["frame_indices"]]
-    return Clip(**{name: known[name] for name in names})
+    return Clip(**{name: known[name] for name in names if name in known})
 
 
 def _pad_frames(values: torch.Tensor, num_frames: int, *, repeat: bool) -> torch.Tensor:

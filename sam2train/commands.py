@@ -12,6 +12,7 @@ import dataclasses
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -20,6 +21,7 @@ from sam2train.run_folder import RUNS, RunFolder
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from sam2train.eval_checkpoint import Evaluation
     from sam2train.experiment import Experiment
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
@@ -136,7 +138,7 @@ class Train(FileCommand):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep(FileCommand):
+class RunSweep(FileCommand):
     """Run the trials of a W&B sweep file here. The same command goes on where it stopped."""
 
     group = "Train"
@@ -185,10 +187,39 @@ class DryRun(FileCommand):
     group, flag = "Look first", "--dry-run"
 
     def run(self) -> int:
-        experiment = self.experiment()
-        from sam2train.describe import describe
+        experiment, console = self.experiment(), _console()
+        from sam2train.audit import row_warnings
+        from sam2train.clips import collate_fn
+        from sam2train.config import to_yaml
+        from sam2train.data_report import batch_table, data_table
+        from sam2train.datasets import build_dataset
+        from sam2train.experiment import build_model
+        from sam2train.machine import say
+        from sam2train.runlog import parameter_table
 
-        describe(experiment, _console())
+        say(console, to_yaml(experiment))
+        paths = {
+            "training": experiment.dataset.data_path,
+            "validation": experiment.dataset.val_path,
+            "test": experiment.dataset.test_path,
+        }
+
+        warn = partial(say, console)
+        sections = experiment.dataset, experiment.augment, experiment.clips_seed
+        datasets = {
+            split: build_dataset(*sections, path, training=split == "training", say=warn)
+            for split, path in paths.items()
+            if path is not None
+        }
+        console.print(data_table(datasets))
+        model = build_model(experiment)
+        console.print(parameter_table(model.parameter_report()))
+        for text in row_warnings(model, experiment):
+            warn(f"warning: {text}")
+        data = datasets["training"]
+        batch_size = experiment.dataset.batch_size
+        batch = collate_fn([data[0, i % len(data)] for i in range(batch_size)])
+        console.print(batch_table(batch))
         return 0
 
 
@@ -244,24 +275,24 @@ class _Scoring(FileCommand):
         "--run-dir", "the folder of this evaluation", type=Path, metavar="PATH"
     )
 
-    def score(self, source: str, *, matrix: bool, save_masks: Path | None = None) -> int:
+    def open(self, source: str) -> Evaluation:
+        """What scores a checkpoint, into a folder of its own."""
         experiment = self.experiment()
-        from sam2train.benchmark import run_benchmark
+        from sam2train.eval_checkpoint import Evaluation
         from sam2train.training_run import new_run_id
 
-        run_benchmark(
+        kind, run_id = self.flag.removeprefix("--"), new_run_id()
+        folder = RunFolder.of_evaluations(self.name) / f"{run_id}-{kind}-{self.split}"
+        return Evaluation(
             experiment,
             source,
-            matrix=matrix,
-            split=self.split,
-            run_dir=self.run_dir,
-            name=self.name,
-            run_id=new_run_id(),
-            with_base=not self.no_base,
-            save_masks=save_masks,
+            self.split,
+            self.run_dir or folder,
+            run_id=run_id,
+            name=f"{self.name}-{kind}",
             console=_console(),
+            with_base=not self.no_base,
         )
-        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +310,8 @@ class Evaluate(_Scoring):
     )
 
     def run(self) -> int:
-        return self.score(self.checkpoint, matrix=False, save_masks=self.save_masks)
+        self.open(self.checkpoint).evaluate(self.save_masks)
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +322,11 @@ class PromptMatrix(_Scoring):
     checkpoint: str = operand(metavar="CHECKPOINT")
 
     def run(self) -> int:
-        return self.score(self.checkpoint, matrix=True)
+        evaluation = self.open(self.checkpoint)
+        from sam2train.eval_prompts import prompt_matrix
+
+        prompt_matrix(evaluation)
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,7 +392,7 @@ class Collect(Command):
 # In the order of the overview.
 COMMANDS: tuple[type[Command], ...] = (
     Train,
-    Sweep,
+    RunSweep,
     ListExperiments,
     DryRun,
     CheckData,

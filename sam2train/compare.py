@@ -15,7 +15,6 @@ from rich.table import Table
 from sam2train.ablation import (
     GAIN,
     HORIZON,
-    JANDF,
     MASKMEM,
     Question,
     brief,
@@ -32,7 +31,9 @@ from sam2train.errors import UserError
 from sam2train.figures import draw_results
 from sam2train.files import write_text
 from sam2train.machine import cell, say
-from sam2train.results import compare_groups, is_run, labels, load_runs, object_scores, varied
+from sam2train.metrics import JANDF
+from sam2train.results import compare_groups, labels, load_runs, object_scores, varied
+from sam2train.run_folder import RunFolder
 from sam2train.stats import (
     Interval,
     crossed_difference,
@@ -89,7 +90,7 @@ def compare_runs(folders: Sequence[Path], console: Console) -> None:
     import pandas as pd
 
     for folder in folders:
-        if not is_run(folder):
+        if not RunFolder(folder).is_run:
             what = "is no run: no config.yaml with metrics.jsonl in it" if folder.is_dir() else ""
             raise UserError(
                 f"--compare: {folder} {what or 'is no folder'}; `python run.py --runs` lists runs"

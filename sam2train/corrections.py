@@ -104,19 +104,24 @@ class SimulatedUser:
         return {*conditioning, *more}
 
     def correct(
-        self, frame_idx: int, objects: Sequence[tuple[int, int]], truth: torch.Tensor
+        self,
+        frame_idx: int,
+        objects: Sequence[tuple[int, int]],
+        truth: torch.Tensor,
+        ignore: torch.Tensor | None = None,
     ) -> Correction:
         """What is corrected on one frame of n objects.
 
         Args:
             objects: clip of the batch and place in the clip of each.
             truth: (n, H, W) bool.
+            ignore: (n, H, W) bool, pixels where nothing is wrong whatever is predicted.
         """
         draws, ignores = (
             torch.from_numpy(drawn).to(truth.device)
             for drawn in self._sample_clicks(frame_idx, objects)
         )
-        return Correction(self, truth, draws, ignores)
+        return Correction(self, truth, draws, ignores, ignore)
 
     def _sample_clicks(
         self, frame_idx: int, objects: Sequence[tuple[int, int]]
@@ -162,9 +167,16 @@ class SimulatedUser:
         self._ious.clear()
         return {"interaction/iou_before": before, "interaction/iou_after": after}
 
-    def keep_ious(self, truth: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
-        """(n, H, W) each: bool, and logits of the first and the last pass over a frame."""
-        ious = torch.stack([mask_iou(before.detach(), truth), mask_iou(after.detach(), truth)])
+    def keep_ious(
+        self,
+        truth: torch.Tensor,
+        before: torch.Tensor,
+        after: torch.Tensor,
+        kept: torch.Tensor | None = None,
+    ) -> None:
+        """(n, H, W) each: bool, logits of the first and the last pass over a frame, and bool, the
+        pixels that count; None counts all."""
+        ious = torch.stack([mask_iou(m.detach(), truth, kept) for m in (before, after)])
         self._ious.append(ious.where(truth.flatten(1).any(1), torch.nan))
 
 
@@ -176,10 +188,12 @@ class Correction:
     truth: torch.Tensor  # (n, H, W) bool
     draws: torch.Tensor  # (n, clicks) float64 in [0, 1): which pixel
     ignores: torch.Tensor  # (n, clicks) bool: whether the click ignores the prediction
+    void: torch.Tensor | None = None  # (n, H, W) bool: pixels without a label
 
     def select(self, rows: torch.Tensor) -> Correction:
         """The part of some of the n objects."""
-        return Correction(self.user, self.truth[rows], self.draws[rows], self.ignores[rows])
+        void = None if self.void is None else self.void[rows]
+        return Correction(self.user, self.truth[rows], self.draws[rows], self.ignores[rows], void)
 
     @property
     def becomes_conditioning(self) -> bool:
@@ -204,11 +218,14 @@ class Correction:
         passes = [first]
         for click in range(self.draws.shape[1]):
             predicted = passes[-1].mask_logits[:, 0] > 0
+            if self.void is not None:  # no object covers these: nothing is wrong there
+                predicted = predicted & ~self.void
             drawn = self.draws[:, click], self.ignores[:, click]
             points = add_clicks(points, *self.user.next_click(self.truth, predicted, *drawn))
             passes.append(decode(points, passes[-1].low_res_logits))
         before, after = first.mask_logits[:, 0], passes[-1].mask_logits[:, 0]
-        self.user.keep_ious(self.truth, before, after)
+        kept = None if self.void is None else ~self.void
+        self.user.keep_ious(self.truth, before, after, kept)
         return points, passes
 
 

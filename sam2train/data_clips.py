@@ -7,11 +7,13 @@ import multiprocessing
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from sam2train.clips import Clip, Prompt
+from sam2train.data_fingerprint import fingerprint
 from sam2train.data_source import ClipPixels, Video, VideoSource
 from sam2train.errors import UserError
 from sam2train.prompts import PromptGenerator, types_like
@@ -110,16 +112,31 @@ class ClipDataset:
         self.image_size, self.prompts = settings.image_size, settings.prompts
         self.epoch = 0
         self.cache = MaskCache(mask_cache_mb * 2**20, self.videos, self.image_size)
-        self.trainable = [
-            video
-            for video in self.videos
-            if source.makes_objects or any(video.visible(t) for t in video.labelled)
+        trainable = [video for video in self.videos if source.is_trainable(video)]
+        # Videos with how many clips of them an epoch has.
+        self._groups = [
+            (videos, max(1, round(weight * len(videos))))
+            for videos, weight in source.weighted(trainable)
         ]
-        if not self.trainable:
+        if not trainable:
             raise UserError(f"{source.path}: no annotation has a mask; {source.mask_hint}")
 
     def __len__(self) -> int:
-        return len(self.trainable)
+        return sum(num_clips for _, num_clips in self._groups)
+
+    def _video(self, epoch: int, place: int) -> Video:
+        """The video of a clip. Where an epoch has fewer clips than videos, the next one goes on
+        with the others."""
+        for videos, num_clips in self._groups:
+            if place < num_clips:
+                return videos[(epoch * num_clips + place) % len(videos)]
+            place -= num_clips
+        raise IndexError(place)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells this data from other data; see `data_fingerprint`."""
+        return fingerprint(self.source)
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch of `dataset[i]`, 0 before; for loaders without `ClipSampler`."""
@@ -127,7 +144,8 @@ class ClipDataset:
 
     def __getitem__(self, index: int | tuple[int, int]) -> Clip:
         place, rng = locate_clip(index, len(self), self.settings.seed, self.epoch)
-        video, settings = self.trainable[place], self.settings
+        epoch = index[0] if isinstance(index, tuple) else self.epoch
+        video, settings = self._video(epoch, place), self.settings
         indices, num_padding = sample_frames(
             video, settings.video_clip_length, settings.max_frame_stride, rng
         )
@@ -137,7 +155,8 @@ class ClipDataset:
             objects = sample_objects(video, indices, most, rng)
             images = [resize_image(self.read_frame(video, t), size) for t in indices]
             masks = [[self.read_mask(video, t, o, size) for o in objects] for t in indices]
-            pixels = ClipPixels(np.stack(images), np.stack(masks), objects)
+            ignore = stack_ignored([self.read_ignore(video, t, size) for t in indices], size)
+            pixels = ClipPixels(np.stack(images), np.stack(masks), objects, ignore)
         return finish_clip(video, indices, pixels, num_padding, settings, rng)
 
     def read_frame(self, video: Video, frame_idx: int) -> np.ndarray:
@@ -166,6 +185,28 @@ class ClipDataset:
                 self.cache.put(video, frame_idx, other_id, other)
             mask = decoded[object_id]
         return mask
+
+    def read_ignore(
+        self, video: Video, frame_idx: int, size: tuple[int, int] | None = None
+    ) -> np.ndarray | None:
+        """(H, W) bool: pixels that belong to no object and that nobody decided on, at `size` or the
+        video's own; None where there are none."""
+        if video.frames[frame_idx].ignored is None:
+            return None
+        ignored = self.source.read_ignore(video, frame_idx)
+        if ignored is None:
+            return None
+        ignored = resize_mask(ignored, video.size if size is None else tuple(size))
+        for object_id in video.visible(frame_idx):  # what an object covers has been decided
+            ignored = ignored & ~self.read_mask(video, frame_idx, object_id, size)
+        return ignored if ignored.any() else None
+
+
+def stack_ignored(ignored: Sequence[np.ndarray | None], size: tuple[int, int]) -> np.ndarray | None:
+    """(T, H, W) bool from the (H, W) of each frame; None where no frame has a pixel to ignore."""
+    if all(of_frame is None for of_frame in ignored):
+        return None
+    return np.stack([np.zeros(size, bool) if one is None else one for one in ignored])
 
 
 def locate_clip(
@@ -283,14 +324,19 @@ def finish_clip(
         pixels: at the clip's size; an object without a pixel left is dropped.
         num_padding: T - T'.
     """
-    images, masks, object_ids = pixels
+    images, masks, object_ids, ignore = pixels
     # A clip is played backwards only if its last frame has something to prompt.
     if rng.random() < settings.augment.reverse and masks[-1].any():
         indices = indices[::-1]
         images, masks = np.ascontiguousarray(images[::-1]), np.ascontiguousarray(masks[::-1])
-    augmented = augment(images, masks, settings.augment, rng)
-    if augmented[1].any():  # a crop or turn that loses every object is not applied
-        images, masks = augmented
+        ignore = None if ignore is None else np.ascontiguousarray(ignore[::-1])
+    layers = masks if ignore is None else np.concatenate([masks, ignore[:, None]], axis=1)
+    num_objects = masks.shape[1]
+    augmented = augment(images, layers, settings.augment, rng)
+    if augmented[1][:, :num_objects].any():  # a crop or turn that loses every object is not applied
+        images, layers = augmented
+    masks = layers[:, :num_objects]
+    ignore = None if ignore is None else layers[:, num_objects]
 
     # The augmentation may have moved some of the objects out of the picture.
     kept = np.flatnonzero(masks.any(axis=(0, 2, 3)))
@@ -299,6 +345,8 @@ def finish_clip(
     if num_padding:
         images = np.concatenate([images, np.repeat(images[-1:], num_padding, axis=0)])
         masks = np.concatenate([masks, np.zeros((num_padding, *masks.shape[1:]), bool)])
+        if ignore is not None:
+            ignore = np.concatenate([ignore, np.zeros((num_padding, *ignore.shape[1:]), bool)])
         indices = [*indices, *[indices[-1]] * num_padding]
     return Clip(
         images=normalise(images),
@@ -309,6 +357,7 @@ def finish_clip(
         object_ids=object_ids,
         frame_valid=torch.arange(len(indices)) < len(indices) - num_padding,
         frame_size=video.size,
+        ignore=None if ignore is None else torch.from_numpy(np.ascontiguousarray(ignore)),
     )
 
 

@@ -3,30 +3,72 @@
 from __future__ import annotations
 
 import codecs
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path, PurePath, PureWindowsPath
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from sam2train.data_pictures import Header, decode_segmentation, read_header, segmentation_area
-from sam2train.data_source import Annotation, Frame, Video, VideoSource, listed, tracking_warnings
+from sam2train.data_coco_crowds import Crowds, read_crowds, split_crowds
+from sam2train.data_coco_files import Roots, image_names, image_roots, locate
+from sam2train.data_coco_objects import (
+    ID_WANTED,
+    Findings,
+    Image,
+    as_id,
+    has_tracks,
+    read_annotations,
+    whole_number,
+)
+from sam2train.data_rle import Parts, decode_segmentation
+from sam2train.data_source import (
+    Annotation,
+    Frame,
+    Video,
+    VideoSource,
+    listed,
+    shared_pictures,
+    tracking_warnings,
+)
 from sam2train.errors import UserError
-from sam2train.files import read_json
+from sam2train.files import natural_key, read_json
 
-_IDENTITY_KEYS = ("track_id", "instance_id", "object_id", "category_id")
+Unlabelled = Literal["absent", "ignore", "auto"]
+# Where the place of a frame in its video is; the file names where an image has none of these.
+_ORDER_KEYS = ("order_in_video", "frame_id", "frame_index", "frame_number")
+# Whether somebody looked for objects on a frame.
+_LABEL_KEYS = ("is_annotated", "is_labelled", "is_labeled", "labelled", "labeled")
+_LABEL_KEYS += ("is_vid_train_frame", "is_key_frame", "is_keyframe")
+_TRUTH = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
+_WANTED = "expected a COCO JSON of videos: a mapping with `images` and `annotations`"
 
 
 class CocoVideos(VideoSource):
     """The videos of a COCO video JSON.
 
     Args:
-        path: the annotation file. `images` need `id`, `video_id`, `order_in_video` and `path` (or
-            `file_name`); `annotations` need `image_id` and `segmentation`. Objects are told apart
-            by `track_id`, `instance_id` or `object_id`, else by category.
+        path: the annotation file. `images` need `id`, `video_id` and `path` (or `file_name`), and
+            are ordered by `order_in_video`, `frame_id`, `frame_index` or `frame_number`, else by
+            their names; `annotations` need `image_id` and `segmentation`. Objects are told apart by
+            `track_id`, `instance_id` or `object_id`, also within `attributes`, else by category.
+            Without any `video_id`, each image is a video of one frame; but if objects are on
+            several images by their ids, each folder of images is a video.
         image_root: folder that image paths are relative to; None takes that of the file.
+        unlabelled_frames: which frames without any annotation nobody looked at. "auto": those that
+            a key such as `is_annotated` says, or where there is none, those between frames
+            annotated at a regular distance. "ignore": those that the key says, or else all. In
+            "absent", none: objects are absent there.
+        same_object_twice: several annotations of one object on one frame are its parts ("unite") or
+            an error.
+        crowds: what annotations with `iscrowd` are; those with `ignore` are regions that no loss
+            and no score counts.
+        content: of the file, where it is read already or made from another format.
 
     Raises:
         UserError: all problems of the file at once.
@@ -37,20 +79,44 @@ class CocoVideos(VideoSource):
         "here"
     )
 
-    def __init__(self, path: Path, image_root: str | Path | None = None):
-        content = _read_coco(path)
-        if image_root is not None and not Path(image_root).is_dir():
-            raise UserError(f"dataset.image_root: {image_root} is no folder")
-        problems: list[str] = []
-        warnings: list[str] = []
-        if path.read_bytes().startswith(codecs.BOM_UTF8):
-            warnings.append("the file begins with a byte order mark; read without it")
-        images = _read_images(content["images"], path.parent, image_root, problems, warnings)
-        frames = {image_id: Frame(image.path, {}) for image_id, image in images.items()}
-        _read_annotations(content["annotations"], images, frames, problems, warnings)
-        videos = _group_videos(images, frames, problems)
-        warnings += tracking_warnings(videos)
-        super().__init__(path, videos, warnings, problems)
+    def __init__(
+        self,
+        path: Path,
+        image_root: str | Path | None = None,
+        *,
+        unlabelled_frames: Unlabelled = "auto",
+        same_object_twice: Literal["unite", "error"] = "unite",
+        crowds: Crowds = "auto",
+        content: Mapping[str, Any] | None = None,
+        notes: Sequence[str] = (),
+    ):
+        content = read_coco(path) if content is None else content
+        _check_top(path, content)
+        found = Findings(notes=list(notes))
+        if _starts_with_mark(path):
+            found.warnings.append("the file begins with a byte order mark; read without it")
+        objects, ignored = split_crowds(content["annotations"], crowds, found)
+        content = {**content, "annotations": objects}
+        roots = image_roots(path, image_root)
+        entries, alone = _with_videos(content, found)
+        images = _read_images(entries, roots, found)
+        if unlabelled_frames != "absent":
+            images.read_labels(found)
+        annotations = read_annotations(
+            content,
+            images.known,
+            images.broken,
+            found,
+            alone=alone,
+            unite=same_object_twice == "unite",
+        )
+        regions = read_crowds(ignored, images.known, found)
+        videos = _make_videos(images, annotations, regions, found)
+        if not alone:
+            videos = _find_unlabelled(videos, images, unlabelled_frames, found)
+        found.problems += shared_pictures(videos)
+        found.warnings += tracking_warnings(videos)
+        super().__init__(path, videos, found.warnings, found.problems, found.notes)
 
     def read_masks(
         self, video: Video, frame_idx: int, object_id: int | str
@@ -65,105 +131,145 @@ class CocoVideos(VideoSource):
                 f"{video.frames[frame_idx].path}): {problem}"
             ) from None
 
+    def read_ignore(self, video: Video, frame_idx: int) -> np.ndarray | None:
+        """(H, W) bool: crowds and regions to ignore; None where the frame has none."""
+        ignored = video.frames[frame_idx].ignored
+        return None if ignored is None else decode_segmentation(ignored, video.size)
 
-def _read_coco(path: Path) -> dict[str, Any]:
-    """The top of a COCO file, with `images` and `annotations` as lists of mappings."""
-    wanted = "expected a COCO JSON of videos: a mapping with `images` and `annotations`"
-    content = read_json(path, wanted)
-    tracks = content.get("annotations")
-    if isinstance(tracks, list) and any(
-        isinstance(t, dict) and "segmentations" in t for t in tracks
-    ):
-        raise UserError(
-            f"{path}: this is the YouTube-VIS layout (`videos`, one `segmentations` list a track); "
-            f"{wanted}, one annotation for each object on each frame"
-        )
+
+def read_coco(path: Path) -> dict[str, Any]:
+    """The content of a JSON of videos."""
+    return read_json(path, _WANTED)
+
+
+def _check_top(path: Path, content: Mapping[str, Any]) -> None:
     for key in ("images", "annotations"):
         entries = content.get(key)
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise UserError(f"{path}: `{key}` is missing or no list of mappings; {wanted}")
+            raise UserError(f"{path}: `{key}` is missing or no list of mappings; {_WANTED}")
         if not entries:
-            raise UserError(f"{path}: `{key}` is empty; {wanted}")
-    return content
+            raise UserError(f"{path}: `{key}` is empty; {_WANTED}")
 
 
-@dataclass(frozen=True)
-class _Image:
-    """An entry of `images`, checked against its file."""
-
-    video_id: int | str
-    order: int
-    path: Path
-    size: tuple[int, int]
-    stated: tuple[int, int]  # the size that the JSON gives, of the picture where it gives none
+def _starts_with_mark(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
 
 
-class _Images(dict):
-    """Checked images by id; `broken` holds the ids of those already reported."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.broken: set = set()
-
-
-def _read_images(
-    entries: list[dict[str, Any]],
-    folder: Path,
-    image_root: str | Path | None,
-    problems: list[str],
-    warnings: list[str],
-) -> _Images:
-    images = _Images()
-    if all("video_id" not in entry for entry in entries):
-        problems.append(
-            "no image has a `video_id`: this is image COCO, not video COCO; add `video_id` and "
-            "`order_in_video` to each image"
+def _with_videos(
+    content: Mapping[str, Any], found: Findings
+) -> tuple[Sequence[Mapping[str, Any]], bool]:
+    """The images with a `video_id`, and whether each is a video of its own."""
+    entries = content["images"]
+    if any("video_id" in entry for entry in entries):
+        return entries, False
+    if not has_tracks(content["annotations"]):
+        found.notes.append(
+            "no image has a `video_id`, and no object is on two images by its id: image COCO, read "
+            "as videos of one frame in which each annotation is an object"
         )
-        images.broken.update(_as_id(entry.get("id")) for entry in entries)
-        return images
+        alone = [entry | {"video_id": entry.get("id"), "order_in_video": 0} for entry in entries]
+        return alone, True
+    kinds: dict[str, set[str]] = {}  # folder -> the names in it without their numbers
+    homes = []
+    for entry in entries:
+        name = PurePath(PureWindowsPath(next(iter(image_names(entry)), "")).as_posix())
+        homes.append(str(name.parent))
+        kinds.setdefault(homes[-1], set()).add(re.sub(r"\d+", "", name.stem))
+    mixed = [folder for folder, of_folder in kinds.items() if len(of_folder) > 1]
+    # CVAT's export has no order; who writes an order and no video left the video out.
+    if mixed or any(entry.get(key) is not None for key in _ORDER_KEYS for entry in entries):
+        found.problems.append(
+            "no image has a `video_id`, though objects are on several images by their ids; what is "
+            "a video is clear without it only where images have no order in the file and each "
+            "folder has names of one kind, such as frame_000001.png; add `video_id` to each image"
+        )
+    else:
+        found.notes.append(
+            "no image has a `video_id`, but objects are on several images by their ids: each "
+            f"folder of images is a video ({len(kinds)})"
+        )
+    with_homes = zip(entries, homes, strict=True)
+    return [entry | {"video_id": home} for entry, home in with_homes], False
 
+
+@dataclass
+class _Images:
+    """The images whose files are good."""
+
+    known: dict[int | str, Image]
+    paths: dict[int | str, Path]
+    entries: dict[int | str, Mapping[str, Any]]
+    broken: set  # ids of those already reported
+    label_key: str | None = None
+
+    def read_labels(self, found: Findings) -> None:
+        """Put into each image what the file says about its being labelled."""
+        for key in _LABEL_KEYS:
+            stated = {
+                i: entry[key] for i, entry in self.entries.items() if entry.get(key) is not None
+            }
+            if not stated:
+                continue
+            truth = {}
+            for image_id, value in stated.items():
+                plain = value.strip().lower() if isinstance(value, str) else value
+                known = isinstance(plain, str | int | float) and plain in _TRUTH
+                if not known:
+                    found.problems.append(
+                        f"image {image_id!r}: `{key}` is {value!r}; expected true or false"
+                    )
+                truth[image_id] = known and _TRUTH[plain]
+            if not any(truth.values()):
+                found.notes.append(f"`{key}` is true on no frame, and left out of account")
+                continue
+            self.label_key = key
+            for image_id, value in truth.items():
+                self.known[image_id] = replace(self.known[image_id], is_labelled=value)
+            return
+
+    def by_video(self) -> dict[int | str, list[int | str]]:
+        """Ids of the images of each video, in order."""
+        videos: dict[int | str, list[int | str]] = {}
+        for image_id, image in self.known.items():
+            videos.setdefault(image.video_id, []).append(image_id)
+        for members in videos.values():
+            members.sort(key=lambda image_id: self.known[image_id].place)
+        return videos
+
+
+def _read_images(entries: Sequence[Mapping[str, Any]], roots: Roots, found: Findings) -> _Images:
     with ThreadPoolExecutor(8) as pool:  # finding files and reading headers waits for the disk
-        located = list(pool.map(lambda entry: _locate(entry, folder, image_root), entries))
-    under_root: dict[Path, str] = {}  # file -> the absolute path that led to it
+        located = list(pool.map(lambda entry: locate(entry, roots), entries))
+    images = _Images({}, {}, {}, set())
+    shortened: dict[Path, str] = {}  # file -> the path in the JSON that led to it
     told: dict[str, list[str]] = {}  # warning -> the images it is about
-    for place, (entry, (path, header)) in enumerate(zip(entries, located, strict=True)):
-        image_id = _as_id(entry.get("id"))
+    for place, (entry, (path, header, remarks, is_shortened)) in enumerate(
+        zip(entries, located, strict=True)
+    ):
+        image_id, video_id = as_id(entry.get("id")), as_id(entry.get("video_id"))
         where = f"image {entry.get('id')!r}"
-        found: list[str] = []
+        wrong: list[str] = []
         if image_id is None:
             where = f"the image at position {place}"
-            found.append(f"{where}: `id` is {entry.get('id')!r}; {_ID_WANTED}")
-        elif image_id in images or image_id in images.broken:
-            found.append(f"{where}: the id is used twice")
-        video_id = _as_id(entry.get("video_id"))
+            wrong.append(f"{where}: `id` is {entry.get('id')!r}; {ID_WANTED}")
+        elif image_id in images.known or image_id in images.broken:
+            wrong.append(f"{where}: the id is used twice")
         if video_id is None:
-            found.append(f"{where}: `video_id` is {entry.get('video_id')!r}; {_ID_WANTED}")
-        # CocoVID calls it `frame_id`.
-        stated_order = entry.get("order_in_video", entry.get("frame_id"))
-        order = _whole_number(stated_order)
-        if order is None:
-            found.append(f"{where}: `order_in_video` is {stated_order!r}; expected a whole number")
+            wrong.append(f"{where}: `video_id` is {entry.get('video_id')!r}; {ID_WANTED}")
         if isinstance(header, str):
-            found.append(f"{where}: {header}")
-        elif image_root is not None and _is_absolute(name := _image_names(entry)[0]):
-            other = under_root.setdefault(path, name)
-            if other != name:
-                found.append(
-                    f"{where}: {name} and {other} both lead to {path}; set dataset.image_root to "
-                    "the folder that holds all videos"
-                )
-        if found:
-            problems.extend(found)
+            wrong.append(f"{where}: {header}")
+        elif is_shortened and shortened.setdefault(path, name := image_names(entry)[0]) != name:
+            wrong.append(
+                f"{where}: {name} and {shortened[path]} both lead to {path}; set "
+                "dataset.image_root to the folder that holds all videos"
+            )
+        if wrong:
+            found.problems.extend(wrong)
             images.broken.add(image_id)
             continue
-        if isinstance(stated_order, str):
-            told.setdefault("`order_in_video` is text; read as a number", []).append(where)
-        if "\\" in _image_names(entry)[0] and "\\" not in path.as_posix():
-            told.setdefault("backslashes in the path; read as folders", []).append(where)
-        if ".." in path.parts:
-            told.setdefault(
-                "`..` in the path: found while the folders have these names", []
-            ).append(where)
+        for remark in remarks:
+            told.setdefault(remark, []).append(where)
         stated = (entry.get("height"), entry.get("width"))
         size = header.shown if stated == header.shown else header.stored
         if stated not in ((None, None), size):
@@ -178,178 +284,179 @@ def _read_images(
                 done = "applied: the JSON has the size of the turned picture"
             told.setdefault(f"an EXIF orientation, {done}", []).append(where)
         given = size if None in stated else stated
-        images[image_id] = _Image(video_id, order, path, size, given)
-    warnings += [f"{listed(wheres)}: {what}" for what, wheres in told.items()]
+        images.known[image_id] = Image(video_id, 0, size, given, None)
+        images.paths[image_id], images.entries[image_id] = path, entry
+    _order_images(images, told, found)
+    found.warnings += [f"{listed(wheres)}: {what}" for what, wheres in told.items()]
     return images
 
 
-_ID_WANTED = "expected a whole number or text"
-
-
-def _whole_number(value: Any) -> int | None:
-    """A whole number, also where it is text or a float such as 3.0; None for anything else."""
-    if isinstance(value, str):
-        try:
-            return int(value)
-        except ValueError:
-            return None
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _as_id(value: Any) -> int | str | None:
-    """An id as JSON files have it, or None for what cannot be one."""
-    return value if isinstance(value, str) else _whole_number(value)
-
-
-def _image_names(entry: dict[str, Any]) -> list[str]:
-    """The paths that an entry gives, `path` before `file_name`."""
-    names = (entry.get(key) for key in ("path", "file_name"))
-    return [name for name in names if isinstance(name, str) and name]
-
-
-def _is_absolute(name: str) -> bool:
-    """Whether a path is absolute, on this system or on Windows."""
-    return PurePath(name).is_absolute() or PureWindowsPath(name).is_absolute()
-
-
-def _locate(
-    entry: dict[str, Any], folder: Path, image_root: str | Path | None
-) -> tuple[Path | None, Header | str]:
-    """The file of an image with its header, or with what is wrong with it.
-
-    Relative paths begin at `image_root`, or at the folder of the annotations where it is None. The
-    last parts of an absolute path that does not exist here are looked for under `image_root`.
-    """
-    names = _image_names(entry)
-    if not names:
-        return None, "`path` (or `file_name`) is missing or no text"
-    root = folder if image_root is None else Path(image_root)
-    candidates = []
-    for spelling in dict.fromkeys(s for n in names for s in (n, PureWindowsPath(n).as_posix())):
-        candidates.append(root / spelling)  # an absolute one stays as it is
-        if image_root is not None and _is_absolute(spelling):
-            parts = PurePath(spelling).parts
-            candidates += [root.joinpath(*parts[k:]) for k in range(1, len(parts))]
-    try:
-        path = next((path for path in candidates if path.is_file()), candidates[0])
-        there = path.exists()
-    except OSError as problem:  # the name is too long for a file
-        return None, f"`path` is {names[0][:60]!r}...: {problem.strerror}"
-    try:
-        return path, read_header(path)
-    except UserError as problem:
-        if there:
-            return path, str(problem)
-        if not _is_absolute(names[0]):
-            return path, f"{problem}; relative paths begin at {root}, see dataset.image_root"
-        advice = "; set dataset.image_root to the folder that holds the frames"
-        if image_root is not None:
-            advice = f", and no end of this path exists under dataset.image_root ({root})"
-        return path, f"{problem}{advice}"
-
-
-def _read_annotations(
-    entries: list[dict[str, Any]],
-    images: _Images,
-    frames: dict[int | str, Frame],
-    problems: list[str],
-    warnings: list[str],
-) -> None:
-    """Fill the annotations of the frames."""
-    annotation_ids: set[int | str] = set()
-    used_twice: list[str] = []
-    num_empty = 0
-    # video -> what tells its objects apart, and the type of their ids -> an annotation with it
-    kinds: dict[int | str, dict[tuple[str, str], str]] = {}
-    for place, raw in enumerate(entries):
-        annotation_id = _as_id(raw.get("id"))
-        if annotation_id is None:
-            annotation_id = f"at position {place}"
-        elif annotation_id in annotation_ids:
-            used_twice.append(f"annotation {annotation_id}")
-        annotation_ids.add(annotation_id)
-        where = f"annotation {annotation_id}"
-        image_id = _as_id(raw.get("image_id"))
-        if image_id is None:
-            problems.append(f"{where}: `image_id` is {raw.get('image_id')!r}; {_ID_WANTED}")
-            continue
-        if image_id not in images:
-            if image_id not in images.broken:  # those are reported already
-                problems.append(f"{where}: image_id {image_id!r} is no image of the file")
-            continue
-        where += f" (image {image_id!r})"
-        key = next((key for key in _IDENTITY_KEYS if raw.get(key) is not None), None)
-        object_id = 1 if key is None else _as_id(raw[key])
-        if object_id is None:
-            problems.append(f"{where}: `{key}` is {raw[key]!r}; {_ID_WANTED}")
-            continue
-        image = images[image_id]
-        kinds.setdefault(image.video_id, {}).setdefault(
-            (key or "no id of an object", "text" if isinstance(object_id, str) else "a number"),
-            where,
-        )
-        try:
-            area = segmentation_area(raw.get("segmentation"), image.size)
-        except ValueError as problem:
-            problems.append(f"{where}: segmentation: {problem}")
-            continue
-        if isinstance(raw.get("segmentation"), list) and area and image.stated != image.size:
-            (height, width), (h, w) = image.stated, image.size
-            problems.append(
-                f"{where}: polygons count in pixels of a picture of {width}x{height} as the file "
-                f"says or of {w}x{h} as it is (width x height): correct `width` and `height`, or "
-                "give an RLE"
-            )
-            continue
-        num_empty += area == 0
-        of_frame = frames[image_id].annotations
-        if object_id in of_frame:
-            problems.append(
-                f"annotations {of_frame[object_id].annotation_id} and {annotation_id} (image "
-                f"{image_id!r}) are the same object ({key or 'no id'} {object_id!r}); give each "
-                "object its own `track_id`, or merge the parts of one object into one segmentation"
-            )
-            continue
-        of_frame[object_id] = Annotation(annotation_id, raw.get("segmentation"), area)
-    for video_id, of_video in kinds.items():
-        if len(of_video) > 1:
-            shown = ", ".join(
-                f"{where} has {key} ({kind})" for (key, kind), where in of_video.items()
-            )
-            problems.append(
-                f"video {video_id!r}: {shown}; tell all objects of a video apart in one way, best "
-                "by a `track_id`"
-            )
-    if used_twice:
-        warnings.append(f"{listed(used_twice)}: the id is used twice")
-    if num_empty:
-        warnings.append(f"{num_empty} annotations have no pixel: the object counts as absent there")
-
-
-def _group_videos(
-    images: _Images,
-    frames: dict[int | str, Frame],
-    problems: list[str],
-) -> list[Video]:
-    by_video: dict[int | str, list[tuple[int | str, _Image]]] = {}
-    for image_id, image in images.items():
-        by_video.setdefault(image.video_id, []).append((image_id, image))
-    videos = []
-    for video_id, members in by_video.items():
-        members.sort(key=lambda member: member[1].order)
-        for (a, first), (b, second) in pairwise(members):
-            if first.order == second.order:
-                problems.append(
-                    f"video {video_id!r}: images {a!r} and {b!r} both have order_in_video "
-                    f"{first.order}"
+def _order_images(images: _Images, told: dict[str, list[str]], found: Findings) -> None:
+    """Give each image its place in its video; those without one are broken."""
+    keys_used: dict[str, list[str]] = {}
+    for video_id, members in images.by_video().items():
+        entries = [images.entries[image_id] for image_id in members]
+        key = next((k for k in _ORDER_KEYS if any(e.get(k) is not None for e in entries)), None)
+        if key is None:
+            names = {i: PurePath(images.paths[i].as_posix()) for i in members}
+            sort_key = _by_seconds if all(map(_is_number, names.values())) else _by_name
+            orders = {i: sort_key(name) for i, name in names.items()}
+            keys_used.setdefault("the file names", []).append(f"video {video_id!r}")
+        else:
+            orders = {}
+            for image_id, entry in zip(members, entries, strict=True):
+                if (order := whole_number(entry.get(key))) is None:
+                    found.problems.append(
+                        f"image {image_id!r}: `{key}` is {entry.get(key)!r}; expected a whole "
+                        "number"
+                    )
+                    images.broken.add(image_id)
+                    del images.known[image_id]
+                    continue
+                if isinstance(entry[key], str):
+                    told.setdefault(f"`{key}` is text; read as a number", []).append(
+                        f"image {image_id!r}"
+                    )
+                orders[image_id] = order
+            keys_used.setdefault(f"`{key}`", []).append(f"video {video_id!r}")
+        ordered = sorted(orders, key=orders.__getitem__)
+        for one, two in pairwise(ordered):
+            if orders[one] == orders[two]:
+                same = f"{key} {orders[one]}" if key else f"the name {images.paths[one].name}"
+                found.problems.append(
+                    f"video {video_id!r}: images {one!r} and {two!r} both have {same}"
                 )
-        sizes = {image.size for _, image in members}
+        for place, image_id in enumerate(ordered):
+            images.known[image_id] = replace(images.known[image_id], place=place)
+    for key, videos in keys_used.items():
+        if key != "`order_in_video`":
+            where = f"{listed(videos)}: " if len(keys_used) > 1 else ""
+            found.notes.append(f"{where}order of frames from {key}")
+
+
+def _is_number(name: PurePath) -> bool:
+    return re.fullmatch(r"\d+(\.\d+)?", name.stem) is not None
+
+
+def _by_seconds(name: PurePath) -> float:
+    return float(name.stem)
+
+
+def _by_name(name: PurePath) -> tuple:
+    return natural_key(name.as_posix())
+
+
+def _make_videos(
+    images: _Images,
+    annotations: Mapping[int | str, dict[int | str, Annotation]],
+    regions: Mapping[int | str, Parts],
+    found: Findings,
+) -> list[Video]:
+    videos = []
+    for video_id, members in images.by_video().items():
+        sizes = {images.known[image_id].size for image_id in members}
         if len(sizes) > 1:
             shown = ", ".join(f"{w}x{h}" for h, w in sorted(sizes))
-            problems.append(f"video {video_id!r}: frames of different sizes ({shown})")
-        ordered = [frames[image_id] for image_id, _ in members]
-        object_ids = list(dict.fromkeys(o for frame in ordered for o in frame.annotations))
-        videos.append(Video(video_id, members[0][1].size, ordered, object_ids))
+            found.problems.append(f"video {video_id!r}: frames of different sizes ({shown})")
+        frames = [
+            Frame(
+                images.paths[image_id],
+                annotations[image_id],
+                is_labelled=images.known[image_id].is_labelled is not False,
+                ignored=regions.get(image_id),
+            )
+            for image_id in members
+        ]
+        object_ids = list(dict.fromkeys(o for frame in frames for o in frame.annotations))
+        videos.append(Video(video_id, images.known[members[0]].size, frames, object_ids))
     return videos
+
+
+# Frames that nobody looked at
+
+
+def _find_unlabelled(
+    videos: list[Video], images: _Images, how: Unlabelled, found: Findings
+) -> list[Video]:
+    """The videos with those frames marked that nobody looked at, as far as the file tells."""
+    if images.label_key is not None:
+        for video in videos:
+            _tell(video, f"`{images.label_key}`", found)
+        return videos
+    gaps = [[not (f.annotations or f.ignored) for f in video.frames] for video in videos]
+    if how == "ignore":
+        marked = [
+            _marked(v, [not gap for gap in of_video])
+            for v, of_video in zip(videos, gaps, strict=True)
+        ]
+        for video in marked:
+            _tell(
+                video,
+                "frames without an annotation are unlabelled: dataset.unlabelled_frames",
+                found,
+            )
+        return marked
+    distances = [_distance(gap) for gap in gaps] if how == "auto" else [None] * len(videos)
+    known = Counter(distance for distance in distances if distance)
+    usual = known.most_common(1)[0][0] if known else None
+    marked, irregular = [], []
+    for video, gap, distance in zip(videos, gaps, distances, strict=True):
+        shown = [t for t, missing in enumerate(gap) if not missing]
+        distance = distance or (usual if shown and _fits(shown, usual) else None)
+        if distance is not None and any(gap):
+            labelled = [t % distance == shown[0] % distance for t in range(len(gap))]
+            video = _marked(video, labelled)
+            _tell(
+                video,
+                f"every {distance}th is annotated, all others are not; "
+                "dataset.unlabelled_frames: absent if objects are absent there",
+                found,
+            )
+        left = sum(not frame.annotations for frame in video.frames if frame.is_labelled)
+        if left and shown:
+            irregular.append((f"video {video.video_id!r}", left))
+        marked.append(video)
+    if irregular and how == "auto":
+        total = sum(number for _, number in irregular)
+        found.notes.append(
+            f"{listed([name for name, _ in irregular])}: {total} frames without any annotation "
+            "count as frames without the objects; dataset.unlabelled_frames: ignore if nobody "
+            "looked at them"
+        )
+    return marked
+
+
+def _distance(gaps: Sequence[bool]) -> int | None:
+    """n, where every n-th frame and no other is annotated; None where it is not so.
+
+    Of the places for annotated frames at least half are taken, and there are two at least that go
+    to the end of the video: objects that leave and return by chance hardly do so in step.
+    """
+    shown = [t for t, missing in enumerate(gaps) if not missing]
+    if len(shown) < 2:
+        return None
+    distance = math.gcd(*(t - shown[0] for t in shown[1:]))
+    places = range(shown[0] % distance, len(gaps), distance)
+    regular = distance > 1 and len(gaps) >= 2 * distance and 2 * len(shown) >= len(places)
+    return distance if regular else None
+
+
+def _fits(shown: Sequence[int], distance: int | None) -> bool:
+    """Whether all annotated frames of a video are some of every n-th."""
+    return distance is not None and len({t % distance for t in shown}) == 1
+
+
+def _marked(video: Video, labelled: Sequence[bool]) -> Video:
+    frames = [
+        replace(frame, is_labelled=is_labelled)
+        for frame, is_labelled in zip(video.frames, labelled, strict=True)
+    ]
+    return replace(video, frames=frames)
+
+
+def _tell(video: Video, why: str, found: Findings) -> None:
+    if len(video.labelled) < len(video.frames):
+        found.notes.append(
+            f"video {video.video_id!r}: {len(video.frames)} frames listed, "
+            f"{len(video.labelled)} labelled ({why})"
+        )

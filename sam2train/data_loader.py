@@ -14,10 +14,11 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from sam2train.clips import BatchedVideoDatapoint, Clip, collate_fn
 from sam2train.data_clips import ClipDataset, locate_clip
+from sam2train.datasets import ClipSampler, DatasetConfig
 from sam2train.errors import MachineFault
 from sam2train.machine import leave_group, num_cores
 
@@ -27,32 +28,31 @@ CLIP_TIMEOUT = (
 
 
 def load_batches(
-    dataset: ClipDataset,
-    sampler: Sampler,
-    *,
-    batch_size: int,
-    num_workers: int,
-    pin_memory: bool,
+    data: ClipDataset,
+    config: DatasetConfig,
     seed: int,
-    say: Callable[[str], None],
+    *,
+    start: int,
+    pin_memory: bool,
+    say: Callable[[str], None] = print,
 ) -> Iterator[BatchedVideoDatapoint]:
-    """The batches of the places that a sampler gives, in its order.
+    """Batches of clips without end, in an order that the seed gives.
 
     Batches come through shared memory, or, where /dev/shm is full, through pipes, which is told.
 
     Args:
-        num_workers: processes; at most as many as there are cores, 0 loads in line.
+        start: clips that were used before, which a resumed run leaves out.
 
     Raises:
         UserError: as it was raised where the clip was loaded.
         MachineFault: a process that ended, or a clip that does not come.
     """
     # More processes than cores only wait for each other; the clips are the same.
-    workers = min(num_workers, num_cores())
+    workers = min(config.num_workers, num_cores())
     loader = DataLoader(
-        _Clips(dataset),
-        batch_size=batch_size,
-        sampler=sampler,
+        _Clips(data),
+        batch_size=config.batch_size,
+        sampler=ClipSampler(len(data), shuffle=config.shuffle, seed=seed, start=start),
         num_workers=workers,
         collate_fn=_collate,
         worker_init_fn=_begin_worker,
@@ -60,7 +60,7 @@ def load_batches(
         # Its own generator: the loader must not draw from the one that dropout uses.
         generator=torch.Generator().manual_seed(seed),
         # For a process that does not even say that it waits too long.
-        timeout=2 * CLIP_TIMEOUT * batch_size if workers else 0,
+        timeout=2 * CLIP_TIMEOUT * config.batch_size if workers else 0,
     )
     return _unwrap(iter(loader), workers, say)
 

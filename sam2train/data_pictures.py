@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
+import struct
 import threading
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from pycocotools import mask as rle
 
 from sam2train.errors import UserError
 
@@ -45,10 +45,61 @@ def read_header(path: Path) -> Header:
     return Header((height, width), shown, 2 <= orientation <= 8)
 
 
-def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
+def count_pages(path: Path) -> int:
+    """Pictures in a TIFF: the pages of a stack, if all have one size; 1 for any other file.
+
+    Raises:
+        UserError: missing, unreadable or no picture.
+    """
+    if path.suffix.lower() not in STACK_SUFFIXES:
+        return 1
+    try:
+        with Image.open(path) as image:
+            sizes = set()
+            for page in range(image.n_frames):
+                image.seek(page)
+                sizes.add(image.size)
+            # Pages of other sizes are thumbnails or the levels of a pyramid.
+            return image.n_frames if len(sizes) == 1 else 1
+    except Exception as problem:
+        raise UserError(_why_unreadable(path, problem)) from problem
+
+
+STACK_SUFFIXES = {".tif", ".tiff"}
+
+
+def read_levels(path: Path, page: int | None = None) -> np.ndarray | None:
+    """(H, W) values of a picture of more than 8 bits, not scaled; None for any other picture.
+
+    Raises:
+        UserError: missing, truncated or no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            if not _is_deep(image):
+                return None
+            image.seek(page or 0)
+            return np.asarray(image)
+    except Exception as problem:
+        raise UserError(_why_unreadable(path, problem)) from problem
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def read_image(
+    path: Path,
+    size: tuple[int, int] | None = None,
+    page: int | None = None,
+    levels: tuple[float, float] | None = None,
+) -> np.ndarray:
     """(H, W, 3) uint8 RGB; transparency is dropped.
 
     Args:
+        page: of a stack; None takes the first.
+        levels: what becomes black and white in a picture of more than 8 bits; None takes the whole
+            range of the file's type.
         size: (H, W) the picture must have. Where the stored pixels fit it, the EXIF orientation is
             left alone; else it is applied. None applies it.
 
@@ -57,10 +108,12 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
+            if page is not None:
+                image.seek(page)
             image.load()  # raises for a truncated file, of which OpenCV returns half a picture
             if size is None or (image.height, image.width) != tuple(size):
                 image = ImageOps.exif_transpose(image)
-            pixels = _to_rgb(image)
+            pixels = _to_rgb(image, levels)
     except Exception as problem:
         raise UserError(_why_unreadable(path, problem)) from problem
     if size is not None and pixels.shape[:2] != tuple(size):
@@ -71,35 +124,90 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     return pixels
 
 
+class MaskPicture(NamedTuple):
+    """A mask as it lies on disk, before anybody knows what its values mean."""
+
+    values: np.ndarray  # (H, W) palette indices or grey values, uint16; of colours uint32, packed
+    palette: np.ndarray | None  # (256,) uint32, packed colours of the indices; None: no palette
+    is_colour: bool  # values are R + 256 G + 65536 B
+
+
+def pack_grey(values: np.ndarray | int) -> np.ndarray | int:
+    """R + 256 G + 65536 B of grey values; those above 255, which no colour has, stay apart."""
+    return values * 0x010101
+
+
 def read_id_mask(path: Path) -> np.ndarray:
     """(H, W) uint16: the palette index or grey value of each pixel, 0 for the background.
 
     Raises:
         UserError: missing, truncated, no picture, or one in colours.
     """
+    picture = read_mask_picture(path)
+    if picture.is_colour:
+        raise UserError(
+            f"{path}: a picture of mode RGB; expected a palette or grey PNG whose pixels are the "
+            f"ids of objects, up to {MAX_ID}"
+        )
+    return picture.values
+
+
+def read_colour_mask(path: Path) -> np.ndarray:
+    """(H, W) uint32: R + 256 G + 65536 B of each pixel, whatever mode the picture has.
+
+    Raises:
+        UserError: see `read_mask_picture`.
+    """
+    picture = read_mask_picture(path)
+    if picture.is_colour:
+        return picture.values
+    if picture.palette is None:
+        return pack_grey(picture.values.astype(np.uint32))
+    return picture.palette[picture.values]
+
+
+def read_mask_picture(path: Path) -> MaskPicture:
+    """A mask of indices, grey values or colours.
+
+    Raises:
+        UserError: missing, truncated, no picture, or one that holds neither.
+    """
+    palette = None
     try:
         with Image.open(path) as image:
             image.load()
             mode, pixels = image.mode, np.asarray(image)
+            if mode == "P":
+                colours = np.zeros((256, 3), np.uint32)
+                given = np.array(image.getpalette("RGB"), np.uint32).reshape(-1, 3)
+                colours[: len(given)] = given
+                palette = colours @ np.array([1, 256, 65536], np.uint32)
     except Exception as problem:
         raise UserError(_why_unreadable(path, problem)) from problem
     if pixels.ndim == 3:  # a few masks of DAVIS-2016 are grey in RGB files
         colours = pixels[..., :3] if pixels.shape[2] > 2 else pixels[..., :1]
-        pixels = colours[..., 0] if (colours == colours[..., :1]).all() else pixels
+        if (colours == colours[..., :1]).all():
+            pixels = colours[..., 0]
+        elif colours.dtype == np.uint8:
+            red, green, blue = np.moveaxis(colours.astype(np.uint32), -1, 0)
+            return MaskPicture(red + 256 * green + 65536 * blue, None, True)
     if pixels.ndim != 2 or pixels.dtype.kind not in "bui" or not 0 <= pixels.min() <= MAX_ID:
         raise UserError(
             f"{path}: a picture of mode {mode}; expected a palette or grey PNG whose pixels are "
             f"the ids of objects, up to {MAX_ID}"
         )
-    return pixels.astype(np.uint16)
+    return MaskPicture(pixels.astype(np.uint16), palette, False)
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
-    if image.mode.startswith("I") or image.mode == "F":
+def _to_rgb(image: Image.Image, levels: tuple[float, float] | None) -> np.ndarray:
+    if _is_deep(image):
         # Pillow would clip 16 bits to 8 and turn the picture white.
-        grey = np.asarray(image, np.float64)
-        peak = 65535.0 if image.mode.startswith("I;16") or grey.max() > 255 else 255.0
-        grey = np.clip(grey * (255.0 / peak), 0, 255).round().astype(np.uint8)
+        grey = np.nan_to_num(np.asarray(image, np.float64), nan=0.0)
+        if levels is None:
+            peak = 65535.0 if image.mode.startswith("I;16") or grey.max() > 255 else 255.0
+            levels = 0.0, peak
+        low, high = levels
+        grey = np.clip((grey - low) * (255.0 / (high - low)), 0, 255).round().astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # straight to RGB, Pillow warns
@@ -165,7 +273,10 @@ class Film:
 
 
 def read_film_header(path: Path) -> tuple[tuple[int, int], int]:
-    """(H, W) and the number of frames, without decoding them.
+    """(H, W) and the number of frames that players show.
+
+    The head of a film counts the frames in the file. An edit list may hide some of them, and other
+    containers than MP4 only estimate: these films are decoded to count.
 
     Raises:
         UserError: OpenCV cannot read the film.
@@ -175,98 +286,76 @@ def read_film_header(path: Path) -> tuple[tuple[int, int], int]:
     num_frames = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
     if not good or num_frames < 1:
         raise UserError(f"{path}: is no film that OpenCV can read")
+    if not _shows_all_frames(path, num_frames):
+        num_frames = 1
+        while capture.grab():
+            num_frames += 1
     return first.shape[:2], num_frames
 
 
-def decode_segmentation(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) bool from COCO: compressed or uncompressed RLE, or polygons; nothing is an empty mask.
+_CONTAINERS = {b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts"}
 
-    Raises:
-        ValueError: what is wrong with it, without saying where; the caller knows that.
+
+def _shows_all_frames(path: Path, num_frames: int) -> bool:
+    """Whether the head of an MP4 says that the film has so many frames and hides none of them.
+
+    ISO/IEC 14496-12: the edit list `elst` of a track says which part is shown, in units of the film
+    (`mvhd`); `stts` says how long each frame is, in units of the track (`mdhd`).
     """
-    runs = run_lengths(segmentation, size)
-    columns = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size[1], size[0])
-    return np.ascontiguousarray(columns.T)
+    try:
+        with path.open("rb") as file:
+            film_scale, tracks = _read_tracks(file, path.stat().st_size)
+    except (OSError, ValueError, struct.error):
+        return False
+    for track in tracks:
+        if track.get("kind") != b"vide":
+            continue
+        frames = sum(count for count, _ in track["times"])
+        length = sum(count * each for count, each in track["times"]) / track["scale"]  # seconds
+        frame = length / max(frames, 1)
+        edits = [edit for edit in track["edits"] if edit[1] >= 0]  # -1 is a pause before the film
+        shown = sum(duration for duration, _ in edits) / film_scale
+        whole = not edits or (len(edits) == 1 and shown > length - frame / 2)
+        return frames == num_frames and whole
+    return False
 
 
-def segmentation_area(segmentation: Any, size: tuple[int, int]) -> int:
-    """Pixels of a segmentation, without decoding it. Raises ValueError as `decode_segmentation`."""
-    return int(run_lengths(segmentation, size)[1::2].sum())
-
-
-def run_lengths(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
-    """(R,) int64: pixels outside, inside, outside, ... the mask, down one column after the other.
-
-    They are read and checked here because pycocotools accepts runs that do not fill the frame, and
-    leaves the rest of the mask uninitialised.
-
-    Raises:
-        ValueError: see `decode_segmentation`.
-    """
-    height, width = size
-    if segmentation is None or segmentation == []:
-        return np.array([height * width])
-    if isinstance(segmentation, list):
-        counts = _encode_polygons(segmentation, size)
-    elif isinstance(segmentation, dict) and {"size", "counts"} <= segmentation.keys():
-        counts = segmentation["counts"]
-        if segmentation["size"] != [height, width]:
-            raise ValueError(
-                f"the RLE has size {segmentation['size']}, the frame [{height}, {width}] "
-                "([height, width])"
-            )
-    else:
-        raise ValueError(
-            "expected an RLE with `size` and `counts`, or polygons [[x1, y1, x2, y2, ...], ...]"
-        )
-    runs = _parse_counts(counts)
-    if runs.sum() != height * width or (runs < 0).any():
-        raise ValueError(
-            f"the run lengths add up to {runs.sum()}, not {height} x {width}, or one is negative"
-        )
-    return runs
-
-
-def _parse_counts(counts: Any) -> np.ndarray:
-    """Run lengths from `counts`: a list, or the text code of pycocotools (`rleToString`)."""
-    if isinstance(counts, list):
-        runs = np.array(counts) if all(type(run) is int for run in counts) else None
-        if runs is None or runs.dtype != np.int64:
-            raise ValueError("`counts` is a list, but not of whole numbers")
-        return runs
-    if not isinstance(counts, str | bytes) or not counts:
-        raise ValueError(f"`counts` is {counts!r}; expected RLE text or a list of run lengths")
-    # Each character holds 5 bits, lowest first, and a sixth that says whether the number goes on.
-    text = counts.encode() if isinstance(counts, str) else counts
-    codes = np.frombuffer(text, np.uint8).astype(np.int64) - 48
-    last = np.flatnonzero(codes & 32 == 0)
-    length = np.diff(last, prepend=-1)
-    damaged = codes.min() < 0 or codes.max() > 63 or codes[-1] >= 32
-    if damaged or length.max() > 6:  # 6 characters: 30 bits, far more than a frame has pixels
-        raise ValueError("`counts` is no RLE text: damaged, or of another encoding")
-    first = last - length + 1
-    shift = 5 * (np.arange(len(codes)) - np.repeat(first, length))
-    runs = np.add.reduceat((codes & 31) << shift, first)
-    runs -= np.where(codes[last] & 16, 1 << 5 * length, 0)  # two's complement
-    # From the fourth on, each run is coded as its difference to the one before the last.
-    runs[1::2] = np.cumsum(runs[1::2])
-    runs[2::2] = np.cumsum(runs[2::2])
-    return runs
-
-
-def _encode_polygons(polygons: list, size: tuple[int, int]) -> bytes:
-    """The `counts` of the area that the polygons cover together."""
-    for polygon in polygons:
-        if not isinstance(polygon, list):
-            raise ValueError("expected polygons [[x1, y1, x2, y2, ...], ...]")
-        # pycocotools takes four numbers for a box, and reads beyond the list for an odd count.
-        if len(polygon) < 6 or len(polygon) % 2:
-            raise ValueError(
-                f"a polygon of {len(polygon)} numbers; expected x, y pairs of 3 corners or more"
-            )
-        # pycocotools needs time and memory in proportion to the outline: one stray coordinate
-        # would exhaust both.
-        far = 10 * max(size)
-        if not all(isinstance(value, int | float) and abs(value) <= far for value in polygon):
-            raise ValueError(f"a polygon has a corner that is no number or beyond +-{far} px")
-    return rle.merge(rle.frPyObjects(polygons, *size))["counts"]
+def _read_tracks(file: BinaryIO, end: int) -> tuple[int, list[dict[str, Any]]]:
+    """Units a second of an MP4, and of each track its kind, units, frame times and edits."""
+    film_scale, tracks = 1, []
+    ends = [end]
+    while ends:
+        start = file.tell()
+        if start + 8 > ends[-1]:
+            file.seek(ends.pop())
+            continue
+        size, name = struct.unpack(">I4s", file.read(8))
+        if size == 1:
+            size = struct.unpack(">Q", file.read(8))[0]
+        after = start + size if size else ends[-1]
+        if after <= start or after > end:
+            raise ValueError(f"a box of {size} bytes")
+        if name in _CONTAINERS:
+            if name == b"trak":
+                tracks.append({"times": [], "edits": [], "scale": 1})
+            ends.append(after)
+            continue
+        if name in (b"mvhd", b"mdhd", b"hdlr", b"stts", b"elst"):
+            body = file.read(after - file.tell())
+            version = body[0]
+            if name in (b"mvhd", b"mdhd"):
+                scale = struct.unpack_from(">I", body, 20 if version else 12)[0]
+                if name == b"mvhd":
+                    film_scale = scale
+                else:
+                    tracks[-1]["scale"] = scale
+            elif name == b"hdlr":
+                tracks[-1].setdefault("kind", body[8:12])
+            elif name == b"stts":
+                tracks[-1]["times"] = list(struct.iter_unpack(">II", body[8:]))
+            else:
+                entry = ">Qqi" if version else ">Iii"
+                found = struct.iter_unpack(entry, body[8:])
+                tracks[-1]["edits"] = [(duration, start) for duration, start, _ in found]
+        file.seek(after)
+    return film_scale, tracks

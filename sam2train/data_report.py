@@ -6,7 +6,9 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +21,9 @@ from rich.table import Table
 from sam2train.clips import BatchedVideoDatapoint
 from sam2train.data_clips import ClipDataset
 from sam2train.data_source import DataError, Video, VideoSource, listed
-from sam2train.datasets import DatasetConfig, build_dataset
+from sam2train.datasets import DataPart, DatasetConfig, build_dataset, data_paths
 from sam2train.errors import UserError
+from sam2train.files import natural_key, resolve_path
 from sam2train.machine import cell, num_cores, say
 from sam2train.transforms import AugmentConfig
 
@@ -38,6 +41,7 @@ class SplitReport:
     path: str
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what was concluded from the files, and why
     statistics: dict[str, Any] = field(default_factory=dict)
 
 
@@ -75,10 +79,14 @@ class DataReport:
             )
         console.print(table)
         for name, part in [*self.splits.items(), ("between the splits", self)]:
-            if part.errors or part.warnings:
+            notes = [] if part is self else part.notes
+            if part.errors or part.warnings or notes:
                 say(console, f"\n{name}: {part.path}" if part is not self else f"\n{name}")
-            for kind, style in (("error", "red"), ("warning", "yellow")):
-                lines = getattr(part, f"{kind}s")
+            for kind, lines, style in (
+                ("note", notes, ""),
+                ("error", part.errors, "red"),
+                ("warning", part.warnings, "yellow"),
+            ):
                 for line in lines[:_SHOWN]:
                     say(console, f"  {kind}: {line}", style)
                 if more := len(lines[_SHOWN:]):
@@ -108,8 +116,12 @@ def check_data(config: DatasetConfig, console: Console | None = None) -> DataRep
     for name, path in paths.items():
         if path is None:
             continue
-        report = SplitReport(path)
-        source = _index(config, path, name == "training", report)
+        report = SplitReport(" + ".join(data_paths(path)))
+        waiting = nullcontext()
+        if console is not None and console.is_terminal:
+            waiting = console.status(f"indexing {name}")
+        with waiting:
+            source = _index(config, path, name == "training", report)
         videos[name] = [] if source is None else source.videos
         pictures[name] = {} if source is None else _decode_frames(source, name, report, console)
         clip_length = config.video_clip_length if name == "training" else None
@@ -138,7 +150,7 @@ def check_data(config: DatasetConfig, console: Console | None = None) -> DataRep
 
 
 def _index(
-    config: DatasetConfig, path: str, training: bool, report: SplitReport
+    config: DatasetConfig, path: str | Sequence[DataPart], training: bool, report: SplitReport
 ) -> VideoSource | None:
     """The videos that can be read at all; what is wrong with the others goes into the report."""
     try:
@@ -149,11 +161,13 @@ def _index(
     except DataError as problem:
         report.errors += problem.problems
         report.warnings += problem.source.warnings
+        report.notes += problem.source.notes
         return problem.source
     except UserError as problem:
         report.errors.append(str(problem))
         return None
     report.warnings += dataset.warnings
+    report.notes += dataset.source.notes
     return dataset.source
 
 
@@ -355,3 +369,49 @@ def presence_text(masks: pd.DataFrame) -> str:
         f"masks cover less than {area.median():.1%} of their frame, one in twenty less than "
         f"{area.quantile(0.05):.2%}."
     )
+
+
+def shared_split_warning(config: DatasetConfig) -> str | None:
+    """What to say where one path both chooses the best checkpoint and reports the result."""
+    if config.val_path is None or config.test_path is None:
+        return None
+    paths = [resolve_path(path).resolve() for path in (config.val_path, config.test_path)]
+    if paths[0] != paths[1]:
+        return None
+    return f"dataset.val_path and dataset.test_path are the same ({config.val_path}): {_TOO_HIGH}"
+
+
+_TOO_HIGH = (
+    "the best checkpoint was chosen on the videos it is reported on, so that its test score is too "
+    "high"
+)
+
+
+def shared_video_warnings(splits: Mapping[str, ClipDataset]) -> list[str]:
+    """What to say where two of the data sets, by the names train, val and test, share frames."""
+    resolve = cache(Path.resolve)  # of folders: the disk is asked once for each
+    places = {
+        name: {
+            resolve(frame.path.parent) / frame.path.name: video.video_id
+            for video in data.videos
+            for frame in video.frames
+        }
+        for name, data in splits.items()
+    }
+    trained = "was trained on, so that its score says little about other videos"
+    consequences = {
+        ("val", "test"): _TOO_HIGH,
+        ("train", "val"): f"what chooses the best checkpoint {trained}",
+        ("train", "test"): f"what the result is reported on {trained}",
+    }
+    warnings = []
+    for (one, other), consequence in consequences.items():
+        shared = places.get(one, {}).keys() & places.get(other, {}).keys()
+        videos = sorted({str(places[other][place]) for place in shared}, key=natural_key)
+        if videos:
+            keys = {"train": "data_path", "val": "val_path", "test": "test_path"}
+            warnings.append(
+                f"dataset.{keys[one]} and dataset.{keys[other]} share frames (video "
+                f"{listed(videos)}): {consequence}"
+            )
+    return warnings

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from sam2train.data_pictures import decode_segmentation, read_film_header, segmentation_area
+from sam2train.data_mask_values import MaskValues
+from sam2train.data_pictures import read_film_header
+from sam2train.data_rle import decode_segmentation, segmentation_area
 from sam2train.data_source import (
     Annotation,
     Frame,
     Video,
     VideoSource,
     listed,
+    shared_pictures,
     tracking_warnings,
 )
 from sam2train.data_videos import index_frames, list_pictures
@@ -22,8 +26,7 @@ from sam2train.data_vos import VosVideos, find_masks, read_list
 from sam2train.errors import UserError
 from sam2train.files import natural_key, read_json
 
-# Films have 24 frames a second, masklets 6.
-LABELLED_EVERY = 4
+MAX_FRAMES = 10**7  # of a film, for counts that are none
 FRAME_FOLDERS = ("JPEGImages_24fps", "JPEGImages", ".")
 
 
@@ -35,9 +38,13 @@ class Masklet(NamedTuple):
     column: int
 
 
-def read_sav(path: Path) -> VideoSource:
+def read_sav(
+    path: Path, annotation_stride: int | None = None, mask_values: MaskValues = "auto"
+) -> VideoSource:
     """SA-V's training set, or its validation and test sets, which are folders of PNGs."""
-    return SavVideos(path) if find_masks(path) is None else VosVideos(path)
+    if find_masks(path) is None:
+        return SavVideos(path, annotation_stride)
+    return VosVideos(path, mask_values)
 
 
 class SavVideos(VideoSource):
@@ -46,18 +53,20 @@ class SavVideos(VideoSource):
     The frames of a video are the pictures in `JPEGImages_24fps/<video>`, `JPEGImages/<video>` or
     `<video>`, below the given folder or beside the JSON, or else the film `<video>.mp4` beside it.
     Pictures named by numbers are those frames of the film, so a folder may hold every fourth frame
-    alone. Every fourth frame is labelled: clips are made of those, and only those are scored.
+    alone. Rows of masklets belong to every n-th frame, in SA-V to every fourth: n follows from how
+    many frames and how many rows there are. Clips are made of those, and only those are scored.
 
     Masks stay in their files; the content of the file that was read last is kept in memory.
 
     Args:
         path: the folder that contains all this, or a list of some of the videos in it (.txt).
+        annotation_stride: n; None takes what the counts say.
 
     Raises:
         UserError: no such file, or all problems of frames and masks at once.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, annotation_stride: int | None = None):
         self._masklets: tuple[Path | None, list] = (None, [])
         wanted = (
             "expected a folder with <video>_manual.json, or a list (.txt) of some of its videos"
@@ -75,6 +84,7 @@ class SavVideos(VideoSource):
 
         problems: list[str] = []
         videos, automatic = [], []
+        strides: dict[str, list[str]] = {}
         with ThreadPoolExecutor(8) as pool:
             for name in names:
                 if name not in annotations:
@@ -83,8 +93,11 @@ class SavVideos(VideoSource):
                     )
                     continue
                 try:
-                    if video := _index_masklets(name, annotations[name], root, pool, problems):
-                        videos.append(video)
+                    place = name, annotations[name], root
+                    found = _index_masklets(*place, annotation_stride, pool, problems)
+                    if found is not None:
+                        videos.append(found[0])
+                        strides.setdefault(found[1], []).append(name)
                 except UserError as problem:
                     problems.append(str(problem))
                 if annotations[name].stem.endswith("_auto"):
@@ -92,7 +105,9 @@ class SavVideos(VideoSource):
         warnings = tracking_warnings(videos)
         if automatic:
             warnings.append(f"{listed(automatic)}: automatic masklets, there are no manual ones")
-        super().__init__(path, videos, warnings, problems)
+        problems += shared_pictures(videos)
+        notes = [f"{listed(of_note)}: {note}" for note, of_note in strides.items()]
+        super().__init__(path, videos, warnings, problems, notes)
 
     def read_masks(
         self, video: Video, frame_idx: int, object_id: int | str
@@ -127,9 +142,88 @@ def _read_masklets(path: Path) -> dict[str, Any]:
     return content
 
 
+def _stride(
+    annotations: Path,
+    content: dict[str, Any],
+    numbers: list[int],
+    is_film: bool,
+    wanted: int | None,
+) -> tuple[int, str]:
+    """Frames from one row of masklets to the next, and a note that says why.
+
+    Args:
+        numbers: of the frames that are there, in the film.
+        wanted: what the user says.
+
+    Raises:
+        UserError: rows that do not fit, or fit in more than one way.
+    """
+    num_rows, last = len(content["masklet"]), numbers[-1]
+    stated = content.get("video_frame_count")
+    if type(stated) not in (int, float) or not 0 < stated < MAX_FRAMES:
+        stated = None
+    num_frames = last + 1 if stated is None else max(int(stated), last + 1)
+    advice = "set dataset.annotation_stride to the frames from one labelled frame to the next"
+    if is_film and stated is not None and abs(int(stated) - len(numbers)) > 1:
+        told = (
+            f"{annotations}: `video_frame_count` is {stated:g}, but its film shows {len(numbers)}"
+        )
+        if wanted is None:
+            raise UserError(
+                f"{told} frames: which frames the rows of `masklet` belong to is not sure; take "
+                "the film that was annotated, or set dataset.annotation_stride to go by this one"
+            )
+        num_frames = len(numbers)
+    if wanted is not None:
+        if (num_rows - 1) * wanted >= num_frames:
+            raise UserError(
+                f"{annotations}: {num_rows} labelled frames do not fit {num_frames} frames with "
+                f"dataset.annotation_stride {wanted}"
+            )
+        return wanted, f"every {wanted}. frame is labelled (dataset.annotation_stride)"
+    if num_rows < 2:
+        return max(num_frames, 1), "the first frame is labelled"
+    if len(numbers) == num_rows and numbers[0] == 0:
+        steps = {b - a for a, b in pairwise(numbers)}
+        if len(steps) == 1:  # the labelled frames alone, or a label on each
+            return steps.pop(), "every frame that is there is labelled"
+    # Row r is frame r * stride: the last row lies in the film, and no further row would.
+    fitting = [
+        stride
+        for stride in range(1, num_frames)
+        if (num_rows - 1) * stride < num_frames <= num_rows * stride
+    ]
+    if not fitting:  # a film that was counted in another way, by less than one row
+        fitting = [
+            stride
+            for stride in range(1, num_frames)
+            if num_rows * stride < num_frames <= (num_rows + 1) * stride
+        ]
+        fitting = fitting if len(fitting) == 1 else []
+    counts = f"{num_rows} labelled frames of {num_frames}"
+    if not fitting:
+        raise UserError(
+            f"{annotations}: {num_rows} labelled frames do not fit {num_frames} frames; expected "
+            f"every n-th to be labelled up to the end; {advice}"
+        )
+    if len(fitting) > 1:
+        choices = ", ".join(map(str, fitting))
+        raise UserError(
+            f"{annotations}: {counts}: every n-th is labelled, but n may be {choices}; {advice} "
+            "(4 in SA-V)"
+        )
+    return fitting[0], f"every {fitting[0]}. frame is labelled ({counts})"
+
+
 def _index_masklets(
-    name: str, annotations: Path, root: Path, pool: ThreadPoolExecutor, problems: list[str]
-) -> Video | None:
+    name: str,
+    annotations: Path,
+    root: Path,
+    annotation_stride: int | None,
+    pool: ThreadPoolExecutor,
+    problems: list[str],
+) -> tuple[Video, str] | None:
+    """A video and what was concluded of it; None where its pictures have problems."""
     content = _read_masklets(annotations)
     is_film = False
     folders = [base / top / name for base in (root, annotations.parent) for top in FRAME_FOLDERS]
@@ -151,12 +245,7 @@ def _index_masklets(
         raise UserError(f"{annotations}: no frames; expected {film} or pictures in {folders[0]}/")
 
     rows = content["masklet"]
-    every = 1 if len(rows) == len(paths) == numbers[-1] + 1 else LABELLED_EVERY
-    if (len(rows) - 1) * every > numbers[-1]:
-        raise UserError(
-            f"{annotations}: {len(rows)} labelled frames do not fit {numbers[-1] + 1} frames; "
-            f"expected every {LABELLED_EVERY}th to be labelled, or each"
-        )
+    every, note = _stride(annotations, content, numbers, is_film, annotation_stride)
     object_ids = content.get("masklet_id") or list(range(len(rows[0]) if rows else 0))
     if not all(type(o) in (int, str) for o in object_ids) or len({*object_ids}) < len(object_ids):
         raise UserError(
@@ -185,4 +274,4 @@ def _index_masklets(
         frames.append(Frame(path, objects, page=page))
     problems += found
     shown = {o for frame in frames for o in frame.annotations}
-    return Video(name, size, frames, [o for o in object_ids if o in shown])
+    return Video(name, size, frames, [o for o in object_ids if o in shown]), note

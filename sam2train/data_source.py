@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from sam2train.data_pictures import Film, read_image
+from sam2train.data_pictures import STACK_SUFFIXES, Film, read_image, read_levels
 from sam2train.errors import UserError
 
 _SHOWN_PROBLEMS = 12
@@ -32,7 +33,9 @@ class Frame:
     path: Path  # of the picture, or of the file that holds many frames
     annotations: dict[int | str, Annotation]  # by object id
     is_labelled: bool = True  # False: nobody looked for objects here
-    page: int | None = None  # position in the film at `path`; None: the file is one picture
+    page: int | None = None  # position in the film or stack at `path`; None: a file of one picture
+    # Where the pixels are that nobody decided on; only the source that made the index reads it.
+    ignored: Any = None
 
 
 @dataclass(frozen=True)
@@ -55,27 +58,37 @@ class Video:
         return [o for o in self.object_ids if o in annotations and annotations[o].area > 0]
 
 
+# See `VideoSource.scale_levels`.
+IntensityRange = Literal["auto", "full"] | tuple[float, float]
+_SCALED = "pictures of more than 8 bits"
+_SAMPLED = 16  # frames of a video whose values are looked at
+
+
 class ClipPixels(NamedTuple):
     """Frames and masks of one clip, before augmentation."""
 
     images: np.ndarray  # (T', H, W, 3) uint8
     masks: np.ndarray  # (T', N, H, W) bool
     object_ids: list[int | str]  # (N,)
+    # (T', H, W) bool, pixels nobody decided on; None: there are none
+    ignore: np.ndarray | None = None
 
 
 class VideoSource:
     """The videos at one path: indexed when the source is made, pixels and masks read on demand.
 
-    Each data format is a child of this class. It fills `videos` and `warnings` and implements
-    `read_masks`; where frames are neither pictures nor films, `read_picture` too. The other methods
-    are for formats that do more than read. A source is copied into the processes that load data,
-    and `read_picture` is called from several threads.
+    Each data format is a child of this class. It fills `videos`, `warnings` and `notes` and
+    implements `read_masks`; where frames are neither pictures nor films, `read_picture` too. The
+    other methods are for formats that do more than read. A source is copied into the processes that
+    load data, and `read_picture` is called from several threads.
 
     Args:
         path: where the videos come from, for messages.
         videos: all that can be read, each with all its frames.
         warnings: what was read in another way than it is written, a line each.
         problems: what is wrong with the data, a line each.
+        notes: what was concluded from the files where they leave a choice, and why: a line for each
+            file or video, such as "object identity from attributes.track_id".
 
     Raises:
         DataError: there are problems.
@@ -92,9 +105,14 @@ class VideoSource:
         videos: list[Video],
         warnings: Sequence[str] = (),
         problems: Sequence[str] = (),
+        notes: Sequence[str] = (),
     ):
-        self.path, self.videos, self.warnings = path, videos, list(warnings)
+        self.path, self.videos = path, videos
+        self.warnings, self.notes = list(warnings), list(notes)
         self._film = Film()
+        self._levels: dict[int | str, tuple[float, float]] = {}  # video id -> see `scale_levels`
+        if not problems:
+            self.scale_levels("auto")
         if problems:
             raise DataError(self, problems)
 
@@ -104,10 +122,37 @@ class VideoSource:
         Raises:
             UserError: the file is missing, damaged, or of another size.
         """
+        return self.read_pixels(video, frame_idx, video.size)
+
+    def read_pixels(self, video: Video, frame_idx: int, size: tuple[int, int] | None) -> np.ndarray:
+        """`read_picture`, of a film, a stack or a picture that must have the size, if one is given;
+        else its EXIF orientation is applied."""
         frame = video.frames[frame_idx]
-        if frame.page is not None:
+        if frame.page is not None and frame.path.suffix.lower() not in STACK_SUFFIXES:
             return self._film.read(frame.path, frame.page)
-        return read_image(frame.path, video.size)
+        return read_image(frame.path, size, frame.page, self._levels.get(video.video_id))
+
+    def scale_levels(self, wanted: IntensityRange) -> None:
+        """Choose what becomes black and white in videos of more than 8 bits: one scale for all
+        frames of a video, so that a thing keeps its brightness.
+
+        Args:
+            wanted: "auto" takes the 0.5th and the 99.5th percentile of up to 16 frames; "full" the
+                range of the file's type; or the two values.
+        """
+        notes: dict[str, list[str]] = {}
+        self._levels.clear()
+        self.notes = [note for note in self.notes if _SCALED not in note]
+        for video in self.videos:
+            levels = None if not video.frames or wanted == "full" else _levels_of(video, wanted)
+            if levels is not None:
+                self._levels[video.video_id] = levels
+                note = f"{_SCALED}, {levels[0]:g} is black and {levels[1]:g} white in all frames"
+                notes.setdefault(note, []).append(str(video.video_id))
+        self.notes += [
+            f"{listed(videos)}: {note}; dataset.intensity_range changes it"
+            for note, videos in notes.items()
+        ]
 
     def read_masks(
         self, video: Video, frame_idx: int, object_id: int | str
@@ -120,6 +165,16 @@ class VideoSource:
         """
         raise NotImplementedError
 
+    def read_ignore(self, video: Video, frame_idx: int) -> np.ndarray | None:
+        """(H, W) bool at the video's own size: the pixels of a frame that the annotators left
+        undecided (void, crowds), which neither the loss nor a score may count; None where there are
+        none. Formats that fill `Frame.ignored` implement it.
+
+        Raises:
+            UserError: the file is missing, damaged, or of another size.
+        """
+        return None
+
     def read_frame(self, video: Video, frame_idx: int) -> np.ndarray:
         """(H, W, 3) uint8: a frame as a model sees it, at the video's own size."""
         return self.read_picture(video, frame_idx)
@@ -128,6 +183,14 @@ class VideoSource:
         """Whether `read_masks` would find a pixel of the object, as far as the index knows."""
         annotation = video.frames[frame_idx].annotations.get(object_id)
         return annotation is not None and annotation.area > 0
+
+    def is_trainable(self, video: Video) -> bool:
+        """Whether clips of a video have objects."""
+        return self.makes_objects or any(video.visible(t) for t in video.labelled)
+
+    def weighted(self, videos: Sequence[Video]) -> list[tuple[list[Video], float]]:
+        """The videos in groups, each with how often an epoch visits one of them."""
+        return [(list(videos), 1.0)]
 
     def sample_clip(
         self,
@@ -165,10 +228,59 @@ class DataError(UserError):
         )
 
 
+def _levels_of(video: Video, wanted: IntensityRange) -> tuple[float, float] | None:
+    """Black and white of a video; None where its pictures have 8 bits, or one value only."""
+    places = np.linspace(0, len(video.frames) - 1, min(len(video.frames), _SAMPLED)).astype(int)
+    found = []
+    for t in places:
+        frame = video.frames[t]
+        is_picture = frame.page is None or frame.path.suffix.lower() in STACK_SUFFIXES
+        try:
+            values = read_levels(frame.path, frame.page) if is_picture else None
+        except UserError:
+            continue  # reading the frame says what is wrong with it
+        if values is None:
+            return None
+        if wanted != "auto":
+            return wanted
+        values = values[:: max(1, values.shape[0] // 256), :: max(1, values.shape[1] // 256)]
+        found.append(values[np.isfinite(values)].astype(np.float64))
+    values = np.concatenate(found) if found else np.zeros(0)
+    if len(values) == 0 or (values.min() >= 0 and 1 < values.max() <= 255):
+        return None  # 8 bits in a wider type
+    low, high = np.percentile(values, [0.5, 99.5])
+    if low == high:  # small things on an even ground
+        low, high = values.min(), values.max()
+    return (float(low), float(high)) if low < high else None
+
+
 def listed(names: Sequence[str], most: int = 3) -> str:
     """The first few names, and how many more there are."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
+
+
+def shared_pictures(videos: Sequence[Video]) -> list[str]:
+    """Problems of videos that have picture files in common: the masks of one lie on the pictures of
+    another."""
+    resolve = cache(Path.resolve)  # of folders: the disk is asked once for each
+    owners: dict[tuple[Path, int | None], Video] = {}
+    pairs: dict[tuple[int | str, int | str], list[str]] = {}
+    for video in videos:
+        links = bool(video.frames) and video.frames[0].path.is_symlink()
+        for frame in video.frames:
+            path = frame.path
+            path = path.resolve() if links else resolve(path.parent) / path.name
+            place = path, frame.page
+            owner = owners.setdefault(place, video)
+            if owner is not video:
+                pair = (owner.video_id, video.video_id)
+                pairs.setdefault(pair, []).append(str(frame.path))
+    return [
+        f"videos {one!r} and {two!r} share {len(set(paths))} pictures ({listed(paths)}): give each "
+        "video pictures of its own, in folders with names of their own"
+        for (one, two), paths in pairs.items()
+    ]
 
 
 def tracking_warnings(videos: Sequence[Video]) -> list[str]:

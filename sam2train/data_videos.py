@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import zlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from sam2train.data_pictures import Header, read_header, read_image
-from sam2train.data_source import ClipPixels, Frame, Video, VideoSource, listed
+from sam2train.data_pictures import (
+    STACK_SUFFIXES,
+    Header,
+    count_pages,
+    read_film_header,
+    read_header,
+)
+from sam2train.data_source import ClipPixels, Frame, Video, VideoSource, listed, shared_pictures
 from sam2train.data_synthetic import Scene, SyntheticConfig, sample_num_objects, sample_scene
 from sam2train.errors import UserError
 from sam2train.files import natural_key
@@ -32,7 +41,7 @@ PICTURE_SUFFIXES = {
     ".tiff",
 }
 PICTURE_SUFFIXES |= {".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".j2k", ".avif"}
-_FILM_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".gif"}
+FILM_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".gif"}
 # Keeps the random numbers of whole synthetic videos apart from those of everything else.
 _WHOLE_VIDEO_STREAM = (2,)
 
@@ -46,32 +55,84 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def list_pictures(folder: Path) -> list[Path]:
-    """Its pictures, known by their suffixes, in natural order; without hidden files."""
-    return sorted(
-        (
-            entry
-            for entry in folder.iterdir()
-            if entry.suffix.lower() in PICTURE_SUFFIXES
-            and not entry.name.startswith(".")
-            and not entry.is_dir()
-        ),
-        key=lambda picture: (natural_key(picture.stem), picture.name),
-    )
+    """Its pictures, known by their suffixes, in the order of `frame_key`; without hidden files."""
+    pictures = _files(folder, PICTURE_SUFFIXES)
+    key = frame_key([picture.stem for picture in pictures])
+    return sorted(pictures, key=lambda picture: (key(picture.stem), picture.name))
+
+
+def _files(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    return [
+        entry
+        for entry in folder.iterdir()
+        if entry.suffix.lower() in suffixes
+        and not entry.name.startswith(".")
+        and not entry.is_dir()
+    ]
+
+
+_WITH_FRACTION = re.compile(r"([^0-9]*)([0-9]+)(?:\.([0-9]+))?")
+
+
+def frame_key(names: Sequence[str]) -> Callable[[str], tuple]:
+    """The order of frames from their names: natural order, but numbers with a fraction, such as
+    time stamps in seconds, in the order of these numbers.
+
+    760577.375 comes before 760577.5. But 1.9 comes before 1.10 where the parts behind the dot count
+    up one by one: they are numbers of their own.
+    """
+    parts = [_WITH_FRACTION.fullmatch(name) for name in names]
+    if not all(parts) or len({part[1] for part in parts}) > 1:
+        return _natural
+    fractions = [(int(part[2]), part[3]) for part in parts if part[3] is not None]
+    if len({len(digits) for _, digits in fractions}) < 2:
+        return _natural  # either order is the same
+    behind: dict[int, list[int]] = {}
+    for whole, digits in fractions:
+        behind.setdefault(whole, []).append(int(digits))
+    steps = [b - a for numbers in behind.values() for a, b in pairwise(sorted(numbers))]
+    padded = any(digits[0] == "0" and len(digits) > 1 for _, digits in fractions)
+    if steps and set(steps) == {1} and not padded:
+        return _natural
+    return _as_number
+
+
+def _natural(name: str) -> tuple:
+    return natural_key(name)
+
+
+def _as_number(name: str) -> tuple:
+    part = _WITH_FRACTION.fullmatch(name)
+    return (Decimal(f"{part[2]}.{part[3] or 0}"),)
+
+
+def frame_names(frame: Frame) -> list[str]:
+    """The names that the mask of a frame may have: its picture's, or its number in a stack."""
+    return [frame.path.stem] if frame.page is None else [f"{frame.page:05d}", str(frame.page)]
 
 
 def index_frames(
-    folder: Path, pictures: list[Path], pool: ThreadPoolExecutor, problems: list[str]
+    folder: Path,
+    pictures: list[Path],
+    pool: ThreadPoolExecutor,
+    problems: list[str],
+    name: str | None = None,
 ) -> Video | None:
     """The video of the pictures in a folder, without annotations; None where something is wrong,
     which is added to the problems.
 
+    A single picture with many pages (a TIFF stack) is a video of its pages.
+
     Args:
         pool: reads the headers; that waits for the disk.
+        name: of the video; None takes that of the folder.
     """
+    name = folder.name or folder.resolve().name if name is None else name
     headers = list(pool.map(_try_header, pictures))
     found = [header for header in headers if isinstance(header, str)]
+    key = frame_key([picture.stem for picture in pictures])
     for first, second in pairwise(pictures):
-        if natural_key(first.stem) == natural_key(second.stem):
+        if key(first.stem) == key(second.stem):
             found.append(
                 f"{folder}: {first.name} and {second.name} have the same place in the order; "
                 "keep one"
@@ -83,11 +144,24 @@ def index_frames(
     if len(sizes) > 1:
         shown = ", ".join(f"{w}x{h} ({name})" for (h, w), name in sizes.items())
         found.append(f"{folder}: frames of different sizes: {shown}; a video has one size")
+    if not found:
+        pages = list(pool.map(count_pages, pictures))
+        stacks = [
+            picture.name for picture, number in zip(pictures, pages, strict=True) if number > 1
+        ]
+        if stacks and len(pictures) > 1:
+            found.append(
+                f"{folder}: files of many pages ({listed(stacks)}) beside other pictures; expected "
+                "one such file, or pictures of one frame each: move each stack to a folder of its "
+                "own"
+            )
     problems += found
     if found:
         return None
     frames = [Frame(picture, {}) for picture in pictures]
-    return Video(folder.name or folder.resolve().name, next(iter(sizes)), frames, [])
+    if stacks:
+        frames = [Frame(pictures[0], {}, page=page) for page in range(pages[0])]
+    return Video(name, next(iter(sizes)), frames, [])
 
 
 def _try_header(path: Path) -> Header | str:
@@ -101,9 +175,10 @@ def _try_header(path: Path) -> Header | str:
 class VideoFolders(VideoSource):
     """The videos in a folder, without annotations.
 
-    Each sub-folder with pictures is a video, named like the folder. A folder that holds pictures
-    itself is one video. Frames go by their names in natural order; hidden files, files without the
-    suffix of a picture, and folders inside a video are left out. Sizes are those after the EXIF
+    Each sub-folder with pictures is a video, named like the folder, and so is each film, named like
+    its file, and each TIFF of many pages. A folder that holds pictures itself is one video; a path
+    may also be one film or stack. Frames go by their names, see `frame_key`; hidden files, files
+    with another suffix, and folders inside a video are left out. Sizes are those after the EXIF
     orientation.
 
     Raises:
@@ -111,62 +186,102 @@ class VideoFolders(VideoSource):
     """
 
     def __init__(self, path: Path):
-        wanted = "expected a folder with one sub-folder of pictures for each video"
-        if not path.is_dir():
+        wanted = "expected a folder with one sub-folder of pictures for each video, or with films"
+        suffix = path.suffix.lower()
+        single = path.is_file() and suffix in FILM_SUFFIXES | STACK_SUFFIXES
+        if not path.is_dir() and not single:
             what = "no such folder"
             if path.is_file():
                 what = "is a file"
-                if path.suffix.lower() == ".json":
+                if suffix == ".json":
                     wanted += '; COCO annotations need dataset.dataset_type: "coco"'
-                elif path.suffix.lower() in _FILM_SUFFIXES:
-                    wanted += f"; {_HOW_TO_EXTRACT}"
             raise UserError(f"{path}: {what}; {wanted}")
-        folders = subfolders(path)
+        folders = [] if single else subfolders(path)
         pictures = {folder: list_pictures(folder) for folder in folders}
         with_pictures = [folder for folder in folders if pictures[folder]]
-        if own := list_pictures(path):
+        films = [path] if single else [f for where in (path, *folders) for f in _films(where)]
+        if own := [] if single else list_pictures(path):
             if with_pictures:
                 raise UserError(
                     f"{path}: pictures lie in the folder itself ({listed([p.name for p in own])}) "
                     f"and in sub-folders ({listed([f.name for f in with_pictures])}), so what is a "
                     "video is not clear; move one or the other elsewhere"
                 )
-            pictures, with_pictures, folders = {path: own}, [path], [path]
-        if not with_pictures:
+            pictures, with_pictures = {path: own}, [path]
+        if not with_pictures and not films:
             raise UserError(f"{path}: no pictures in it or its sub-folders; {wanted}{_hint(path)}")
 
         problems: list[str] = []
         warnings: list[str] = []
+        notes: list[str] = []
+        found: list[Video | None] = []
         with ThreadPoolExecutor(8) as pool:
-            found = [index_frames(f, pictures[f], pool, problems) for f in with_pictures]
+            for folder in with_pictures:
+                stacks = [p for p in pictures[folder] if p.suffix.lower() in STACK_SUFFIXES]
+                if len(stacks) == len(pictures[folder]) > 1 and all(_is_stack(p) for p in stacks):
+                    for stack in stacks:
+                        name = stack.stem if folder == path else f"{folder.name}/{stack.stem}"
+                        found.append(index_frames(folder, [stack], pool, problems, name))
+                else:
+                    found.append(index_frames(folder, pictures[folder], pool, problems))
+            found += pool.map(lambda film: _index_film(film, path, problems), films)
         videos = [video for video in found if video is not None]
-        if without := [folder.name for folder in folders if not pictures[folder]]:
-            warnings.append(f"{listed(without)}: no pictures, so no video")
+        many = {v.frames[0].path.name for v in videos if v.frames[0].page is not None}
+        if many:
+            notes.append(f"{listed(sorted(many))}: films or files of many pages, a video each")
+        for video_id, number in Counter(video.video_id for video in videos).items():
+            if number > 1:
+                problems.append(f"{path}: {number} videos have the name {video_id}; rename them")
+        of_films = {film.parent for film in films}
+        empty = [f.name for f in folders if not pictures.get(f) and f not in of_films]
+        if empty and path not in with_pictures:
+            warnings.append(f"{listed(empty)}: no pictures, so no video")
         if short := [str(video.video_id) for video in videos if len(video.frames) == 1]:
             warnings.append(f"{listed(short)}: a single frame: nothing to track")
-        super().__init__(path, videos, warnings, problems)
+        problems += shared_pictures(videos)
+        super().__init__(path, videos, warnings, problems, notes)
 
     def read_picture(self, video: Video, frame_idx: int) -> np.ndarray:
         """(H, W, 3) uint8, the EXIF orientation applied: no annotation says otherwise."""
-        path = video.frames[frame_idx].path
-        pixels = read_image(path)
+        pixels = self.read_pixels(video, frame_idx, None)
         if pixels.shape[:2] != video.size:
             raise UserError(
-                f"{path}: the picture is {pixels.shape[1]}x{pixels.shape[0]}, expected "
+                f"{video.frames[frame_idx].path}: the picture is "
+                f"{pixels.shape[1]}x{pixels.shape[0]}, expected "
                 f"{video.size[1]}x{video.size[0]} (width x height); did it change?"
             )
         return pixels
 
 
-_HOW_TO_EXTRACT = "take out their frames first: ffmpeg -i VIDEO -q:v 2 FOLDER/frame_%05d.jpg"
+def _films(folder: Path) -> list[Path]:
+    films = _files(folder, FILM_SUFFIXES)
+    return sorted(films, key=lambda film: (natural_key(film.name), film.name))
+
+
+def _is_stack(path: Path) -> bool:
+    try:
+        return count_pages(path) > 1
+    except UserError:
+        return False  # indexing the frames says what is wrong with it
+
+
+def _index_film(film: Path, root: Path, problems: list[str]) -> Video | None:
+    """The video of a film; None where it cannot be read."""
+    if film.suffix.lower() in STACK_SUFFIXES:
+        with ThreadPoolExecutor(1) as pool:
+            return index_frames(film.parent, [film], pool, problems, film.stem)
+    try:
+        size, num_frames = read_film_header(film)
+    except UserError as problem:
+        problems.append(str(problem))
+        return None
+    name = film.stem if film.parent in (root, root.parent) else f"{film.parent.name}/{film.stem}"
+    return Video(name, size, [Frame(film, {}, page=page) for page in range(num_frames)], [])
 
 
 def _hint(path: Path) -> str:
     """What a folder without videos holds instead."""
-    films = sorted(p.name for p in path.rglob("*") if p.suffix.lower() in _FILM_SUFFIXES)
-    if films:
-        return f"; there are films ({listed(films)}): {_HOW_TO_EXTRACT}"
-    deeper = sorted(p for p in path.glob("*/*") if p.is_dir() and list_pictures(p))
+    deeper = sorted(p for p in path.glob("*/*") if p.is_dir() and (list_pictures(p) or _films(p)))
     return f"; its videos seem to lie in {deeper[0].parent}" if deeper else ""
 
 

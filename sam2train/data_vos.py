@@ -2,37 +2,68 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePath, PureWindowsPath
 from typing import NamedTuple
 
 import numpy as np
 
-from sam2train.data_pictures import read_id_mask
+from sam2train.data_mask_values import (
+    MaskFacts,
+    MaskValues,
+    Reading,
+    decide,
+    decide_folder,
+    read_facts,
+)
+from sam2train.data_pictures import read_colour_mask, read_id_mask
 from sam2train.data_source import (
     Annotation,
-    Frame,
     Video,
     VideoSource,
     listed,
+    shared_pictures,
     tracking_warnings,
 )
-from sam2train.data_videos import index_frames, list_pictures, subfolders
+from sam2train.data_videos import (
+    PICTURE_SUFFIXES,
+    frame_names,
+    index_frames,
+    list_pictures,
+    subfolders,
+)
 from sam2train.errors import UserError
 from sam2train.files import natural_key
 
 # Frames and masks; the second pair is that of SA-V's validation and test sets.
+_PICTURES = "|".join(re.escape(suffix) for suffix in sorted(PICTURE_SUFFIXES))
+_FRAME = re.compile(rf".*?(?:{_PICTURES})(?=\s|$)", re.IGNORECASE)  # the first path of a line
 LAYOUTS = (("JPEGImages", "Annotations"), ("JPEGImages_24fps", "Annotations_6fps"))
-VOID = 255
+_RESOLUTION = re.compile(r"\d+p|full-?resolution", re.IGNORECASE)
 USUAL_RESOLUTION = "480p"  # of DAVIS, whose results are reported on it
 
 
 class IdMask(NamedTuple):
-    """Where the mask of an object is: the pixels of one value, or all that are not 0."""
+    """Where the mask of an object is: the pixels of some values, or all that are not 0."""
 
     path: Path
-    value: int | None
+    values: tuple[int, ...] | None
+    colours: bool = False  # values are R + 256 G + 65536 B
+
+    def read(self) -> np.ndarray:
+        """(H, W): what `choose` takes, for all masks in the file."""
+        return read_colour_mask(self.path) if self.colours else read_id_mask(self.path)
+
+    def choose(self, pixels: np.ndarray) -> np.ndarray:
+        """(H, W) bool."""
+        if self.values is None:
+            return pixels != 0
+        if len(self.values) == 1:
+            return pixels == self.values[0]
+        return np.isin(pixels, self.values)
 
 
 class VosVideos(VideoSource):
@@ -40,10 +71,12 @@ class VosVideos(VideoSource):
 
     A mask has the name of its frame; frames without one are unlabelled: never in a clip, never
     scored. A PNG holds the ids of all objects; where a video's masks lie in folders of their own,
-    each folder is an object, and objects may overlap. Void pixels (255 beside other ids) belong to
-    no object.
+    each folder is an object, and objects may overlap. What the pixel values of a video mean is
+    decided from all its masks: see `data_mask_values`. Void pixels (255 beside other ids) belong to
+    no object, and `read_ignore` has them.
 
     Args:
+        mask_values: how pixel values are read, for whoever disagrees with `auto`.
         path: the folder that contains both, or a list of some of the videos below it (a text file
             such as ImageSets/2017/train.txt). A folder of a resolution may lie between.
 
@@ -51,7 +84,7 @@ class VosVideos(VideoSource):
         UserError: no such folders, or all problems of frames and masks at once.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, mask_values: MaskValues = "auto"):
         found = find_masks(path)
         if not path.exists() or found is None:
             what = "no such file or folder" if not path.exists() else "no frames with masks"
@@ -60,46 +93,63 @@ class VosVideos(VideoSource):
                 "Annotations/<video>/*.png, or a list of its videos such as "
                 "ImageSets/2017/train.txt"
             )
-        problems: list[str] = []
-        warnings: list[str] = []
-        frames_root = _video_root(found[0], warnings)
+        report = MaskReport()
+        problems, warnings = report.problems, report.warnings
+        frames_root, names = found[0], None
+        if path.is_file():
+            # A list may name videos in folders below the frames; that of a resolution is no part of
+            # their names.
+            names = read_list(path, frames_root)
+            tops = {PurePath(name).parts[0] for name in names}
+            if len(tops) == 1 and _RESOLUTION.fullmatch(top := tops.pop()):
+                frames_root = frames_root / top
+        if names is None or not any((found[0] / name).is_dir() for name in names):
+            frames_root = _video_root(frames_root, warnings)
+        names = [f.name for f in subfolders(frames_root)] if names is None else names
+        if path.is_file() and frames_root != found[0]:
+            names = read_list(path, frames_root)
         masks_root = found[1] / frames_root.relative_to(found[0])
         if not masks_root.is_dir():
             raise UserError(f"{masks_root}: no such folder; expected the masks of {frames_root}")
-        folders = [frames_root / name for name in read_list(path)] if path.is_file() else None
-        folders = subfolders(frames_root) if folders is None else folders
 
         videos, unlabelled = [], []
         with ThreadPoolExecutor(8) as pool:  # Pillow decodes outside Python's lock
-            for folder in folders:
-                masks = masks_root / folder.name
+            for name in names:
+                folder, masks = frames_root / name, masks_root / name
                 if not folder.is_dir():
                     problems.append(f"{folder}: no such folder, but {path} lists it")
                 elif not masks.is_dir():
-                    unlabelled.append(folder.name)
-                elif video := _index_folder(folder, masks, pool, problems, warnings):
+                    unlabelled.append(name)
+                elif video := index_folder(folder, masks, pool, report, mask_values, name):
                     videos.append(video)
         if unlabelled:
             warnings.append(f"{listed(unlabelled)}: no masks in {masks_root}, left out")
         if not videos and not problems:
             raise UserError(f"{path}: no video with masks in {frames_root}")
         warnings += tracking_warnings(videos)
-        super().__init__(path, videos, warnings, problems)
+        problems += shared_pictures(videos)
+        super().__init__(path, videos, warnings, problems, report.notes())
 
     def read_masks(
         self, video: Video, frame_idx: int, object_id: int | str
     ) -> dict[int | str, np.ndarray]:
         """The masks of all objects in the PNG that has the wanted one."""
         places = {o: a.segmentation for o, a in video.frames[frame_idx].annotations.items()}
-        path = places[object_id].path
-        ids = read_id_mask(path)
-        if ids.shape != video.size:
-            raise UserError(f"{path}: {_sizes(ids.shape, video.size)}; did it change?")
-        return {
-            o: ids != 0 if place.value is None else ids == place.value
-            for o, place in places.items()
-            if place.path == path
-        }
+        wanted = places[object_id]
+        pixels = _read_pixels(wanted, video.size)
+        return {o: place.choose(pixels) for o, place in places.items() if place.path == wanted.path}
+
+    def read_ignore(self, video: Video, frame_idx: int) -> np.ndarray | None:
+        """(H, W) bool: void pixels; None where the mask of the frame has none."""
+        place = video.frames[frame_idx].ignored
+        return None if place is None else place.choose(_read_pixels(place, video.size))
+
+
+def _read_pixels(place: IdMask, size: tuple[int, int]) -> np.ndarray:
+    pixels = place.read()
+    if pixels.shape != size:
+        raise UserError(f"{place.path}: {_sizes(pixels.shape, size)}; did it change?")
+    return pixels
 
 
 def find_masks(path: Path) -> tuple[Path, Path] | None:
@@ -113,16 +163,58 @@ def find_masks(path: Path) -> tuple[Path, Path] | None:
     return None
 
 
-def read_list(path: Path) -> list[str]:
+def read_list(path: Path, root: Path | None = None) -> list[str]:
     """Names of videos from a text file with one a line, or from a list of DAVIS-2016, which names
-    every frame."""
+    every frame. Names may have folders, dots and spaces.
+
+    Args:
+        root: the folder of the videos; a line that is none of them ends at its first space, as in
+            lists that have more columns. None takes lines as they are.
+
+    Raises:
+        UserError: no text, or a name that leads out of the root.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise UserError(f"{path}: is no text; expected a list of videos, one a line") from None
-    words = (line.split()[0] for line in lines if line.strip())
-    names = (Path(word).parent.name if Path(word).suffix else word for word in words)
-    return list(dict.fromkeys(names))
+    names = dict.fromkeys(_listed_video(line.strip(), root) for line in lines if line.strip())
+    for name in names:
+        _check_inside(path, name, root)
+    return list(names)
+
+
+def _listed_video(line: str, root: Path | None) -> str:
+    """The video that a line of a list names, by itself or by one of its frames."""
+    if frame := _FRAME.match(line):
+        # DAVIS begins at the folder above the frames: /JPEGImages/480p/bear/00000.jpg
+        folders = [part for part in frame[0].replace("\\", "/").split("/")[:-1] if part != "."]
+        for top in ("JPEGImages", "JPEGImages_24fps"):
+            if top in folders:
+                folders = folders[folders.index(top) + 1 :]
+                if root is not None and len(folders) > 1 and folders[0] == root.name:
+                    folders = folders[1:]
+        return "/".join(folders)
+    name = line.rstrip("/")
+    first = line.split()[0].rstrip("/")
+    there = root is None or (root / name).is_dir() or not (root / first).is_dir()
+    return name if there else first
+
+
+def _check_inside(path: Path, name: str, root: Path | None) -> None:
+    """UserError for a listed name that is not below the folder of the videos."""
+    fault = None
+    if PurePath(name).is_absolute() or PureWindowsPath(name).is_absolute():
+        fault = "is an absolute path"
+    elif ".." in PureWindowsPath(name).parts:
+        fault = "leads upwards (..)"
+    elif root is not None and not (root / name).resolve().is_relative_to(root.resolve()):
+        fault = f"is a link to {(root / name).resolve()}, outside {root}"
+    if fault:
+        raise UserError(
+            f"{path}: {name!r} {fault}; a list names videos below {root or 'its data folder'}: "
+            "put the frames there, or use their own folder as dataset.data_path"
+        )
 
 
 def _video_root(folder: Path, warnings: list[str]) -> Path:
@@ -163,73 +255,124 @@ def _mask_files(folder: Path, problems: list[str]) -> Iterator[tuple[Path, int |
             problems.append(f"{path}: a mask that is no PNG; write it as one, or remove it")
 
 
-def _index_folder(
+@dataclass
+class MaskReport:
+    """What was found in the masks of a data set."""
+
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    readings: dict[str, list[str]] = field(default_factory=dict)  # what was concluded -> videos
+
+    def notes(self) -> list[str]:
+        """A line for each conclusion, with the videos that it holds for."""
+        return [f"{listed(videos)}: {what}" for what, videos in self.readings.items()]
+
+
+def index_folder(
     folder: Path,
     masks: Path,
     pool: ThreadPoolExecutor,
-    problems: list[str],
-    warnings: list[str],
+    report: MaskReport,
+    mask_values: MaskValues,
+    name: str | None = None,
 ) -> Video | None:
-    """A video with its masks; None where the pictures have problems or there are none."""
+    """The video of the frames in a folder with the masks in another; None where the pictures have
+    problems or there are none, which the report then says.
+
+    Args:
+        name: of the video; None takes that of the folder.
+    """
     pictures = list_pictures(folder)
     if not pictures:
-        problems.append(f"{folder}: no pictures")
+        report.problems.append(f"{folder}: no pictures")
         return None
-    video = index_frames(folder, pictures, pool, problems)
-    files = list(_mask_files(masks, problems))
-    counted = list(pool.map(_try_areas, (path for path, _ in files)))
+    video = index_frames(folder, pictures, pool, report.problems, name)
+    files = list(_mask_files(masks, report.problems))
+    found = list(pool.map(_try_facts, (path for path, _ in files)))
+    report.problems += [fault for fault in found if isinstance(fault, str)]
     if video is None:
-        problems += [areas for areas in counted if isinstance(areas, str)]
+        return None
+    frame_of = {name: t for t, frame in enumerate(video.frames) for name in frame_names(frame)}
+    fitting: list[tuple[int | str | None, MaskFacts]] = []  # with the object that a folder names
+    for (path, owner), facts in zip(files, found, strict=True):
+        if isinstance(facts, str):
+            continue
+        if path.stem not in frame_of:
+            report.problems.append(f"{path}: no frame of this name in {folder}")
+        elif facts.size != video.size:
+            report.problems.append(f"{path}: {_sizes(facts.size, video.size)}")
+        else:
+            fitting.append((owner, facts))
+    own = [facts for owner, facts in fitting if owner is None]
+    in_folders = [facts for owner, facts in fitting if owner is not None]
+    try:
+        reading = decide(own, mask_values) if own else None
+        of_folders = decide_folder(in_folders, mask_values) if in_folders else None
+    except ValueError as problem:
+        report.problems.append(f"{masks}: {problem}")
         return None
 
-    frame_of = {frame.path.stem: t for t, frame in enumerate(video.frames)}
-    values = {v for areas in counted if isinstance(areas, tuple) for v in areas[1]}
-    # 255 is the only value beside 0: DAVIS-2016 marks its one object so.
-    binary = values == {VOID}
     on_frame: dict[int, dict[int | str, Annotation]] = {}
-    num_void = 0
-    for (path, owner), areas in zip(files, counted, strict=True):
-        if isinstance(areas, str):
-            problems.append(areas)
-        elif path.stem not in frame_of:
-            problems.append(f"{path}: no frame of this name in {folder}")
-        elif areas[0] != video.size:
-            problems.append(f"{path}: {_sizes(areas[0], video.size)}")
+    ignored: dict[int, IdMask] = {}
+    for owner, facts in fitting:
+        t = frame_of[facts.path.stem]
+        if (reading if owner is None else of_folders or Reading({})).colours:
+            facts = facts.by_colour()
+        objects = on_frame.setdefault(t, {})
+        if owner is None:
+            objects |= _annotations(facts, reading, {})
+            if _area(facts, reading.ignored):
+                ignored[t] = IdMask(facts.path, reading.ignored, reading.colours)
+        elif of_folders is None:
+            area = facts.areas.total() - facts.areas[0]
+            objects[owner] = Annotation(str(facts.path), IdMask(facts.path, None), area)
         else:
-            objects = on_frame.setdefault(frame_of[path.stem], {})
-            if owner is not None:
-                area = sum(areas[1].values())
-                objects[owner] = Annotation(str(path), IdMask(path, None), area)
-                continue
-            for value, area in areas[1].items():
-                if value == VOID and not binary:
-                    num_void += 1
-                    continue
-                object_id = 1 if binary else value
-                objects[object_id] = Annotation(str(path), IdMask(path, value), area)
-    if num_void:
-        warnings.append(f"{masks}: {num_void} masks with void pixels (255), of no object")
+            objects |= _annotations(facts, of_folders, {1: owner})
+    for kind in (reading, of_folders):
+        if kind is not None:
+            report.readings.setdefault(kind.note, []).append(str(video.video_id))
+    if ignored:
+        values = ", ".join(map(str, reading.ignored))
+        report.warnings.append(
+            f"{masks}: {len(ignored)} masks with void pixels ({values}), of no object: left out of "
+            "the loss, and of scores unless evaluation.void is background"
+        )
     frames = [
-        Frame(frame.path, on_frame.get(t, {}), is_labelled=t in on_frame)
-        for t, frame in enumerate(video.frames)
+        replace(
+            f, annotations=on_frame.get(t, {}), is_labelled=t in on_frame, ignored=ignored.get(t)
+        )
+        for t, f in enumerate(video.frames)
     ]
     object_ids = sorted({o for objects in on_frame.values() for o in objects}, key=_in_order)
     return Video(video.video_id, video.size, frames, object_ids)
+
+
+def _annotations(
+    facts: MaskFacts, reading: Reading, names: dict[int, int | str]
+) -> dict[int | str, Annotation]:
+    """The objects in one mask; `names` has other ids for some."""
+    found: dict[int | str, Annotation] = {}
+    for object_id, values in reading.objects.items():
+        if area := _area(facts, values):
+            place = IdMask(facts.path, values, reading.colours)
+            found[names.get(object_id, object_id)] = Annotation(str(facts.path), place, area)
+    return found
+
+
+def _area(facts: MaskFacts, values: tuple[int, ...]) -> int:
+    return sum(facts.areas[value] for value in values)
 
 
 def _in_order(object_id: int | str) -> tuple[str | int, ...]:
     return natural_key(str(object_id))
 
 
-def _try_areas(path: Path) -> tuple[tuple[int, int], dict[int, int]] | str:
-    """Size and pixels of each value but 0, or what is wrong with the file."""
+def _try_facts(path: Path) -> MaskFacts | str:
+    """What a mask holds, or what is wrong with the file."""
     try:
-        ids = read_id_mask(path)
+        return read_facts(path)
     except UserError as problem:
         return str(problem)
-    counts = np.bincount(ids.ravel())  # many times as fast as np.unique
-    counts[0] = 0
-    return ids.shape, {value: int(counts[value]) for value in np.flatnonzero(counts).tolist()}
 
 
 def _sizes(mask: tuple[int, int], frame: tuple[int, int]) -> str:

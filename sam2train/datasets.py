@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -14,13 +14,20 @@ from pydantic import Field, field_validator, model_validator
 from sam2train import demo
 from sam2train.clips import collate_fn as collate_fn  # beside the data sets it batches
 from sam2train.config import Section
+from sam2train.data_burst import burst_to_coco, is_burst
 from sam2train.data_clips import ClipDataset, clip_settings
-from sam2train.data_coco import CocoVideos
+from sam2train.data_coco import CocoVideos, Unlabelled, read_coco
+from sam2train.data_coco_crowds import Crowds
+from sam2train.data_mask_values import MaskValues
+from sam2train.data_mevis import MevisVideos
+from sam2train.data_mixture import Mixture
+from sam2train.data_mots import MotsVideos
 from sam2train.data_sav import read_sav
 from sam2train.data_source import VideoSource
 from sam2train.data_synthetic import SyntheticConfig
 from sam2train.data_videos import MadeUpVideos
-from sam2train.data_vos import VosVideos
+from sam2train.data_vos import VosVideos, find_masks
+from sam2train.data_youtube_vis import is_youtube_vis, youtube_vis_to_coco
 from sam2train.prompts import (
     DEFAULT_TYPES,
     BoxJitter,
@@ -31,7 +38,7 @@ from sam2train.prompts import (
 )
 from sam2train.transforms import AugmentConfig
 
-_SHOWN_WARNINGS = 5
+_SHOWN_LINES = 5  # of the notes and of the warnings of a path; --check-data lists all
 
 
 @dataclass(frozen=True)
@@ -45,15 +52,44 @@ class Format:
     num_of_pos_points: int | tuple[int, int] = 1  # where the section has none
 
 
+# Layouts of JSON files that are rewritten as COCO: how one is known, and what rewrites it.
+_LAYOUTS = {
+    "youtube_vis": (is_youtube_vis, youtube_vis_to_coco),
+    "burst": (is_burst, burst_to_coco),
+}
+
+
+def _read_json_videos(path: Path, config: DatasetConfig, layout: str | None = None) -> CocoVideos:
+    """The videos of a JSON file, in the given layout or the one that its content shows."""
+    return _json_videos(
+        path,
+        config.image_root,
+        layout,
+        unlabelled_frames=config.unlabelled_frames,
+        same_object_twice=config.same_object_twice,
+        crowds=config.crowds,
+    )
+
+
+def _json_videos(
+    path: Path, image_root: str | Path | None, layout: str | None = None, **settings: Any
+) -> CocoVideos:
+    content, notes = read_coco(path), []
+    if layout is None:
+        layout = next((name for name, (is_it, _) in _LAYOUTS.items() if is_it(content)), None)
+        if layout is not None:
+            notes.append(f"the file has the layout of {layout}, and is read as such")
+    if layout is not None:
+        content = _LAYOUTS[layout][1](path, content)
+    return CocoVideos(path, image_root, content=content, notes=notes, **settings)
+
+
+_JSON_KEYS = ("image_root", "unlabelled_frames", "same_object_twice", "crowds")
+
 # Data formats by their name in `dataset_type`. A new one is a module with a child of `VideoSource`
 # and a line here.
 FORMATS = {
-    "coco": Format(
-        "masks from a COCO JSON",
-        lambda path, config: CocoVideos(path, config.image_root),
-        keys=("image_root",),
-        takes_json=True,
-    ),
+    "coco": Format("masks from a COCO JSON", _read_json_videos, keys=_JSON_KEYS, takes_json=True),
     "video": Format(
         "folders of frames, made-up objects",
         lambda path, config: MadeUpVideos(path, config.synthetic, config.max_objects),
@@ -61,10 +97,68 @@ FORMATS = {
         num_of_pos_points=(1, 3),
     ),
     "vos": Format(
-        "JPEGImages and Annotations as DAVIS has them", lambda path, config: VosVideos(path)
+        "JPEGImages and Annotations as DAVIS has them",
+        lambda path, config: read_folders(path, config.mask_values),
+        keys=("mask_values",),
     ),
-    "sav": Format("films or frames and SA-V's JSON", lambda path, config: read_sav(path)),
+    "sav": Format(
+        "films or frames and SA-V's JSON",
+        lambda path, config: read_sav(path, config.annotation_stride, config.mask_values),
+        keys=("annotation_stride", "mask_values"),
+    ),
+    "mots": Format(
+        "images and instances, PNGs of ids class * 1000 + number", lambda path, _: MotsVideos(path)
+    ),
+    "mevis": Format("JPEGImages and MeViS' mask_dict.json", lambda path, _: MevisVideos(path)),
+    "youtube_vis": Format(
+        "the JSON of YouTube-VIS or OVIS",
+        lambda path, config: _read_json_videos(path, config, "youtube_vis"),
+        keys=_JSON_KEYS,
+        takes_json=True,
+    ),
+    "burst": Format(
+        "the JSON of BURST",
+        lambda path, config: _read_json_videos(path, config, "burst"),
+        keys=_JSON_KEYS,
+        takes_json=True,
+    ),
 }
+
+
+def read_folders(path: Path, mask_values: MaskValues = "auto") -> VideoSource:
+    """Folders of mask pictures; what lies there as MOTS or MeViS have it is read as such, and a
+    note says so."""
+    if find_masks(path) is None:
+        for name, known in (("mots", MotsVideos), ("mevis", MevisVideos)):
+            if known.recognise(path):
+                source = known(path)
+                source.notes.insert(0, f"read as dataset_type: {name}, whose files lie here")
+                return source
+    return VosVideos(path, mask_values)
+
+
+class DataPart(Section):
+    """One of several training data sets."""
+
+    path: str
+    weight: float = Field(
+        1.0, gt=0, le=1000, description="how often an epoch visits each of its videos"
+    )
+    dataset_type: str | None = Field(None, description="null: that of the section")
+
+    @field_validator("dataset_type")
+    @classmethod
+    def _known_format(cls, name: str | None) -> str | None:
+        return name and _known(name)
+
+
+def _known(name: Any) -> Any:
+    """The name of a format; ValueError for any other."""
+    if not isinstance(name, str) or name not in FORMATS:
+        near = difflib.get_close_matches(str(name), FORMATS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"expected one of {', '.join(FORMATS)}{hint}")
+    return name
 
 
 class DatasetConfig(Section):
@@ -73,13 +167,44 @@ class DatasetConfig(Section):
     dataset_type: str = Field(
         "coco", description="; ".join(f"{name}: {known.about}" for name, known in FORMATS.items())
     )
-    data_path: str = Field(
-        description="training data: the COCO JSON, the folder of videos, or for vos and sav the "
-        "folder that holds them or a list of some of them (.txt) below it"
+    data_path: str | Annotated[tuple[DataPart, ...], Field(min_length=1)] = Field(
+        description="training data: the COCO JSON, the folder of videos, or for vos, sav, mots and "
+        "mevis the folder that holds them or a list of some of them (.txt) below it; a mixture is "
+        "a list of these, or of {path, weight, dataset_type}"
     )
     val_path: str | None = Field(None, description="videos that choose the best checkpoint")
     test_path: str | None = Field(None, description="videos that a result is reported on")
     image_root: str | None = Field(None, description="coco: what image paths are relative to")
+    mask_values: MaskValues = Field(
+        "auto",
+        description="vos, sav: what pixel values of masks mean; auto decides for each video and "
+        "says what; ids: palette index or grey value, 255 is void; colours: each colour is an "
+        "object; binary: one object, above half",
+    )
+    annotation_stride: int | None = Field(
+        None,
+        ge=1,
+        description="sav: frames from one labelled frame to the next; null: what the counts say",
+    )
+    intensity_range: Literal["auto", "full"] | tuple[float, float] = Field(
+        "auto",
+        description="pictures of more than 8 bits: the values that become black and white in all "
+        "frames of a video; auto takes the 0.5th and 99.5th percentile, full the file's own range",
+    )
+    unlabelled_frames: Unlabelled = Field(
+        "auto",
+        description="coco: frames without an annotation. auto: unlabelled where a key such as "
+        "is_annotated says so, or every n-th frame is annotated; ignore: unlabelled; absent: "
+        "objects are absent there",
+    )
+    same_object_twice: Literal["unite", "error"] = Field(
+        "unite", description="coco: several annotations of one object on one frame"
+    )
+    crowds: Crowds = Field(
+        "auto",
+        description="coco: annotations with iscrowd. ignore: regions that no loss and no score "
+        "counts; objects: objects; auto: ignore, unless all RLEs of the file have iscrowd",
+    )
     image_size: tuple[int, int] = Field((512, 512), description="(H, W) of the model's input")
     video_clip_length: int = Field(5, ge=1, description="T, frames of a clip")
     max_frame_stride: int = Field(1, ge=1, description="largest step between frames of a clip")
@@ -120,11 +245,22 @@ class DatasetConfig(Section):
     @field_validator("dataset_type", mode="before")
     @classmethod
     def _known_format(cls, name: Any) -> Any:
-        if not isinstance(name, str) or name not in FORMATS:
-            near = difflib.get_close_matches(str(name), FORMATS, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"expected one of {', '.join(FORMATS)}{hint}")
-        return name
+        return _known(name)
+
+    @field_validator("data_path", mode="before")
+    @classmethod
+    def _as_parts(cls, path: Any) -> Any:
+        """A list of paths as parts of weight 1."""
+        if isinstance(path, list | tuple):
+            return [{"path": part} if isinstance(part, str) else part for part in path]
+        return path
+
+    @field_validator("intensity_range")
+    @classmethod
+    def _ascending(cls, wanted: Any) -> Any:
+        if isinstance(wanted, tuple) and wanted[0] >= wanted[1]:
+            raise ValueError("expected [black, white] with black below white")
+        return wanted
 
     @model_validator(mode="after")
     def _fits_together(self) -> DatasetConfig:
@@ -133,10 +269,13 @@ class DatasetConfig(Section):
 
     @model_validator(mode="after")
     def _keys_fit_the_format(self) -> DatasetConfig:
+        kinds = {self.dataset_type}
+        if not isinstance(self.data_path, str):
+            kinds |= {part.dataset_type for part in self.data_path if part.dataset_type}
         for key in sorted({key for known in FORMATS.values() for key in known.keys}):
             readers = [name for name, known in FORMATS.items() if key in known.keys]
             default = type(self).model_fields[key].get_default(call_default_factory=True)
-            if self.dataset_type not in readers and getattr(self, key) != default:
+            if not kinds & {*readers} and getattr(self, key) != default:
                 names = " or ".join(f'"{name}"' for name in readers)
                 raise ValueError(f"{key} is for dataset_type {names}; remove it")
         return self
@@ -146,7 +285,7 @@ def build_dataset(
     config: DatasetConfig,
     augment: AugmentConfig,
     seed: int,
-    path: str,
+    path: str | Sequence[DataPart],
     *,
     training: bool,
     say: Callable[[str], None] = print,
@@ -154,13 +293,13 @@ def build_dataset(
     """The data set at one of the paths of a section; augmented where it is for training.
 
     Args:
-        path: where the demo data belongs, it is drawn if it is not there.
-        say: gets a line for what takes a while and for what looks odd in the data.
+        path: or the parts of a mixture; the demo data is drawn where it belongs if it is missing.
+        say: gets a line for what takes a while, for what was concluded from the files, and for what
+            looks odd in the data.
 
     Raises:
         UserError: what is wrong with the data, all of it.
     """
-    path = demo.resolve_data_path(path, say)
     settings = clip_settings(
         config.image_size,
         config.video_clip_length,
@@ -176,16 +315,41 @@ def build_dataset(
         augment=augment if training else None,
         seed=seed,
     )
-    known = FORMATS[config.dataset_type]
+    if isinstance(path, str):
+        source = _read_source(config, path, config.dataset_type, training, say)
+    else:
+        kinds = [part.dataset_type or config.dataset_type for part in path]
+        parts = [
+            _read_source(config, part.path, kind, training, say)
+            for part, kind in zip(path, kinds, strict=True)
+        ]
+        source = Mixture(parts, [part.weight for part in path])
+    if config.intensity_range != "auto":
+        source.scale_levels(config.intensity_range)
+    dataset = ClipDataset(source, settings, config.mask_cache_mb)
+    for kind, lines in (("notes", dataset.source.notes), ("warnings", dataset.warnings)):
+        for line in lines[:_SHOWN_LINES]:
+            say(f"{source.path}: {line}")
+        if more := len(lines[_SHOWN_LINES:]):
+            say(f"{source.path}: and {more} more {kind}; --check-data lists all")
+    return dataset
+
+
+def _read_source(
+    config: DatasetConfig, path: str, kind: str, training: bool, say: Callable[[str], None]
+) -> VideoSource:
+    path, known = demo.resolve_data_path(path, say), FORMATS[kind]
     # A COCO JSON has real masks: what trains on anything else can be validated on them.
     if path.suffix == ".json" and not training and not known.takes_json:
         known = FORMATS["coco"]
-    dataset = ClipDataset(known.read(path, config), settings, config.mask_cache_mb)
-    for warning in dataset.warnings[:_SHOWN_WARNINGS]:
-        say(f"{path}: {warning}")
-    if more := len(dataset.warnings[_SHOWN_WARNINGS:]):
-        say(f"{path}: and {more} more of these")
-    return dataset
+    return known.read(path, config)
+
+
+def data_paths(path: str | Sequence[DataPart] | None) -> list[str]:
+    """The paths that one of the settings names: none, one, or those of a mixture."""
+    if path is None or isinstance(path, str):
+        return [] if path is None else [path]
+    return [part.path for part in path]
 
 
 class COCODataset(ClipDataset):
@@ -193,7 +357,7 @@ class COCODataset(ClipDataset):
 
     Args:
         coco_json_path: the annotation file; see `CocoVideos`.
-        image_root: folder that image paths are relative to, instead of the file's own.
+        image_root, unlabelled_frames, same_object_twice: see `CocoVideos`.
         mask_cache_mb: see `ClipDataset`.
         The others: see `clip_settings`.
 
@@ -212,12 +376,20 @@ class COCODataset(ClipDataset):
         num_of_neg_points: int = 0,
         *,
         image_root: str | Path | None = None,
+        unlabelled_frames: Unlabelled = "auto",
+        same_object_twice: Literal["unite", "error"] = "unite",
         mask_cache_mb: int = 256,
         **settings: Any,
     ):
         points = (num_of_pos_points, include_center, num_of_neg_points)
         settings = clip_settings(image_size, video_clip_length, prompt_types, *points, **settings)
-        super().__init__(CocoVideos(Path(coco_json_path), image_root), settings, mask_cache_mb)
+        source = _json_videos(
+            Path(coco_json_path),
+            image_root,
+            unlabelled_frames=unlabelled_frames,
+            same_object_twice=same_object_twice,
+        )
+        super().__init__(source, settings, mask_cache_mb)
 
 
 class VideoDataset(ClipDataset):

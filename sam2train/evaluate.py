@@ -1,4 +1,8 @@
-"""Whole videos, frame by frame with a streaming memory -> J, F and J&F at the videos' own size."""
+"""Whole videos, frame by frame with a streaming memory -> J and F at the videos' own size.
+
+Scores come in three layers: `metrics.measure` compares masks (`Measures`), `track_videos` here
+follows the objects of a video (`TrackedVideo`), `scores.score` makes a table of them (`Scores`).
+"""
 
 from __future__ import annotations
 
@@ -15,15 +19,15 @@ from pydantic import Field
 
 from sam2train.clips import Prompt
 from sam2train.config import Section
-from sam2train.data_clips import ClipDataset as Videos
+from sam2train.data_clips import ClipDataset
 from sam2train.data_source import Video
 from sam2train.memory import FrameOutput, track_clip
 from sam2train.metrics import (
     FramePolicy,
     Measures,
     VideoScores,
+    VoidRule,
     join,
-    mean_scores,
     measure,
     score_measures,
 )
@@ -51,8 +55,15 @@ class EvaluationConfig(Section):
         "each run has its own",
     )
     frame_policy: FramePolicy = Field("after_prompt", description="frames that count")
+    void: VoidRule = Field(
+        "ignore",
+        description="pixels that the annotators left undecided (void, crowds): ignore leaves them "
+        "out of J and F; background counts them as such, as the DAVIS program does",
+    )
     max_videos: int | None = Field(None, ge=1, description="the first so many; null scores all")
-    max_frames: int | None = Field(None, ge=2, description="of each video, the first so many")
+    max_frames: int | None = Field(
+        None, ge=2, description="labelled ones of each video, the first so many"
+    )
     num_overlays: int = Field(3, ge=0, description="videos drawn at each evaluation")
 
 
@@ -74,6 +85,8 @@ class SeenFrame:
     frame_idx: int
     prediction: dict[int | str, np.ndarray]  # object id -> (H, W) bool
     ground_truth: dict[int | str, np.ndarray]
+    # (H, W) bool: pixels that no score counts; None: there are none
+    ignore: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -89,58 +102,38 @@ class TrackedVideo:
 
 
 # All frames of a video in order.
-Track = Callable[[Videos, Video, list[Prompt]], Iterator[TrackedFrame]]
-DrawPrompts = Callable[[Videos, Video, np.random.Generator], list[Prompt]]
+Track = Callable[[ClipDataset, Video, list[Prompt]], Iterator[TrackedFrame]]
+DrawPrompts = Callable[[ClipDataset, Video, np.random.Generator], list[Prompt]]
 # Their first argument counts the videos.
 OnFrame = Callable[[int, SeenFrame], None]
 OnVideo = Callable[[int, TrackedVideo], None]
 
 
-def evaluate(
-    model: SAM2Model,
-    dataset: Videos,
-    config: EvaluationConfig,
-    *,
-    seed: int,
-    bf16: bool = False,
-    on_frame: OnFrame | None = None,
-    on_video: OnVideo | None = None,
-) -> dict[str, float]:
-    """`score_tracks` of a model."""
-    track = partial(track_video, model, bf16=bf16)
-    return score_tracks(track, dataset, config, seed=seed, on_frame=on_frame, on_video=on_video)
-
-
-def score_tracks(
+def track_videos(
     track: Track,
-    dataset: Videos,
+    dataset: ClipDataset,
     config: EvaluationConfig,
     *,
     seed: int,
     draw_prompts: DrawPrompts | None = None,
     on_frame: OnFrame | None = None,
-    on_video: OnVideo | None = None,
-) -> dict[str, float]:
-    """`J`, `F`, `J_and_F` and their companions over all objects of a data set.
+) -> Iterator[TrackedVideo]:
+    """The videos of a data set, tracked and measured, one after the other.
 
     Each object is prompted once, on the first frame that shows it, and tracked to the end. Frames
-    are scored as they come and forgotten, so that a video may be of any length.
+    are measured as they come and forgotten, so that a video may be of any length.
 
     Args:
         track: the model, or a baseline such as `copy_first_mask`.
         seed: draws the prompts; the same seed gives every model the same ones.
         draw_prompts: None takes `first_prompts` of the types in `config`.
-        on_frame, on_video: see each frame, and each video as it is done, for pictures and tables.
-
-    Raises:
-        UserError: no object has a frame to score.
+        on_frame: sees each frame, for pictures.
     """
     draw_prompts = draw_prompts or partial(first_prompts, prompt_types=config.prompt_types)
     videos = [
-        replace(video, frames=video.frames[: config.max_frames])
+        replace(video, frames=video.frames[: _end(video, config.max_frames)])
         for video in dataset.videos[: config.max_videos]
     ]
-    scores = []
     for index, video in enumerate(videos):
         rng = np.random.default_rng(np.random.SeedSequence([seed, index], spawn_key=_PROMPT_STREAM))
         prompts = draw_prompts(dataset, video, rng)
@@ -148,10 +141,11 @@ def score_tracks(
         measures: dict[int | str, list[Measures]] = {o: [] for o in video.object_ids}
         object_scores: dict[int | str, np.ndarray] = {}
         for t, frame in enumerate(track(dataset, video, prompts)):
-            seen = _see(dataset, video, prompts, t, frame)
+            seen = _see(dataset, video, prompts, t, frame, config.void)
+            ignore = None if seen.ignore is None else seen.ignore[None]
             for object_id, of_object in measures.items() if t in labelled else ():
                 pair = seen.prediction[object_id][None], seen.ground_truth[object_id][None]
-                of_object.append(measure(*pair))
+                of_object.append(measure(*pair, ignore=ignore))
             for object_id, value in frame.object_scores.items():
                 if object_id not in object_scores:
                     object_scores[object_id] = np.full(len(video.frames), np.nan, np.float32)
@@ -160,14 +154,23 @@ def score_tracks(
                 on_frame(index, seen)
         joined = {o: join(parts) for o, parts in measures.items()}
         scored = score_labelled(video, joined, config.frame_policy)
-        scores.append(scored)
-        if on_video is not None:
-            on_video(index, TrackedVideo(video, prompts, joined, scored, object_scores))
-    return mean_scores(scores)
+        yield TrackedVideo(video, prompts, joined, scored, object_scores)
+
+
+def _end(video: Video, max_frames: int | None) -> int:
+    """How many frames of a video there are up to the last labelled one that counts."""
+    if max_frames is None or len(video.labelled) < max_frames:
+        return len(video.frames)
+    return video.labelled[max_frames - 1] + 1
 
 
 def _see(
-    dataset: Videos, video: Video, prompts: list[Prompt], frame_idx: int, frame: TrackedFrame
+    dataset: ClipDataset,
+    video: Video,
+    prompts: list[Prompt],
+    frame_idx: int,
+    frame: TrackedFrame,
+    void: VoidRule,
 ) -> SeenFrame:
     empty = np.zeros(video.size, bool)
     return SeenFrame(
@@ -176,6 +179,7 @@ def _see(
         frame_idx,
         {o: frame.masks.get(o, empty) for o in video.object_ids},
         {o: dataset.read_mask(video, frame_idx, o) for o in video.object_ids},
+        dataset.read_ignore(video, frame_idx) if void == "ignore" else None,
     )
 
 
@@ -192,7 +196,7 @@ def score_labelled(
 
 
 def first_prompts(
-    dataset: Videos,
+    dataset: ClipDataset,
     video: Video,
     rng: np.random.Generator,
     prompt_types: tuple[str, ...] | None = None,
@@ -212,7 +216,7 @@ def first_prompts(
     ]
 
 
-def first_views(dataset: Videos, video: Video) -> Iterator[tuple[int | str, int, np.ndarray]]:
+def first_views(dataset: ClipDataset, video: Video) -> Iterator[tuple[int | str, int, np.ndarray]]:
     """Each object with the first frame that shows it and its (H, W) bool mask, both at the size of
     the model's input; objects too small for that size are left out."""
     for object_id in video.object_ids:
@@ -225,7 +229,7 @@ def first_views(dataset: Videos, video: Video) -> Iterator[tuple[int | str, int,
 
 def track_video(
     model: SAM2Model,
-    dataset: Videos,
+    dataset: ClipDataset,
     video: Video,
     prompts: list[Prompt],
     *,
@@ -249,7 +253,9 @@ def track_video(
         )
 
 
-def copy_first_mask(dataset: Videos, video: Video, prompts: list[Prompt]) -> Iterator[TrackedFrame]:
+def copy_first_mask(
+    dataset: ClipDataset, video: Video, prompts: list[Prompt]
+) -> Iterator[TrackedFrame]:
     """The baseline without a model: an object stays where the ground truth has it on its prompted
     frame, whatever the prompt. Where objects overlap, the one prompted last wins."""
     masks: dict[int | str, np.ndarray] = {}
@@ -264,7 +270,7 @@ def copy_first_mask(dataset: Videos, video: Video, prompts: list[Prompt]) -> Ite
 @torch.inference_mode()
 def track_frames(
     model: SAM2Model,
-    dataset: Videos,
+    dataset: ClipDataset,
     video: Video,
     prompts: list[Prompt],
     *,

@@ -7,16 +7,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, model_validator
 
 from sam2train.config import Section, apply_overrides, build, sweep_parameters
 from sam2train.config_yaml import load_yaml
 from sam2train.corrections import InteractionConfig
-from sam2train.datasets import DatasetConfig
+from sam2train.datasets import DatasetConfig, data_paths
 from sam2train.demo import is_demo_path
 from sam2train.evaluate import EvaluationConfig
+from sam2train.files import file_hash, resolve_path
 from sam2train.losses import LossConfig
-from sam2train.model import ModelConfig
+from sam2train.machine import choose_device
+from sam2train.model import ModelConfig, SAM2Model
 from sam2train.optimizer import OptimizerConfig
 from sam2train.pretrained import selects
 from sam2train.prompts import PROMPTS, check_prompts
@@ -190,7 +193,11 @@ def demo_beside_own(experiment: Experiment, overrides: Mapping[str, Any]) -> lis
     dataset = experiment.dataset
     keys = ("data_path", "val_path", "test_path")
     paths = {f"dataset.{key}": getattr(dataset, key) for key in keys}
-    own = [k for k, path in paths.items() if k in overrides and path and not is_demo_path(path)]
+    own = [
+        key
+        for key, path in paths.items()
+        if key in overrides and not all(map(is_demo_path, data_paths(path)))
+    ]
     if "dataset.data_path" not in own and "dataset.val_path" not in own:
         return []
     return [
@@ -229,3 +236,33 @@ def untrained_rows(experiment: Experiment) -> list[int]:
     listed = any(selects(name, "maskmem_tpos_enc") for name in experiment.model.trainable_modules)
     trained = read_rows(experiment) if listed else []
     return [row for row in range(experiment.model.num_maskmem) if row not in trained]
+
+
+def build_model(experiment: Experiment) -> SAM2Model:
+    """The experiment's model, loaded and frozen as it says; random weights come from its seed."""
+    config = experiment.model
+    torch.manual_seed(experiment.weights_seed)
+    return SAM2Model(
+        config.checkpoint_path,
+        config.config_path,
+        config.trainable_modules,
+        choose_device(experiment.trainer.device),
+        config.image_size,
+        config.num_maskmem,
+        max_obj_ptrs_in_encoder=config.max_obj_ptrs_in_encoder,
+        memory_gradient=config.memory_gradient,
+        drop_path_rate=config.drop_path_rate,
+    ).load()
+
+
+def base_hash(experiment: Experiment) -> str | None:
+    """sha256 of the weights that the experiment starts from, None for random ones."""
+    base = experiment.model.checkpoint_path
+    return None if base is None else file_hash(resolve_path(base))
+
+
+def uses_bf16(experiment: Experiment, device: torch.device) -> bool:
+    """Whether to compute in bfloat16 autocast: as the experiment says, else where CUDA can."""
+    if experiment.trainer.bf16 is not None:
+        return experiment.trainer.bf16
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()

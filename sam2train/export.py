@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from sam2train.build import as_trained, build_model, load_checkpoint
+from sam2train.checkpoint import as_trained, load_checkpoint
 from sam2train.clips import Prompt, empty_prompt
 from sam2train.errors import UserError
-from sam2train.experiment import Experiment
+from sam2train.experiment import Experiment, build_model
 from sam2train.files import replacing
 from sam2train.machine import say
 from sam2train.model import SAM2Model

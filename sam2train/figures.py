@@ -10,18 +10,16 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sam2train.ablation import (
-    JANDF,
     MASKMEM,
     POINTERS,
-    SPLITS,
+    SPLIT_NAMES,
     Question,
     differences,
     last_step,
@@ -31,7 +29,9 @@ from sam2train.ablation import (
 )
 from sam2train.errors import UserError
 from sam2train.files import replacing
+from sam2train.metrics import JANDF
 from sam2train.results import over_seeds
+from sam2train.score_figures import COLOURS, GREY, MARKERS, new_figure
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,41 +39,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours that are dark enough for a line on white, the most different ones first.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
-MARKERS = "osD^vPX"
-GREY = "#777777"
 FROZEN = "#c8c8c8"
 _HORIZON_METRICS = {  # metric -> labels of its axes
     "horizon/J": ("frames since the prompt, up to", "J"),
     "horizon/recall_after_absence": ("frames away, up to", "found again (J > 0.5)"),
 }
-
-_STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e4e4",
-    "legend.frameon": False,
-    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
-}
-
-
-@contextmanager
-def new_figure(
-    width: float, height: float, columns: int = 1, rows: int = 1, sharey: bool | str = "row"
-) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A new figure of so many inches with its axes, row by row, styled; not known to pyplot."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure, list(figure.subplots(rows, columns, sharey=sharey, squeeze=False).flat)
 
 
 def curves(
@@ -137,7 +107,7 @@ def ablation_scores(results: pd.DataFrame, question: Question, *, title: str = "
         for place, ((key, part), style) in enumerate(
             zip(series, _styles(len(series)), strict=True)
         ):
-            words = [SPLITS[key[0]]] * several
+            words = [SPLIT_NAMES[key[0]]] * several
             words += [_within_label(question.within, value) for value in key[1:]]
             label = ", ".join(words) or "last step"
             shift = 0.24 * (place - (len(series) - 1) / 2)

@@ -31,6 +31,7 @@ class SupervisedPass:
     iou_predictions: torch.Tensor  # (n, M) float32
     object_score_logits: torch.Tensor  # (n,) float32
     target: torch.Tensor  # (n, H, W) bool; all False where an object is absent
+    kept: torch.Tensor | None  # (n, 1, H, W) bool, the pixels that have a label; None: all have
     config: LossConfig
 
     @cached_property
@@ -45,14 +46,17 @@ class SupervisedPass:
 
     @cached_property
     def focal(self) -> torch.Tensor:
-        """(n, M) focal loss of each candidate, the mean over its pixels."""
+        """(n, M) focal loss of each candidate, the mean over its pixels that have a label."""
         alpha, gamma = self.config.focal_alpha, self.config.focal_gamma
-        return focal_loss(self.candidates, self.truth, alpha, gamma).mean((-2, -1))
+        losses = focal_loss(self.candidates, self.truth, alpha, gamma)
+        if self.kept is None:
+            return losses.mean((-2, -1))
+        return (losses * self.kept).sum((-2, -1)) / self.kept.sum((-2, -1)).clamp(min=1)
 
     @cached_property
     def dice(self) -> torch.Tensor:
         """(n, M) dice loss of each candidate."""
-        return dice_loss(self.candidates, self.truth)
+        return dice_loss(self.candidates, self.truth, self.kept)
 
     @cached_property
     def best(self) -> torch.Tensor:
@@ -77,7 +81,8 @@ def dice_term(decoded: SupervisedPass) -> torch.Tensor:
 
 
 def iou_term(decoded: SupervisedPass) -> torch.Tensor:
-    difference = decoded.iou_predictions - mask_iou(decoded.candidates, decoded.truth)
+    iou = mask_iou(decoded.candidates, decoded.truth, decoded.kept)
+    difference = decoded.iou_predictions - iou
     error = difference.abs() if decoded.config.iou_l1 else difference**2
     return decoded.reduce(error, mean=decoded.config.supervise_all_iou)
 
@@ -143,17 +148,33 @@ def focal_loss(
     return weight * cross_entropy * (1 - prob_of_target) ** gamma
 
 
-def dice_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """1 - (2 |P T| + 1) / (|P| + |T| + 1) over the last two axes: (..., H, W) -> (...)."""
-    prob = logits.sigmoid().flatten(-2)
-    targets = targets.flatten(-2)
+def dice_loss(
+    logits: torch.Tensor, targets: torch.Tensor, kept: torch.Tensor | None = None
+) -> torch.Tensor:
+    """1 - (2 |P T| + 1) / (|P| + |T| + 1) over the last two axes: (..., H, W) -> (...).
+
+    Args:
+        kept: (..., H, W) bool, the pixels that count; None counts all.
+    """
+    prob = logits.sigmoid()
+    if kept is not None:
+        prob, targets = prob * kept, targets * kept
+    prob, targets = prob.flatten(-2), targets.flatten(-2)
     overlap = (prob * targets).sum(-1)
     return 1 - (2 * overlap + 1) / (prob.sum(-1) + targets.sum(-1) + 1)
 
 
-def mask_iou(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """IoU of the masks above 0 over the last two axes; 0 where both are empty, as in SAM 2."""
+def mask_iou(
+    logits: torch.Tensor, targets: torch.Tensor, kept: torch.Tensor | None = None
+) -> torch.Tensor:
+    """IoU of the masks above 0 over the last two axes; 0 where both are empty, as in SAM 2.
+
+    Args:
+        kept: see `dice_loss`.
+    """
     prediction, truth = logits.flatten(-2) > 0, targets.flatten(-2) > 0
+    if kept is not None:
+        prediction, truth = prediction & kept.flatten(-2), truth & kept.flatten(-2)
     union = (prediction | truth).sum(-1)
     return (prediction & truth).sum(-1) / union.clamp(min=1)
 
@@ -163,6 +184,7 @@ def compute_losses(
     targets: torch.Tensor,
     config: LossConfig,
     valid: torch.Tensor | None = None,
+    ignore: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """The losses of one batch, see `divide_losses`, divided by the number of its objects.
 
@@ -170,13 +192,16 @@ def compute_losses(
         frames: for each of T frames the decoder passes on it.
         targets: (T, O, H, W) bool; all zeros where an object is absent.
         valid: (T, O) bool, False on padding frames; None where all are real.
+        ignore: (T, O, H, W) bool, pixels without a label: no term counts them, and the mean of the
+            focal loss is that of the others; None where all have one.
 
     Raises:
         ValueError: no object of the batch has a prompt.
     """
     if not any(frames):
         raise ValueError("no object of the batch has a prompt: there is nothing to learn from")
-    return divide_losses(sum_losses(frames, targets, config, valid), targets.shape[1], config)
+    sums = sum_losses(frames, targets, config, valid, ignore)
+    return divide_losses(sums, targets.shape[1], config)
 
 
 def sum_losses(
@@ -184,6 +209,7 @@ def sum_losses(
     targets: torch.Tensor,
     config: LossConfig,
     valid: torch.Tensor | None = None,
+    ignore: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Sums over frames, decoder passes and objects, () each: `loss/<name>` of each term, not
     weighted; `gate/visible` and `gate/gated`, how many; `gate/loss`, weighted. Zeros where no
@@ -197,7 +223,8 @@ def sum_losses(
         for prediction in passes:
             target = targets[frame_idx, prediction.objects]
             counted = None if valid is None else valid[frame_idx, prediction.objects]
-            for name, value in _sum_pass(prediction, target, counted, config).items():
+            left_out = None if ignore is None else ignore[frame_idx, prediction.objects]
+            for name, value in _sum_pass(prediction, target, counted, left_out, config).items():
                 sums[name] = sums[name] + value
     return sums
 
@@ -229,6 +256,7 @@ def _sum_pass(
     prediction: FramePrediction,
     target: torch.Tensor,
     counted: torch.Tensor | None,
+    ignore: torch.Tensor | None,
     config: LossConfig,
 ) -> dict[str, torch.Tensor]:
     """`sum_losses` of one decoder pass.
@@ -236,12 +264,14 @@ def _sum_pass(
     Args:
         target: (n, H, W) bool.
         counted: (n,) bool, False on padding; None where all count.
+        ignore: (n, H, W) bool, pixels without a label; None where all have one.
     """
     decoded = SupervisedPass(
         candidates=prediction.mask_logits.float(),
         iou_predictions=prediction.iou_predictions.float(),
         object_score_logits=prediction.object_score_logits[:, 0].float(),
         target=target,
+        kept=None if ignore is None else ~ignore[:, None],
         config=config,
     )
     if counted is None:

@@ -4,7 +4,8 @@ J is the Jaccard index of a frame, F the F-measure of the mask's outline with a 
 pixels (Perazzi et al., "A Benchmark Dataset and Evaluation Methodology for Video Object
 Segmentation", CVPR 2016). The values are those of the DAVIS 2017 evaluation code and of SAM 2's
 SA-V evaluator, which agree on a frame and differ in the frames they count: see `FramePolicy`.
-Letters are those of `clips`: T frames, H W pixels. There are no void pixels here.
+Letters are those of `clips`: T frames, H W pixels. Pixels that nobody labelled (void) are left out
+where `measure` is told of them.
 """
 
 import math
@@ -26,8 +27,14 @@ from sam2train.errors import UserError
 #                 included: for an evaluation that prompts each object on the frame it enters.
 FramePolicy = Literal["all", "davis", "sav", "after_prompt"]
 
+# Pixels that the annotators left undecided.
+#   ignore      left out of both masks, as VOST and the panoptic programs do.
+#   background  of no object, as the DAVIS program has it: predicting them costs.
+VoidRule = Literal["ignore", "background"]
+
 # Whose masks are scored, in the column `model` of the files.
 TRAINED, BASE, COPY = "trained", "base", "copy_first_mask"
+JANDF = "J&F"  # how people write `J_and_F`
 
 
 def jaccard(prediction: np.ndarray, ground_truth: np.ndarray) -> np.ndarray:
@@ -158,8 +165,20 @@ class Measures(NamedTuple):
         return Measures(*(values[frames] for values in self))
 
 
-def measure(prediction: np.ndarray, ground_truth: np.ndarray, tolerance: float = 0.008) -> Measures:
-    """The measures of (T, H, W) bool stacks; see `boundary_f` for the arguments and errors."""
+def measure(
+    prediction: np.ndarray,
+    ground_truth: np.ndarray,
+    tolerance: float = 0.008,
+    ignore: np.ndarray | None = None,
+) -> Measures:
+    """The measures of (T, H, W) bool stacks; see `boundary_f` for the other arguments and errors.
+
+    Args:
+        ignore: (T, H, W) bool, pixels that are left out of both masks; None leaves out none.
+    """
+    if ignore is not None:
+        _check(ignore, ground_truth)
+        prediction, ground_truth = prediction & ~ignore, ground_truth & ~ignore
     F = boundary_f(prediction, ground_truth, tolerance)
     return Measures(*_counts(prediction, ground_truth), F)
 

@@ -334,8 +334,13 @@ class SAM2Model(nn.Module):
             corrections = None
             if group.corrected:
                 truth = inputs.masks.to(self.device)[:, objects]  # (T, n, H, W)
+                void = inputs.ignore
+                void = None if void is None else void.to(self.device)[:, objects]
                 corrections = {
-                    t: interaction.correct(t, group.places, truth[t]) for t in group.corrected
+                    t: interaction.correct(
+                        t, group.places, truth[t], None if void is None else void[t]
+                    )
+                    for t in group.corrected
                 }
             for output in track_clip(
                 self._loaded(),

@@ -27,6 +27,7 @@ class TrackingInput:
     images: torch.Tensor  # (images, 3, H, W) float32
     image_index: torch.Tensor  # (T, O) int64: image of each object on each frame
     masks: torch.Tensor | None  # (T, O, H, W) bool
+    ignore: torch.Tensor | None  # (T, O, H, W) bool: pixels that no correction click may go to
     prompts: Sequence[Sequence[Prompt]]  # of each clip
     object_valid: torch.Tensor  # (B, N) bool with O true entries
     # Real frames of each clip. The padding after them is not tracked, and SAM 2's time code does
@@ -63,6 +64,7 @@ def read_datapoint(
         images=batch.flat_img_batch,
         image_index=batch.flat_obj_to_img_idx.long(),
         masks=batch.masks,
+        ignore=getattr(batch, "object_ignore", None),  # SAM 2's own class has none
         prompts=clip_prompts,
         object_valid=object_valid,
         lengths=[num_frames] * num_clips if frame_valid is None else frame_valid.sum(0).tolist(),
@@ -100,6 +102,7 @@ def read_tensors(
         images=images.flatten(0, 1),
         image_index=clip_idx * num_frames + frame_idx,
         masks=masks,
+        ignore=None,
         prompts=clip_prompts,
         object_valid=object_valid,
         lengths=[num_frames] * num_clips,

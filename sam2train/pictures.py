@@ -9,7 +9,6 @@ import colorsys
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,32 +40,6 @@ POSITIVE, NEGATIVE = (0, 190, 70), (225, 0, 30)
 
 MAX_SHEET = (1700, 2000)  # (H, W) px: a sheet on one screen, text still readable
 GUTTER, GAP, STRIP = 30, 6, 26  # px: row names at the left, space between cells, frame labels
-
-
-@dataclass(frozen=True, eq=False)
-class Overlay:
-    """One frame with its masks, to be judged by a person.
-
-    Raises ValueError for what W&B would show wrong without a word: it casts a float frame to
-    black, and stretches a mask of another size.
-    """
-
-    name: str
-    path: Path  # the composed PNG, on disk
-    frame: np.ndarray  # (H, W, 3) uint8
-    prediction: np.ndarray  # (H, W) object ids, 0..255, 0 is background
-    ground_truth: np.ndarray  # (H, W) as `prediction`
-    class_labels: Mapping[int, str]  # object id -> text
-
-    def __post_init__(self) -> None:
-        if self.frame.dtype != np.uint8 or self.frame.shape[2:] != (3,):
-            raise ValueError(f"frame is {self.frame.dtype} {self.frame.shape}, not uint8 (H, W, 3)")
-        for mask in (self.prediction, self.ground_truth):
-            if mask.shape != self.frame.shape[:2] or mask.min() < 0 or mask.max() > 255:
-                raise ValueError(
-                    f"mask of shape {mask.shape} with ids {mask.min()}..{mask.max()} on a frame of "
-                    f"{self.frame.shape[:2]}; W&B needs equal sizes and ids in 0..255"
-                )
 
 
 def colour(index: int) -> tuple[int, int, int]:
@@ -206,11 +179,34 @@ class PromptCanvas:
         return self.picture
 
 
-def draw_errors(frame: np.ndarray, prediction: Mapping, ground_truth: Mapping) -> np.ndarray:
+def hatch_ignored(picture: np.ndarray, ignore: np.ndarray | None) -> np.ndarray:
+    """A copy of the picture (H, W, 3) with the pixels (H, W) bool hatched that no loss and no score
+    counts; the picture itself where there are none.
+
+    Dark and light lines that rise to the right, where those of a mask prompt fall: they show on
+    every frame, and differ from prompts.
+    """
+    if ignore is None or not ignore.any():
+        return picture
+    picture = picture.copy()
+    rows, columns = np.indices(ignore.shape)
+    width = max(2, round(min(ignore.shape) / 60))  # px
+    phase = (columns - rows) % (3 * width)
+    _blend(picture, ignore & (phase < width), INK, 0.8)
+    _blend(picture, ignore & (phase >= width) & (phase < 2 * width), WHITE, 0.5)
+    return picture
+
+
+def draw_errors(
+    frame: np.ndarray,
+    prediction: Mapping,
+    ground_truth: Mapping,
+    ignore: np.ndarray | None = None,
+) -> np.ndarray:
     """The greyed frame with correct, false positive, missed and wrongly named pixels painted.
 
     Both mappings hold the same ids. A pixel claimed by one object and missed by another belongs to
-    the wrong object.
+    the wrong object. Pixels of `ignore` (H, W) bool are neither right nor wrong.
     """
     correct, extra, missed = np.zeros((3, *frame.shape[:2]), bool)
     for object_id, truth in ground_truth.items():
@@ -218,6 +214,8 @@ def draw_errors(frame: np.ndarray, prediction: Mapping, ground_truth: Mapping) -
         correct |= found & truth
         extra |= found & ~truth
         missed |= truth & ~found
+    if ignore is not None:
+        correct, extra, missed = (area & ~ignore for area in (correct, extra, missed))
     grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
     picture = cv2.cvtColor((grey * 0.5).astype(np.uint8), cv2.COLOR_GRAY2RGB)
     areas = (correct & ~extra & ~missed, extra & ~missed, missed & ~extra, missed & extra)
@@ -253,6 +251,7 @@ def comparison(
     max_frames: int = 8,
     cell_height: int = 240,
     names: Mapping[int, str] | None = None,
+    ignore: np.ndarray | None = None,
 ) -> np.ndarray:
     """A sheet, at most 2000 px wide: ground truth with prompts, prediction, errors; frame by frame.
 
@@ -266,6 +265,7 @@ def comparison(
         scores: T short texts, such as "J 0.83".
         cell_height: px, at most; cells shrink to fit the sheet, and wide ones wrap into bands.
         names: of the objects in the legend; their ids where None.
+        ignore: (T, H, W) bool, pixels that no score counts, hatched; None: there are none.
     """
     num_frames, height, width = frames.shape[:3]
     for masks in (prediction, ground_truth):
@@ -311,10 +311,13 @@ def comparison(
             {i: resize_mask_to_paint(m[i][t], cell) if i in m else absent for i in object_ids}
             for m in (ground_truth, prediction)
         )
+        void = None if ignore is None else resize_mask_to_paint(ignore[t], cell)
         rows = {
-            "ground truth": paint_prompts(draw_masks(image, truth), here, scale),
-            "prediction": draw_masks(image, found),
-            "errors": draw_errors(image, found, truth),
+            "ground truth": paint_prompts(
+                hatch_ignored(draw_masks(image, truth), void), here, scale
+            ),
+            "prediction": hatch_ignored(draw_masks(image, found), void),
+            "errors": hatch_ignored(draw_errors(image, found, truth, void), void),
         }
         for row, (name, picture) in enumerate(rows.items()):
             y = top + STRIP + row * (cell[0] + GAP)
@@ -346,7 +349,10 @@ def clip_sheet(
                 k + 1: resize_mask_to_paint(m.numpy(), cell) for k, m in enumerate(clip.masks[t])
             }
             here = [prompt for prompt in prompts if prompt["frame_index"] == t]
-            cells += [paint_prompts(draw_masks(image, masks), here, scale), _gap(cell_height)]
+            void = None if clip.ignore is None else clip.ignore[t].numpy()
+            void = None if void is None else resize_mask_to_paint(void, cell)
+            picture = hatch_ignored(draw_masks(image, masks), void)
+            cells += [paint_prompts(picture, here, scale), _gap(cell_height)]
         rows[title] = np.concatenate(cells[:-1], axis=1)
     return stacked(rows)
 

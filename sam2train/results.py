@@ -17,6 +17,7 @@ from sam2train.config_yaml import load_yaml
 from sam2train.errors import UserError
 from sam2train.files import read_json
 from sam2train.metrics import TRAINED
+from sam2train.run_folder import EVALUATIONS, RunFolder
 from sam2train.runlog_wandb import STEP_AXIS
 from sam2train.stats import (
     Interval,
@@ -43,19 +44,12 @@ _NOT_OF_THE_GROUP = {
 # A run that says it is running and wrote nothing for so long was killed. Seconds; a guess, raised
 # to three times the longest silence the run had before.
 QUIET = 1800
-EVALUATIONS = "evaluations"  # the folder beside runs that `--evaluate` writes to
 _ID_COLUMNS = ("video_id", "object_id")
 _SCORES = ("step", "split", "model", "video_id", "object_id", "J", "F", "J_and_F", "num_frames")
 _COUNTS = ("params/", "trainable/")
 _RUN_COLUMNS = ("group", "seed", "evaluation_seed", "step", "num_steps", "baseline", "last", "best")
 _RUN_COLUMNS += ("scored", "gain", "seconds", "written", "commit", "device")
 _WANDB_STATES = {"killed": "interrupted", "preempted": "interrupted", "preempting": "interrupted"}
-
-
-def is_run(folder: Path) -> bool:
-    """Whether this is a run folder: a config, and something that a started run wrote."""
-    names = ("summary.json", "metrics.jsonl", "environment.json")
-    return (folder / "config.yaml").is_file() and any((folder / n).is_file() for n in names)
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -70,7 +64,7 @@ def find_runs(folder: Path) -> list[Path]:
         raise UserError(f"{folder}: no such folder; runs are written below runs/")
     found = []
     for place, names, _ in os.walk(folder):
-        if is_run(Path(place)):
+        if RunFolder(Path(place)).is_run:
             found.append(Path(place))
             names.clear()
         names[:] = [name for name in names if not name.startswith(".") and name != EVALUATIONS]
@@ -120,7 +114,7 @@ def load_metrics(run: Path) -> pd.DataFrame:
     Raises:
         UserError: no such file, or a line in it that is not JSON.
     """
-    path = Path(run) / "metrics.jsonl"
+    path = RunFolder(Path(run)).metrics
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a run folder")
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -151,7 +145,7 @@ def load_scores(run: Path, model: str = TRAINED) -> pd.DataFrame:
     Raises:
         UserError: no such file, or columns missing.
     """
-    path = Path(run) / "scores.csv"
+    path = RunFolder(Path(run)).scores
     if not path.is_file():
         raise UserError(f"{path}: no such file; a run with validation videos writes it")
     scores = read_csv(path, _SCORES)
@@ -241,7 +235,7 @@ def load_curves(runs: pd.DataFrame, key: str = "val/J_and_F", api: Any = None) -
             continue
         if row.source == "wandb":
             metrics = _wandb_metrics((api or _wandb_api()).run(row.path), key)
-        elif not (Path(row.path) / "metrics.jsonl").is_file():
+        elif not RunFolder(Path(row.path)).metrics.is_file():
             continue  # it has not come that far
         else:
             metrics = load_metrics(row.path)
@@ -360,7 +354,7 @@ def overlay_files(run: Path) -> pd.DataFrame:
     import pandas as pd
 
     rows = []
-    for path in (Path(run) / "overlays").glob("step_*.png"):
+    for path in RunFolder(Path(run)).overlays.glob("step_*.png"):
         _, step, video = path.stem.split("_", 2)
         rows.append({"step": int(step), "video": video, "path": str(path)})
     return pd.DataFrame(rows, columns=["step", "video", "path"]).sort_values(["video", "step"])
@@ -398,7 +392,7 @@ def over_seeds(frame: pd.DataFrame, by: Sequence[str], value: str = "last") -> p
 
 
 def _read_run(path: Path) -> dict[str, Any]:
-    parent = path.resolve().parent
+    folder, parent = RunFolder(path), path.resolve().parent
     swept = (parent / "results.csv").is_file() or parent.parent.name == "sweeps"
     row: dict[str, Any] = {
         "source": "disk",
@@ -410,24 +404,18 @@ def _read_run(path: Path) -> dict[str, Any]:
         "problem": None,
     }
     try:
-        config = flatten(load_yaml(path / "config.yaml"))
+        config = flatten(load_yaml(folder.config))
         expected = "expected the JSON that the run wrote"
-        summary = read_json(path / "summary.json", expected, optional=True)
-        code = read_json(path / "environment.json", expected, optional=True)
-        has_metrics = (path / "metrics.jsonl").is_file()
+        summary = read_json(folder.summary, expected, optional=True)
+        code = read_json(folder.environment, expected, optional=True)
+        has_metrics = folder.metrics.is_file()
         metrics = load_metrics(path) if has_metrics else _by_step([])
     except UserError as error:
         return {**row, "problem": str(error)}
     row |= _numbers(config, summary, metrics)
-    names = (
-        "config.yaml",
-        "metrics.jsonl",
-        "summary.json",
-        "checkpoints",
-        "overlays",
-        "scores.csv",
-    )
-    written = max((path / name).stat().st_mtime for name in names if (path / name).exists())
+    places = (folder.config, folder.metrics, folder.summary, folder.scores)
+    places += (folder.checkpoints, folder.overlays)
+    written = max(place.stat().st_mtime for place in places if place.exists())
     row["status"] = summary.get("status", "running")
     if row["status"] == "running":
         stamps = metrics["seconds"].dropna() if "seconds" in metrics else ()

@@ -19,8 +19,7 @@ from rich.table import Table
 
 from sam2train.errors import UserError
 from sam2train.files import naming, printable, read_json, write_text
-from sam2train.machine import say
-from sam2train.pictures import Overlay
+from sam2train.machine import describe_environment, say
 from sam2train.run_folder import RunFolder
 from sam2train.runlog_wandb import (
     STEP_AXIS,
@@ -32,6 +31,8 @@ from sam2train.runlog_wandb import (
 
 if TYPE_CHECKING:
     import torch
+
+    from sam2train.video_pictures import Overlay
 
 
 class RunLog:
@@ -151,6 +152,11 @@ class RunLog:
         self._write(step, scalars)
         self._mark = time.perf_counter()
 
+    def environment(self, device: "torch.device") -> None:
+        """Write what the run computes with: code, versions, machine."""
+        text = json.dumps(describe_environment(device), indent=2)
+        write_text(self.folder.environment, text + "\n")
+
     def parameters(self, report: Mapping[str, tuple[int, int]]) -> None:
         """Show and summarise module -> (trainable, total) parameters.
 
@@ -163,7 +169,7 @@ class RunLog:
         learning = {f"trainable/{module}": count for module, (count, _) in report.items()}
         self.summary({"params/total": total, "params/trainable": trainable, **sizes, **learning})
 
-    def overlays(self, step: int, pictures: Sequence[Overlay]) -> None:
+    def overlays(self, step: int, pictures: "Sequence[Overlay]") -> None:
         """Send each picture to W&B twice: as composed, and as a frame whose masks can be toggled.
 
         W&B's terminal view shows no toggled masks, hence the composed one.

@@ -2,23 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sam2train.figures import COLOURS, GREY, JANDF, MARKERS, new_figure
-from sam2train.horizon import (
+from sam2train.metrics import JANDF
+from sam2train.scores import (
     ABSENCE_RECALL,
     FALSE_ABSENCES,
     area_under_roc,
-    object_scores,
+    presence_scores,
     roc,
 )
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+# Okabe and Ito's colours that are dark enough for a line on white, the most different ones first.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
+MARKERS = "osD^vPX"
+GREY = "#777777"
+
+_STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "legend.frameon": False,
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+}
+
+
+@contextmanager
+def new_figure(
+    width: float, height: float, columns: int = 1, rows: int = 1, sharey: bool | str = "row"
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A new figure of so many inches with its axes, row by row, styled; not known to pyplot."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, list(figure.subplots(rows, columns, sharey=sharey, squeeze=False).flat)
 
 
 def matrix_figure(
@@ -74,7 +107,7 @@ def horizon_figure(
                 _draw_bins(
                     axes, [r for r in rows if r["metric"] == f"horizon/{metric}"], label, style
                 )
-            present, absent = object_scores(frames[label])
+            present, absent = presence_scores(frames[label])
             if present and absent:
                 false, true = roc(present, absent)
                 colour = style["color"]

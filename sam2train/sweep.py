@@ -25,11 +25,13 @@ from rich.live import Live
 from rich.table import Table
 
 from sam2train.config import build, flatten
+from sam2train.datasets import data_paths
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment
 from sam2train.files import file_name, write_text
 from sam2train.machine import cell, say
 from sam2train.results import compare_groups
+from sam2train.run_folder import RUNS
 from sam2train.sweep_file import Sweep, check_values, grid, in_grid, load_sweep, show_value
 from sam2train.sweep_search import examples, trials_to_stop
 from sam2train.sweep_trials import (
@@ -86,7 +88,7 @@ def run_sweep(
         UserError: what is wrong with the sweep, or with going on in this folder.
     """
     sweep = load_sweep(path, extra)
-    folder = folder or Path("runs/sweeps") / file_name(sweep.name)
+    folder = folder or RUNS / "sweeps" / file_name(sweep.name)
     return _LocalSweep(sweep, folder, count, jobs, console or Console()).run()
 
 
@@ -107,7 +109,8 @@ class _LocalSweep:
             )
         self.total = min(limits)
         sections = [experiment.dataset for experiment in experiments]
-        paths = [p for d in sections for p in (d.data_path, d.val_path, d.test_path) if p]
+        named = [path for d in sections for path in (d.data_path, d.val_path, d.test_path)]
+        paths = [part for path in named for part in data_paths(path)]
         self._data = dict.fromkeys(paths)
         self._base = experiments[0].model_dump(mode="json")
         self.sweep_id = os.environ.get("WANDB_SWEEP_ID")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,49 +21,35 @@ from sam2train.audit import (
     rows_left,
 )
 from sam2train.bad_batch import save_bad_batch
-from sam2train.build import base_hash, build_model, uses_bf16
 from sam2train.clips import BatchedVideoDatapoint
 from sam2train.config import to_yaml
 from sam2train.config_yaml import read_yaml
 from sam2train.corrections import SimulatedUser
 from sam2train.data_loader import load_batches
-from sam2train.datasets import ClipSampler, build_dataset
+from sam2train.data_report import shared_video_warnings
+from sam2train.datasets import build_dataset
 from sam2train.errors import UserError
-from sam2train.evaluate import (
-    OnFrame,
-    OnVideo,
-    SeenFrame,
-    Track,
-    Videos,
-    copy_first_mask,
-    track_video,
-)
-from sam2train.experiment import Experiment, as_begun
+from sam2train.eval_checkpoint import COPIED, Contender, score_beside, score_contender
+from sam2train.evaluate import OnFrame, SeenFrame, track_video
+from sam2train.experiment import Experiment, as_begun, base_hash, build_model, uses_bf16
 from sam2train.files import sweep_partials, write_text
-from sam2train.horizon import numbers
 from sam2train.losses import divide_losses, sum_losses
-from sam2train.machine import (
-    Interrupted,
-    StopRequests,
-    describe_environment,
-    say,
-)
+from sam2train.machine import Interrupted, StopRequests, say
 from sam2train.metrics import BASE, COPY, TRAINED
 from sam2train.optimizer import build_optimizer, set_learning_rates
 from sam2train.run_folder import RunFolder
 from sam2train.runlog import RunLog
-from sam2train.scoring import (
+from sam2train.scores import (
     HORIZON_COLUMNS,
     LABELS,
     SCORE_COLUMNS,
     RowsFile,
     Scores,
+    numbers,
     read_scores,
-    score,
     scores_table,
-    shared_video_warnings,
 )
-from sam2train.video_overlays import OverlayDrawer
+from sam2train.video_pictures import OverlayDrawer
 
 
 def _load_to_resume(path: Path, say: Callable[[str], None]) -> tuple[dict[str, Any], Path]:
@@ -125,6 +109,12 @@ class Trainer:
         self.train_data = build_dataset(*sections, data, training=True, say=warn)
         self.val_data = val and build_dataset(*sections, val, training=False, say=warn)
         self.test_data = test and build_dataset(*sections, test, training=False, say=warn)
+        splits = {"train": self.train_data, "val": self.val_data, "test": self.test_data}
+        self.splits = {name: part for name, part in splits.items() if part}
+        self.fingerprints = {name: part.fingerprint for name, part in self.splits.items()}
+        # Checkpoints from before this key have none.
+        before = content.get("data", {}) if content else {}
+        self.changed_data = [n for n, value in before.items() if self.fingerprints.get(n) != value]
         self.model = build_model(experiment)
         torch.manual_seed(self.config.seed)  # of dropout and dropped paths
         self.device = self.model.device
@@ -176,15 +166,21 @@ class Trainer:
             runlog.parameters(self.model.parameter_report())
             for text in row_warnings(self.model, self.experiment):
                 runlog.say(f"warning: {text}")
-            splits = {"train": self.train_data, "val": self.val_data, "test": self.test_data}
-            warnings = shared_video_warnings({name: data for name, data in splits.items() if data})
+            warnings = shared_video_warnings(self.splits)
+            if self.changed_data:
+                warnings.append(
+                    f"the {' and '.join(self.changed_data)} data changed since this run saved: its "
+                    "scores before and after are not of the same data"
+                )
             for warning in warnings:
                 runlog.say(f"warning: {warning}")
             runlog.summary(
                 {
                     "status": "running",
                     "steps": self.step,
+                    "data": self.fingerprints,
                     "frame_policy": self.experiment.evaluation.frame_policy,
+                    "void": self.experiment.evaluation.void,
                     "evaluation_seed": self.experiment.prompts_seed,
                     "warnings": warnings,
                 }
@@ -234,20 +230,12 @@ class Trainer:
 
     def batches(self) -> Iterator[BatchedVideoDatapoint]:
         """The batches of the steps to come: without end, in an order that the seed gives."""
-        config = self.experiment.dataset
-        sampler = ClipSampler(
-            len(self.train_data),
-            shuffle=config.shuffle,
-            seed=self.experiment.clips_seed,
-            start=self.num_clips,
-        )
         return load_batches(
             self.train_data,
-            sampler,
-            batch_size=config.batch_size,
-            num_workers=config.num_workers,
+            self.experiment.dataset,
+            self.experiment.clips_seed,
+            start=self.num_clips,
             pin_memory=self.device.type == "cuda",
-            seed=self.experiment.clips_seed,
             say=self.runlog.say,
         )
 
@@ -280,7 +268,11 @@ class Trainer:
             # Outside autocast, on float32 logits: dice sums up to 10^6 pixels of an object, and
             # bfloat16 carries 8 significant bits.
             of_batch = sum_losses(
-                outputs["frames"], batch.masks, self.experiment.loss, batch.object_frame_valid
+                outputs["frames"],
+                batch.masks,
+                self.experiment.loss,
+                batch.object_frame_valid,
+                batch.object_ignore,
             )
             loss = divide_losses(of_batch, num_objects, self.experiment.loss)["loss"]
             if loss.requires_grad:  # else nothing that is trained was read
@@ -366,20 +358,21 @@ class Trainer:
             f"step_{self.step:06d}",
             self.experiment.evaluation.num_overlays,
         )
-        track = partial(track_video, self.model, bf16=self.bf16)
-        scores = self._score(
-            track,
+        scores = score_contender(
+            self._contender(TRAINED, self.step),
             self.val_data,
+            self.experiment,
             "val",
-            TRAINED,
-            self.step,
-            on_frame=drawer.see_frame,
+            on_frame=self._heed_signal(drawer.see_frame),
             on_video=drawer.see_video,
         )
         # Before anything is written: a signal in here leaves the step without a score.
         copied = None
         if not self.baseline:
-            copied = self._score(copy_first_mask, self.val_data, "val", COPY, 0)
+            heed = self._heed_signal()
+            copied = score_contender(COPIED, self.val_data, self.experiment, "val", on_frame=heed)
+        for found in filter(None, (scores, copied)):
+            self._keep(found)
         self.latest, self.scored = scores.means, self.step
         values = {f"val/{name}": value for name, value in self.latest.items()}
         self.runlog.record(self.step, values | numbers(scores.horizon))
@@ -408,12 +401,21 @@ class Trainer:
             file.rows = [row for row in file.rows if row["split"] != "test"]
         path = self.folder.best if self.val_data else self.folder.last
         content = checkpoint.load(path)
-        step, track = content["step"], partial(track_video, self.model, bf16=self.bf16)
-        with self._weights(content["model"]):
-            scores = self._score(track, self.test_data, "test", TRAINED, step)
-        with self._weights(self.base_weights):
-            base = self._score(track, self.test_data, "test", BASE, 0)
-        copied = self._score(copy_first_mask, self.test_data, "test", COPY, 0)
+        step = content["step"]
+        contenders = [
+            self._contender(TRAINED, step, content["model"]),
+            self._contender(BASE, 0, self.base_weights),
+        ]
+        scores, base, copied = map(
+            self._keep,
+            score_beside(
+                contenders,
+                self.test_data,
+                self.experiment,
+                "test",
+                lambda contender: {"on_frame": self._heed_signal()},
+            ),
+        )
         values = scores.means | numbers(scores.horizon)
         values = {f"test/{name}": value for name, value in values.items()}
         self.runlog.summary(
@@ -426,43 +428,17 @@ class Trainer:
         )
         self._show_scores("test", step, (BASE, 0), (COPY, 0))
 
-    def _score(
-        self,
-        track: Track,
-        data: Videos,
-        split: str,
-        model: str,
-        step: int,
-        *,
-        on_frame: OnFrame | None = None,
-        on_video: OnVideo | None = None,
-    ) -> Scores:
-        """Score and keep the rows, the curves of models only: the copy has no memory.
+    def _contender(
+        self, key: str, step: int, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> Contender:
+        track = partial(track_video, self.model, bf16=self.bf16)
+        label = LABELS.get(key, f"step {step}")
+        return Contender(key, label, step, track, self.model, weights)
 
-        Raises:
-            Interrupted: between two frames, where a signal asked for it; all is saved by then.
-        """
-
-        def heed(index: int, seen: SeenFrame) -> None:
-            if self.stop.received is not None:
-                raise self.stop.interrupted()
-            if on_frame is not None:
-                on_frame(index, seen)
-
-        scores = score(
-            track,
-            data,
-            self.experiment.evaluation,
-            split=split,
-            model=model,
-            step=step,
-            seed=self.experiment.prompts_seed,
-            label=LABELS.get(model, f"step {step}"),
-            on_frame=heed,
-            on_video=on_video,
-        )
+    def _keep(self, scores: Scores) -> Scores:
+        """Write the rows, the curves of models only: the copy has no memory."""
         self.score_rows.add(scores.objects)
-        if model != COPY:
+        if scores.model != COPY:
             self.horizon_rows.add(scores.horizon)
         return scores
 
@@ -485,15 +461,17 @@ class Trainer:
         policy = self.experiment.evaluation.frame_policy
         self.runlog.console.print(scores_table(f"{split} videos, frames: {policy}", rows))
 
-    @contextmanager
-    def _weights(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Other values of the trained parameters, for a while."""
-        kept = {name: p.detach().clone() for name, p in self.parameters.items()}
-        try:
-            self.model.sam2.load_state_dict({n: weights[n] for n in kept}, strict=False)
-            yield
-        finally:
-            self.model.sam2.load_state_dict(kept, strict=False)
+    def _heed_signal(self, on_frame: OnFrame | None = None) -> OnFrame:
+        """Sees frames for `on_frame`, and raises Interrupted between two of them where a signal
+        asks for it; all is saved by now."""
+
+        def heed(index: int, seen: SeenFrame) -> None:
+            if self.stop.received is not None:
+                raise self.stop.interrupted()
+            if on_frame is not None:
+                on_frame(index, seen)
+
+        return heed
 
     # -- what is kept ---------------------------------------------------------------------------
 
@@ -537,6 +515,7 @@ class Trainer:
                 "scored": self.scored,
                 "window": self.runlog.state_dict(),
                 "run_id": self.run_id,
+                "data": self.fingerprints,
                 "audited": self.audited,
                 # best.pt is for use, last.pt for going on.
                 "optimizer": self.optimizer.state_dict() if path == self.folder.last else None,
@@ -573,8 +552,7 @@ class Trainer:
 
     def _write_run_files(self) -> None:
         write_text(self.folder.config, self.settings)
-        environment = json.dumps(describe_environment(self.device), indent=2)
-        write_text(self.folder.environment, environment + "\n")
+        self.runlog.environment(self.device)
 
     def _summarise(self, status: str) -> None:
         values = {f"val/{name}": self.latest[name] for name in ("J", "F", "J_and_F") if self.latest}

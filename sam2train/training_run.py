@@ -23,7 +23,7 @@ from sam2train.run_folder import RunFolder
 from sam2train.trainer import Trainer
 
 # What a resumed run may change: these move no result, or say only how far the run goes.
-_FREE = (
+_MAY_CHANGE = (
     "dataset.mask_cache_mb",
     "dataset.num_workers",
     "evaluation.num_overlays",
@@ -176,7 +176,7 @@ def check_same_experiment(experiment: Experiment, run_dir: Path) -> Experiment:
         f"{key}: {before.get(key)!r} in the run, {now.get(key)!r} now"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
-        and key not in _FREE
+        and key not in _MAY_CHANGE
         and not key.endswith("_every")
         and not key.startswith("tracking.")
     ]

@@ -319,7 +319,7 @@ def test_values_arrive_typed(files):
         save_masks=Path("m"),
     )
     words = ["sweep.yaml", "--count", "3", "--run-dir", "x"]
-    assert cli.parse(words) == commands.Sweep(
+    assert cli.parse(words) == commands.RunSweep(
         path=Path("sweep.yaml"), count=3, jobs=1, run_dir=Path("x")
     )
     assert cli.parse(["--runs"]) == commands.Runs(folder=Path("runs"))

@@ -14,13 +14,14 @@ from conftest import (
     fails,
     load,
     make_coco,
+    make_frames,
     moving_masks,
     same,
     to_pixels,
 )
 from PIL import Image
 
-from sam2train import data_coco, data_source
+from sam2train import data_coco_files, data_source
 from sam2train.clips import is_empty
 from sam2train.data_coco import CocoVideos
 from sam2train.errors import UserError
@@ -183,6 +184,316 @@ def test_an_annotation_needs_no_id_of_its_own(coco, value):
     assert "annotation at position 1 (image 1): segmentation: " in fails(edit(coco, spoil))
 
 
+def notes(path, **options):
+    return load(path, **options).source.notes
+
+
+@pytest.mark.parametrize("name", ["track_id", "Track ID", "trackId", "track", "tracking-id"])
+@pytest.mark.parametrize("none", ["missing", None, -1, -1.0, "-1"])
+def test_a_track_id_among_the_attributes_is_read_and_told(coco, name, none):
+    def move(content):
+        for annotation in content["annotations"]:
+            track = annotation.pop("track_id")
+            if none != "missing":
+                annotation["track_id"] = none
+            annotation["attributes"] = {"occluded": False, name: track - 1, "object": "a b"}
+
+    dataset = load(edit(coco, move))
+    assert dataset.videos[0].object_ids == [0, 1]
+    assert dataset.source.notes == [f"object identity from attributes.{name}"]
+
+
+def test_a_check_box_is_no_id(coco):
+    def add(content):
+        for annotation in content["annotations"]:
+            annotation["attributes"] = {"track": True, "object_id": annotation.pop("track_id")}
+
+    assert notes(edit(coco, add)) == ["object identity from attributes.object_id"]
+
+
+def test_ids_that_start_anew_in_each_category(coco):
+    """The first object is person 1 and then gone, the second is car 1 and comes later."""
+
+    def restart(content):
+        content["categories"] = [{"id": 1, "name": "person"}, {"id": 2, "name": "car"}]
+        content["annotations"] = [
+            annotation | {"track_id": 1, "category_id": annotation["track_id"]}
+            for annotation in content["annotations"]
+            if (annotation["track_id"] == 1) == (annotation["image_id"] <= 3)
+        ]
+
+    dataset = load(edit(coco, restart))
+    assert dataset.videos[0].object_ids == ["person 1", "car 1"]
+    truth = moving_masks(6, 2, SIZE)
+    for object_id, k, frames in (("person 1", 0, range(3)), ("car 1", 1, range(3, 6))):
+        for t in range(6):
+            mask = dataset.read_mask(dataset.videos[0], t, object_id)
+            np.testing.assert_array_equal(mask, truth[t, k] * (t in frames))
+    (note,) = dataset.source.notes
+    assert "track_id 1 has several categories, so ids are unique within a category" in note
+
+
+def test_two_categories_with_one_id_on_one_frame(coco):
+    def restart(content):
+        for annotation in content["annotations"]:
+            annotation |= {"track_id": 1, "category_id": annotation["track_id"]}
+
+    assert identities(edit(coco, restart)) == ["thing 1", "2 1"]
+
+
+def test_a_category_that_changes_in_place_is_one_object(coco):
+    def relabel(content):
+        content["annotations"][4]["category_id"] = 2
+
+    dataset = load(edit(coco, relabel))
+    assert dataset.videos[0].object_ids == [1, 2]
+    assert dataset.source.notes == ["video 1: track_id 1 changes its category in place: one object"]
+
+
+def test_the_category_as_identity_is_told(coco):
+    def drop(content):
+        for annotation in content["annotations"]:
+            annotation["category_id"] = annotation.pop("track_id") + 20
+
+    (note,) = notes(edit(coco, drop))
+    assert note.startswith("object identity from category_id, as there is no `track_id`")
+
+
+@pytest.mark.parametrize("track_id", ["missing", -1, None])
+def test_a_category_that_leaps_is_no_object(coco, track_id):
+    """One object on the first frames, another one far from it on the others."""
+
+    def leap(content):
+        corner = np.zeros((2, *SIZE), bool)
+        corner[0, :12, :12] = corner[1, -12:, -12:] = True
+        content["annotations"] = content["annotations"][::2]
+        for annotation in content["annotations"]:
+            annotation["segmentation"] = encode(corner[int(annotation["image_id"] > 3)])
+            del annotation["track_id"]
+            if track_id != "missing":
+                annotation["track_id"] = track_id
+
+    message = fails(edit(coco, leap))
+    assert "video 1: 'thing' leaps from (0, 0) on image 3 to (52, 36) on image 4" in message
+    assert "give each object its own `track_id`" in message
+
+
+def test_a_fast_object_and_one_that_returns_do_not_leap(coco):
+    def move(content):
+        masks = np.zeros((6, *SIZE), bool)
+        for t in range(6):
+            masks[t, 4:8, 11 * t : 11 * t + 4] = True
+        content["annotations"] = [
+            annotation | {"segmentation": encode(masks[annotation["image_id"] - 1])}
+            for annotation in content["annotations"][::2]
+            if annotation["image_id"] not in (3, 4)
+        ]
+        for annotation in content["annotations"]:
+            del annotation["track_id"]
+
+    assert load(edit(coco, move)).videos[0].object_ids == [1]
+
+
+@pytest.mark.parametrize("setting", ["unite", "error"])
+def test_several_annotations_of_one_object_on_one_frame(coco, setting):
+    """The parts of an object behind a post: its mask is their union."""
+    truth = moving_masks(6, 2, SIZE)
+
+    def part(content):
+        halves = []
+        for annotation in content["annotations"]:
+            if annotation["track_id"] == 2:
+                continue
+            mask = truth[annotation["image_id"] - 1, 0]
+            left = np.flatnonzero(mask.any(axis=0))[0]
+            for columns in (slice(left, left + 6), slice(left + 8, None)):
+                half = np.zeros(SIZE, bool)
+                half[:, columns] = mask[:, columns]
+                halves.append(annotation | {"segmentation": encode(half), "id": len(halves) + 100})
+        content["annotations"] = halves
+
+    path = edit(coco, part)
+    if setting == "error":
+        message = fails(path, same_object_twice="error")
+        assert "6 problems" in message
+        assert "annotations 100 and 101 (image 1) are the same object (track_id 1)" in message
+        assert "dataset.same_object_twice: unite" in message
+        return
+    dataset = load(path, same_object_twice="unite")
+    assert len(dataset.warnings) == 1
+    assert "object 1 on image 1, object 1 on image 2" in dataset.warnings[0]
+    assert "united; dataset.same_object_twice: error refuses them" in dataset.warnings[0]
+    for t in range(6):
+        expected = truth[t, 0].copy()
+        left = np.flatnonzero(expected.any(axis=0))[0]
+        expected[:, left + 6 : left + 8] = False
+        assert dataset.videos[0].frames[t].annotations[1].area == expected.sum()
+        np.testing.assert_array_equal(dataset.read_mask(dataset.videos[0], t, 1), expected)
+
+
+# Frames that nobody looked at
+
+
+def label(path, frames, key=None, listed=None, value=bool):
+    """Only these frames keep their annotations; `key` says so of each image, or of those listed."""
+
+    def change(content):
+        places = {image["id"]: image["order_in_video"] for image in content["images"]}
+        content["annotations"] = [
+            annotation
+            for annotation in content["annotations"]
+            if places[annotation["image_id"]] in frames
+        ]
+        for image in content["images"]:
+            if key is not None:
+                image[key] = value(image["order_in_video"] in (listed or frames))
+
+    return edit(path, change)
+
+
+@pytest.mark.parametrize("key", ["is_annotated", "is_labelled", "is_vid_train_frame"])
+@pytest.mark.parametrize("value", [bool, int, str])
+def test_the_file_says_which_frames_are_labelled(coco, key, value):
+    dataset = load(label(coco, [0, 4], key, value=value))
+    assert dataset.videos[0].labelled == [0, 4]
+    assert len(dataset.videos[0].frames) == 6
+    assert dataset.source.notes == [f"video 1: 6 frames listed, 2 labelled (`{key}`)"]
+    assert {t for k in range(9) for t in dataset[k, 0].frame_indices} == {0, 4}
+    plain = load(coco, unlabelled_frames="absent")
+    assert plain.videos[0].labelled == list(range(6))
+    assert plain.source.notes == []
+
+
+def test_a_labelled_frame_without_an_object_stays_labelled(coco):
+    dataset = load(label(coco, [0, 4], "is_annotated", [0, 2, 4]))
+    assert dataset.videos[0].labelled == [0, 2, 4]
+
+
+def test_annotations_on_unlabelled_frames_are_left_out_and_told(coco):
+    dataset = load(label(coco, range(6), "is_annotated", [0, 4]))
+    assert dataset.videos[0].labelled == [0, 4]
+    assert not dataset.videos[0].frames[1].annotations
+    assert "8 annotations are on frames that the file calls unlabelled" in dataset.warnings[0]
+
+
+def test_a_key_that_is_false_everywhere_says_nothing(coco):
+    dataset = load(label(coco, range(6), "is_vid_train_frame", [9]))
+    assert dataset.videos[0].labelled == list(range(6))
+    assert "`is_vid_train_frame` is true on no frame" in dataset.source.notes[0]
+
+
+def test_a_key_that_is_neither_true_nor_false(coco):
+    message = fails(label(coco, range(6), "is_annotated", value=lambda is_labelled: "perhaps"))
+    assert "image 1: `is_annotated` is 'perhaps'; expected true or false" in message
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "annotated", "expected"),
+    [
+        (8, [0, 4], [0, 4]),
+        (8, [0, 2, 4, 6], [0, 2, 4, 6]),
+        (9, [2, 5, 8], [2, 5, 8]),
+        (12, [0, 2, 6, 8], [0, 2, 4, 6, 8, 10]),  # the objects leave and return
+        (8, [0, 3, 4], None),
+        (8, [0, 1, 2, 3], None),
+        (8, [4, 5, 6, 7], None),
+        (8, [0, 7], None),
+        (8, [3], None),
+    ],
+)
+def test_regular_gaps_are_taken_for_unlabelled(tmp_path, num_frames, annotated, expected):
+    path = label(make_coco(tmp_path, num_frames=num_frames), annotated)
+    dataset = load(path)
+    note = dataset.source.notes[0]
+    assert dataset.videos[0].labelled == (expected or list(range(num_frames)))
+    if expected:
+        assert f"{num_frames} frames listed, {len(expected)} labelled (every " in note
+    else:
+        gaps = num_frames - len(annotated)
+        assert note.startswith(f"video 1: {gaps} frames without any annotation count as frames")
+    assert "dataset.unlabelled_frames: " in note
+    assert load(path, unlabelled_frames="absent").videos[0].labelled == list(range(num_frames))
+    ignored = load(path, unlabelled_frames="ignore")
+    assert ignored.videos[0].labelled == annotated
+    assert f"{len(annotated)} labelled" in ignored.source.notes[0]
+
+
+def test_a_short_video_has_the_distance_of_the_others(tmp_path):
+    path = make_coco(tmp_path, num_videos=2, num_frames=8)
+
+    def change(content):
+        content["images"] = [i for i in content["images"] if i["id"] <= 8 + 5]
+        content["annotations"] = [
+            a for a in content["annotations"] if a["image_id"] in (1, 5, 9, 13)
+        ]
+
+    assert [video.labelled for video in load(edit(path, change)).videos] == [[0, 4], [0, 4]]
+
+
+def test_one_of_two_objects_that_leaves_in_step_is_absent(coco):
+    def leave(content):
+        content["annotations"] = [
+            a for a in content["annotations"] if a["track_id"] == 1 or a["image_id"] % 2
+        ]
+
+    dataset = load(edit(coco, leave))
+    assert dataset.videos[0].labelled == list(range(6))
+    assert dataset.source.notes == []
+
+
+# Images without videos
+
+
+def test_image_coco_is_read_as_videos_of_one_frame(coco):
+    def strip(content):
+        for image in content["images"]:
+            del image["video_id"], image["order_in_video"]
+        for annotation in content["annotations"]:
+            del annotation["track_id"]
+
+    dataset = load(edit(coco, strip))
+    assert [len(video.frames) for video in dataset.videos] == [1] * 6
+    assert [len(video.object_ids) for video in dataset.videos] == [2] * 6
+    assert "image COCO, read as videos of one frame" in dataset.source.notes[0]
+    assert dataset[0].frame_valid.tolist() == [True, False, False, False]
+
+
+def test_an_export_of_frames_with_track_ids_has_a_video_in_each_folder(tmp_path):
+    path = make_coco(tmp_path, num_videos=2, num_frames=12)
+
+    def strip(content):
+        for image in content["images"]:
+            del image["video_id"], image["order_in_video"]
+
+    dataset = load(edit(path, strip))
+    assert [video.video_id for video in dataset.videos] == ["video_001", "video_002"]
+    assert names(dataset) == [f"frame_{t:03d}.png" for t in range(12)]
+    assert dataset.source.notes == [
+        "no image has a `video_id`, but objects are on several images by their ids: each folder of "
+        "images is a video (2)",
+        "order of frames from the file names",
+    ]
+
+
+@pytest.mark.parametrize("change", ["order", "names"])
+def test_frames_without_videos_that_could_be_of_several_are_refused(coco, change):
+    (coco.parent / "video_001/frame_005.png").rename(coco.parent / "video_001/other_000.png")
+
+    def strip(content):
+        for image in content["images"]:
+            del image["video_id"]
+            if change == "names":
+                del image["order_in_video"]
+        content["images"][5]["path"] = "video_001/other_000.png"
+        if change == "order":
+            content["images"].pop()
+            content["annotations"] = content["annotations"][:10]
+
+    message = fails(edit(coco, strip))
+    assert "1 problem\n" in message
+    assert "add `video_id` to each image" in message
+
+
 # Order
 
 
@@ -264,6 +575,38 @@ def test_cocovid_calls_the_order_frame_id(coco):
             image["frame_id"] = image.pop("order_in_video")
 
     assert names(load(edit(coco, rename))) == [f"frame_{t:03d}.png" for t in range(6)]
+
+
+@pytest.mark.parametrize("key", ["frame_id", "frame_index", "frame_number"])
+def test_the_order_has_several_names_and_the_choice_is_told(coco, key):
+    def rename(content):
+        for image in content["images"]:
+            image[key] = 300 - 30 * image.pop("order_in_video")
+
+    dataset = load(edit(coco, rename))
+    assert names(dataset) == [f"frame_{t:03d}.png" for t in reversed(range(6))]
+    assert dataset.source.notes == [f"order of frames from `{key}`"]
+
+
+def test_without_an_order_the_names_count(tmp_path):
+    """As people count, and as seconds where all names are numbers."""
+    path = make_coco(tmp_path, num_frames=11)
+
+    def strip(new):
+        def change(content):
+            for t, image in enumerate(content["images"]):
+                del image["order_in_video"]
+                (tmp_path / image["path"]).rename(tmp_path / new.format(t, t / 8))
+                image["path"] = new.format(t, t / 8)
+            content["images"].reverse()
+
+        return change
+
+    for new in ("f{0}.png", "{1}.png"):
+        dataset = load(edit(make_coco(tmp_path, num_frames=11), strip(new)))
+        assert names(dataset) == [new.format(t, t / 8) for t in range(11)]
+        assert dataset.source.notes == ["order of frames from the file names"]
+    assert path.exists()
 
 
 # Paths
@@ -355,6 +698,63 @@ def test_names_with_spaces_and_other_alphabets(coco, tmp_path):
     assert load(path)[0].masks.any()
 
 
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "..\\..\\label-studio\\media\\upload\\4\\",
+        "/data/upload/1/",
+        "/data/upload/1/abcd-",
+        "/data/upload/1/0f3a9c21-",
+        "C:\\clips\\",
+        "upload/4/",
+        "/data/local-files/?d=",
+        "/data/local-files/?d=clips/",
+    ],
+)
+@pytest.mark.parametrize("space", ["_", " ", "%20"])
+def test_paths_of_an_upload_are_found_under_image_root(coco, tmp_path, prefix, space):
+    frames = tmp_path / "video_001"
+    for file in frames.iterdir():
+        file.rename(frames / file.name.replace("_", space.replace("%20", " ")))
+
+    path = set_paths(
+        coco, lambda name: prefix + Path(name).name.replace("_", space), key="file_name"
+    )
+    dataset = load(path, image_root=frames)
+    assert len(dataset.videos[0].frames) == 6
+    assert dataset[0].masks.any()
+    assert any("the end of the path" in line or "?d=" in line for line in dataset.warnings)
+    assert "image_root" in fails(path)
+
+
+def test_a_name_is_taken_as_it_is_written_first(coco, tmp_path):
+    for t in range(6):
+        shutil.copy(tmp_path / f"video_001/frame_{t:03d}.png", tmp_path / f"a%20{t}.png")
+    make_frames(tmp_path, [f"a {t}.png" for t in range(6)])
+    dataset = load(set_paths(coco, lambda name: f"a%20{int(name[-7:-4])}.png"))
+    assert names(dataset)[0] == "a%200.png"
+    assert dataset.warnings == []
+
+
+def test_frames_in_a_usual_folder_beside_the_file_keep_their_folders(tmp_path):
+    path = make_coco(tmp_path, num_videos=2)
+    (tmp_path / "JPEGImages/train").mkdir(parents=True)
+    for video in ("video_001", "video_002"):
+        (tmp_path / video).rename(tmp_path / "JPEGImages/train" / video)
+    dataset = load(set_paths(path, lambda name: f"train/{name}", "file_name"))
+    assert dataset.videos[1].frames[0].path == (
+        tmp_path / "JPEGImages/train/video_002/frame_000.png"
+    )
+
+
+def test_a_relative_path_to_the_file_itself_is_no_reason_to_warn(coco, monkeypatch, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load(Path("..") / coco.name).warnings == []
+    up = set_paths(coco, lambda name: f"video_001/../{name}")
+    assert "`..` in the path" in load(Path("..") / up.name).warnings[0]
+
+
 @pytest.mark.parametrize("name", [None, 7, "", ["a.png"]])
 def test_an_image_without_a_path_is_an_error(coco, name):
     def change(content):
@@ -363,17 +763,20 @@ def test_an_image_without_a_path_is_an_error(coco, name):
     assert "image 2: `path` (or `file_name`) is missing or no text" in fails(edit(coco, change))
 
 
-def test_two_videos_may_share_an_image_file(tmp_path):
-    path = make_coco(tmp_path, num_videos=2)
+def test_two_videos_that_share_pictures_are_an_error(tmp_path):
+    """Also by another path: the masks of one would lie on pictures of the other."""
+    path = make_coco(tmp_path, num_videos=3)
+    (tmp_path / "link").symlink_to(tmp_path / "video_001")
 
     def share(content):
-        for one, two in zip(content["images"][:6], content["images"][6:], strict=True):
-            two["path"] = one["path"]
+        for t, (one, two) in enumerate(
+            zip(content["images"][:6], content["images"][6:12], strict=True)
+        ):
+            two["path"] = one["path"].replace("video_001", "link" if t % 2 else "video_001")
 
-    dataset = load(edit(path, share))
-    assert dataset.warnings == []
-    assert len(dataset) == 2
-    assert to_pixels(dataset[1].images)[0, 0, 0].tolist() == [100] * 3  # the grey of video 1
+    message = fails(edit(path, share))
+    assert "1 problem\n" in message
+    assert "videos 1 and 2 share 6 pictures" in message
 
 
 # Pictures and sizes
@@ -533,6 +936,67 @@ def test_polygons_and_both_kinds_of_rle_are_read(coco):
         np.testing.assert_array_equal(dataset.read_mask(dataset.videos[0], t, 1), truth[t])
 
 
+def test_other_spellings_of_masks_are_read_and_told(coco):
+    truth = moving_masks(6, 2, SIZE)[:, 0]
+    plain = [load(coco).read_mask(load(coco).videos[0], t, 1) for t in range(6)]
+
+    def change(content):
+        for t, annotation in enumerate(content["annotations"][::2]):
+            y, x = np.nonzero(truth[t])
+            box = [int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1]
+            corners = [box[i] for i in (0, 1, 2, 1, 2, 3, 0, 3)]
+            pairs = [corners[k : k + 2] for k in range(0, 8, 2)]
+            annotation["segmentation"] = [
+                corners,
+                [[corners]],
+                {"exterior": pairs, "interiors": []},
+                [corners, [40.0, 30.0]],
+                {"size": list(SIZE), "counts": str(encode(truth[t])["counts"].encode())},
+                encode(truth[t]),
+            ][t]
+
+    dataset = load(edit(coco, change))
+    for t in range(6):
+        np.testing.assert_array_equal(dataset.read_mask(dataset.videos[0], t, 1), plain[t])
+    said = "\n".join(dataset.source.notes)
+    assert "annotation 1: `segmentation` is one polygon" in said
+    assert "annotation 3: polygons are nested once more" in said
+    assert "annotation 9: `counts` is Python's text of bytes" in said
+    assert dataset.warnings == [
+        "annotation 7: single points or lines beside the polygons are left out"
+    ]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_polygons_in_shares_of_the_frame_are_scaled_and_told(coco, nested):
+    truth = moving_masks(6, 2, SIZE)
+
+    def change(content):
+        for annotation in content["annotations"]:
+            y, x = np.nonzero(truth[annotation["image_id"] - 1, annotation["track_id"] - 1])
+            box = [x.min() / 64, y.min() / 48, (x.max() + 1) / 64, (y.max() + 1) / 48]
+            corners = [float(box[i]) for i in (0, 1, 2, 1, 2, 3, 0, 3)]
+            annotation["segmentation"] = [[corners]] if nested else [corners]
+
+    dataset = load(edit(coco, change))
+    assert "polygons lie in 0..1: shares of width and height, scaled" in dataset.source.notes[0]
+    for t in range(6):
+        for k in range(2):
+            mask = dataset.read_mask(dataset.videos[0], t, k + 1)
+            np.testing.assert_array_equal(mask, truth[t, k])
+
+
+def test_shares_beside_pixels_are_ambiguous(coco):
+    def change(content):
+        pixels, shares = content["annotations"][0], content["annotations"][1]
+        pixels["segmentation"] = [[1, 1, 9, 1, 9, 9]]
+        shares["segmentation"] = [[0.1, 0.1, 0.9, 0.1, 0.9, 0.9]]
+
+    assert "annotation 2 (image 1): segmentation: its polygons lie in 0..1" in fails(
+        edit(coco, change)
+    )
+
+
 def test_empty_segmentations_mean_absent_and_are_counted(coco):
     empty = encode(np.zeros(SIZE, bool))
 
@@ -651,8 +1115,9 @@ def test_objects_that_never_return_are_told(coco):
         ('{"images": [{}], "annotations": [1]}', "`annotations` is missing or no list of map"),
         ('{"images": [], "annotations": [{}]}', "`images` is empty"),
         ('{"images": [{"id": 1}], "annotations": []}', "`annotations` is empty"),
-        ('{"images": [{"id": 1}], "annotations": [{}]}', "image COCO, not video COCO"),
-        ('{"videos": [{}], "annotations": [{"segmentations": []}]}', "YouTube-VIS layout"),
+        ('{"images": [{"id": 1}], "annotations": [{}]}', "`path` (or `file_name`) is missing"),
+        ('{"videos": [{}], "annotations": [{"segmentations": []}]}', "expected YouTube-VIS"),
+        ('{"sequences": [{"annotated_image_paths": []}]}', "expected BURST"),
     ],
 )
 def test_what_is_no_coco_video_file_says_so(tmp_path, content, message):
@@ -677,7 +1142,7 @@ def test_a_byte_order_mark_is_read(coco):
 def test_many_images_are_indexed_without_decoding_them(coco, monkeypatch):
     """Twenty thousand images take seconds: headers are read once each, pictures never."""
     calls = Counter()
-    header = data_coco.read_header(coco.parent / "video_001/frame_000.png")
+    header = data_coco_files.read_header(coco.parent / "video_001/frame_000.png")
 
     def count(path):
         calls[path] += 1
@@ -686,16 +1151,21 @@ def test_many_images_are_indexed_without_decoding_them(coco, monkeypatch):
     def refuse(*args):
         raise AssertionError("a picture was decoded")
 
-    monkeypatch.setattr(data_coco, "read_header", count)
+    monkeypatch.setattr(data_coco_files, "read_header", count)
     monkeypatch.setattr(data_source, "read_image", refuse)
 
     def grow(content):
         image, annotation = content["images"][0], content["annotations"][0]
         content["images"] = [
-            image | {"id": k, "video_id": k // 100, "order_in_video": k % 100} for k in range(2000)
+            image
+            | {"id": k, "video_id": k // 100, "order_in_video": k % 100}
+            | {"path": f"{k // 100}.png"}
+            for k in range(2000)
         ]
         content["annotations"] = [annotation | {"id": k, "image_id": k} for k in range(2000)]
 
+    for k in range(20):
+        shutil.copy(coco.parent / "video_001/frame_000.png", coco.parent / f"{k}.png")
     source = CocoVideos(edit(coco, grow))
     assert len(source.videos) == 20
     assert source.warnings == []
@@ -714,6 +1184,7 @@ def manifest():
 OURS = {
     # Two parts of one category may be two objects; guessing would lose their identity.
     "12_no_track_two_parts": "error",
+    "66_youtube_vis": "valid",
 }
 # What the message says, for each kind of trouble.
 TELLS = {
@@ -746,8 +1217,7 @@ TELLS = {
     "60_json_empty": ["the file is empty"],
     "61_json_bom": ["a byte order mark"],
     "62_json_list": ["the top level is a list"],
-    "65_plain_coco_no_video": ["image COCO, not video COCO"],
-    "66_youtube_vis": ["YouTube-VIS"],
+    "65_plain_coco_no_video": ["6 problems", "no such file"],
 }
 
 
@@ -815,3 +1285,47 @@ def test_foreign_files_are_missing_their_frames_and_say_no_more():
         problems = message.split("\n  - ")[1:]
         assert all("no such file" in problem for problem in problems), message
     assert "`images` is missing" in fails(folder / "scalabel_rles_insseg_rle.json")
+
+
+# Inputs from reports: labelled frames, and for each object the pixels and the frames it is on.
+
+FIRST = {396: range(8), 360: range(8)}
+REPORTS = {
+    "burst_json": ([0, 2, 4, 6], {396: [0, 2, 4, 6], 360: [0, 2, 4, 6]}),
+    "cvat_track_in_attributes": (range(8), {396: range(4), 360: range(4, 8)}),
+    "track_id_per_class": (range(8), {396: range(4), 360: range(4, 8)}),
+    "sparse_all_frames_listed": ([0, 4], {396: [0, 4], 360: [0, 4]}),
+    "tao_frame_index": (range(8), FIRST),
+    "polygon_flat_list": (range(8), FIRST),
+    "polygon_and_stray_point": (range(8), FIRST),
+    "polygon_normalised": (range(8), FIRST),
+    "rle_bytes_repr": (range(8), FIRST),
+    "object_in_two_annotations": (range(8), {324: range(8), 360: range(8)}),
+    "label_studio_upload_paths": (range(8), FIRST),
+}
+
+
+@pytest.mark.skipif(not (SHARED / "reports").exists(), reason="needs the reports")
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("name", REPORTS)
+def test_reported_inputs_have_their_right_values(name, split):
+    labelled, objects = REPORTS[name]
+    root = SHARED / "reports" / name / "frames" if name == "label_studio_upload_paths" else None
+    dataset = load(SHARED / "reports" / name / f"{split}.json", image_root=root)
+    (video,) = dataset.videos
+    assert video.labelled == list(labelled)
+    assert len(video.frames) == 8
+    assert len(dataset.source.notes) + len(dataset.warnings) > 0
+    found = {}
+    for object_id in video.object_ids:
+        masks = [dataset.read_mask(video, t, object_id) for t in range(8)]
+        shown = [t for t, mask in enumerate(masks) if mask.any()]
+        found[int(masks[shown[0]].sum())] = shown
+    assert found == {area: list(frames) for area, frames in objects.items()}
+
+
+@pytest.mark.skipif(not (SHARED / "reports").exists(), reason="needs the reports")
+def test_reported_inputs_that_are_refused():
+    folder = SHARED / "reports"
+    assert "videos 1 and 2 share 8 pictures" in fails(folder / "file_name_collision/train.json")
+    assert "image_root" in fails(folder / "label_studio_upload_paths/train.json")

@@ -10,14 +10,13 @@ from conftest import load
 
 from sam2train import data_loader
 from sam2train.data_loader import load_batches
-from sam2train.datasets import ClipSampler
+from sam2train.datasets import DatasetConfig
 from sam2train.errors import MachineFault, UserError
 
 
-def batches(dataset, workers, say=print, **options):
-    sampler = ClipSampler(len(dataset), shuffle=False, seed=0)
-    options = {"batch_size": 1, "pin_memory": False, "seed": 0} | options
-    return load_batches(dataset, sampler, num_workers=workers, say=say, **options)
+def batches(dataset, workers, say=print):
+    config = DatasetConfig(data_path="x", num_workers=workers, shuffle=False)
+    return load_batches(dataset, config, 0, start=0, pin_memory=False, say=say)
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 import pickle
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -6,26 +7,19 @@ import cv2
 import numpy as np
 import pytest
 from conftest import SIZE as FILM_SIZE
-from conftest import encode
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 from PIL import Image
-from pycocotools import mask as rle
 
 from sam2train.data_pictures import (
     Film,
-    decode_segmentation,
+    count_pages,
     read_film_header,
     read_header,
     read_image,
-    run_lengths,
-    segmentation_area,
+    read_levels,
 )
 from sam2train.errors import UserError
 
 ORIENTATION = 0x0112
-SHAPES = st.tuples(st.integers(1, 24), st.integers(1, 24))
 
 
 def ramp(height=6, width=10):
@@ -267,6 +261,83 @@ def test_the_header_of_a_film(tmp_path):
         read_film_header(tmp_path / "b.mp4")
 
 
+def hide_frames(path, num_hidden, num_frames, fps=24):
+    """Give an MP4 an edit list that hides its first frames, as cutting without encoding does."""
+    content = bytearray(path.read_bytes())
+    moov = content.rindex(b"moov") - 4
+    assert moov + int.from_bytes(content[moov : moov + 4], "big") == len(content)  # at the end
+    film_scale = int.from_bytes(content[content.index(b"mvhd") + 16 :][:4], "big")
+    scale = int.from_bytes(content[content.index(b"mdhd") + 16 :][:4], "big")
+    edit = struct.pack(
+        ">IIIiI",
+        0,
+        1,
+        round((num_frames - num_hidden) / fps * film_scale),
+        round(num_hidden / fps * scale),
+        0x00010000,
+    )
+    elst = struct.pack(">I4s", 8 + len(edit), b"elst") + edit
+    new = struct.pack(">I4s", 8 + len(elst), b"edts") + elst
+    old = content.find(b"edts")
+    trak = content.index(b"trak") - 4
+    if old >= 0:
+        old -= 4
+        size = int.from_bytes(content[old : old + 4], "big")
+        content[old : old + size] = new
+        grown = len(new) - size
+    else:
+        after = trak + 8 + int.from_bytes(content[trak + 8 : trak + 12], "big")  # behind tkhd
+        content[after:after] = new
+        grown = len(new)
+    for box in (moov, trak):
+        size = int.from_bytes(content[box : box + 4], "big")
+        content[box : box + 4] = (size + grown).to_bytes(4, "big")
+    path.write_bytes(content)
+
+
+def test_frames_that_an_edit_list_hides_do_not_count(tmp_path):
+    path = tmp_path / "a.mp4"
+    write_film(path, 12)
+    hide_frames(path, 4, 12)
+    capture = cv2.VideoCapture(str(path))
+    shown = 0
+    while capture.grab():
+        shown += 1
+    assert shown == 8
+    assert read_film_header(path) == (FILM_SIZE, 8)
+    assert abs(Film().read(path, 0).astype(int) - level(4)).max() <= 6
+    hide_frames(path, 0, 12)  # an edit list that hides nothing, as most films have
+    assert read_film_header(path) == (FILM_SIZE, 12)
+
+
+def test_other_containers_are_counted(tmp_path):
+    film = cv2.VideoWriter(
+        str(tmp_path / "a.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 24, FILM_SIZE[::-1]
+    )
+    for t in range(7):
+        film.write(np.full((*FILM_SIZE, 3), level(t), np.uint8))
+    film.release()
+    content = (tmp_path / "a.avi").read_bytes()
+    at = content.index(b"avih") + 8 + 16  # how many frames the head says there are
+    (tmp_path / "a.avi").write_bytes(content[:at] + (99).to_bytes(4, "little") + content[at + 4 :])
+    assert read_film_header(tmp_path / "a.avi") == (FILM_SIZE, 7)
+
+
+def test_pages_and_levels(tmp_path):
+    pages = [Image.fromarray(np.full((6, 10), 1000 + 100 * k, np.uint16)) for k in range(3)]
+    path = tmp_path / "a.tif"
+    pages[0].save(path, save_all=True, append_images=pages[1:])
+    assert count_pages(path) == 3
+    assert count_pages(save(tmp_path / "b.png", Image.fromarray(ramp()))) == 1
+    found = [read_image(path, page=k, levels=(1000, 1200))[0, 0, 0] for k in range(3)]
+    assert np.abs(np.array(found, int) - [0, 127.5, 255]).max() <= 0.5
+    assert read_levels(path, 2).max() == 1200
+    assert read_levels(tmp_path / "b.png") is None
+    mixed = [pages[0], pages[1].resize((4, 4))]  # a picture and its thumbnail
+    mixed[0].save(tmp_path / "c.tif", save_all=True, append_images=mixed[1:])
+    assert count_pages(tmp_path / "c.tif") == 1
+
+
 def test_colours_of_a_film_are_in_the_right_order(tmp_path):
     film = cv2.VideoWriter(
         str(tmp_path / "red.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 24, FILM_SIZE[::-1]
@@ -276,121 +347,3 @@ def test_colours_of_a_film_are_in_the_right_order(tmp_path):
     red, green, blue = Film().read(tmp_path / "red.mp4", 0).mean(axis=(0, 1))
     assert red > 200
     assert max(green, blue) < 50
-
-
-# Segmentations
-
-
-def test_uncompressed_runs_by_hand():
-    # Down the columns of a 2x3 frame: 1 pixel out, 2 in, 3 out.
-    segmentation = {"size": [2, 3], "counts": [1, 2, 3]}
-    expected = [[False, True, False], [True, False, False]]
-    np.testing.assert_array_equal(decode_segmentation(segmentation, (2, 3)), expected)
-    assert segmentation_area(segmentation, (2, 3)) == 2
-
-
-@given(SHAPES.flatmap(lambda shape: arrays(bool, shape)))
-def test_rle_text_of_pycocotools_comes_back(mask):
-    segmentation = encode(mask)
-    decoded = decode_segmentation(segmentation, mask.shape)
-    np.testing.assert_array_equal(decoded, mask)
-    assert decoded.dtype == bool
-    assert decoded.flags.c_contiguous
-    assert segmentation_area(segmentation, mask.shape) == mask.sum()
-    as_list = {"size": list(mask.shape), "counts": run_lengths(segmentation, mask.shape).tolist()}
-    np.testing.assert_array_equal(decode_segmentation(as_list, mask.shape), mask)
-
-
-def test_long_runs_of_a_large_frame():
-    mask = np.zeros((1080, 1920), bool)
-    mask[200:900, 300:1700] = True
-    mask[500, 1000] = False
-    np.testing.assert_array_equal(decode_segmentation(encode(mask), mask.shape), mask)
-
-
-@given(
-    st.integers(1, 4).flatmap(
-        lambda corners: st.lists(
-            st.lists(st.floats(-5, 45), min_size=6 + 2 * corners, max_size=6 + 2 * corners),
-            min_size=1,
-            max_size=3,
-        )
-    )
-)
-def test_polygons_are_what_pycocotools_makes_of_them(polygons):
-    merged = rle.merge(rle.frPyObjects(polygons, 30, 40))
-    expected = rle.decode(merged).astype(bool)
-    np.testing.assert_array_equal(decode_segmentation(polygons, (30, 40)), expected)
-    assert segmentation_area(polygons, (30, 40)) == expected.sum()
-
-
-def test_a_square_polygon_by_hand():
-    mask = decode_segmentation([[2, 1, 6, 1, 6, 4, 2, 4]], (8, 10))
-    expected = np.zeros((8, 10), bool)
-    expected[1:4, 2:6] = True
-    np.testing.assert_array_equal(mask, expected)
-
-
-@pytest.mark.parametrize("nothing", [None, []])
-def test_nothing_is_an_empty_mask(nothing):
-    mask = decode_segmentation(nothing, (3, 5))
-    assert mask.shape == (3, 5)
-    assert not mask.any()
-    assert segmentation_area(nothing, (3, 5)) == 0
-
-
-GOOD = encode(np.eye(6, dtype=bool))["counts"]
-
-
-@pytest.mark.parametrize(
-    ("segmentation", "message"),
-    [
-        ({"size": [6, 5], "counts": GOOD}, r"size \[6, 5\], the frame \[6, 6\]"),
-        ({"size": 6, "counts": GOOD}, r"size 6, the frame \[6, 6\]"),
-        ({"size": None, "counts": GOOD}, "size None"),
-        ({"counts": GOOD}, "expected an RLE with"),
-        ({"size": [6, 6]}, "expected an RLE with"),
-        ("polygon", "expected an RLE with"),
-        (7, "expected an RLE with"),
-        (True, "expected an RLE with"),
-        ({"size": [6, 6], "counts": ""}, "expected RLE text or a list"),
-        ({"size": [6, 6], "counts": None}, "expected RLE text or a list"),
-        ({"size": [6, 6], "counts": GOOD[:-1]}, "add up to"),
-        ({"size": [6, 6], "counts": GOOD + "1"}, "add up to"),
-        ({"size": [6, 6], "counts": GOOD + "q"}, "no RLE text"),
-        ({"size": [6, 6], "counts": GOOD + " "}, "no RLE text"),
-        ({"size": [6, 6], "counts": GOOD[:3] + "é"}, "no RLE text"),
-        ({"size": [6, 6], "counts": "o" * 20 + "0"}, "no RLE text"),  # one endless number
-        ({"size": [6, 6], "counts": GOOD[:-1] + "o"}, "no RLE text"),  # a number cut short
-        ({"size": [6, 6], "counts": [3, 4]}, "add up to 7, not 6 x 6"),
-        ({"size": [6, 6], "counts": [40, -4]}, "one is negative"),
-        ({"size": [6, 6], "counts": []}, "not of whole numbers"),
-        ({"size": [6, 6], "counts": [30.5, 5.5]}, "not of whole numbers"),
-        ({"size": [6, 6], "counts": ["36"]}, "not of whole numbers"),
-        ({"size": [6, 6], "counts": [[36]]}, "not of whole numbers"),
-        ({"size": [6, 6], "counts": [True, 35]}, "not of whole numbers"),
-        ({"size": [6, 6], "counts": [2**70, 1]}, "not of whole numbers"),
-        ([[1, 1, 4, 4]], "a polygon of 4 numbers"),
-        ([[1, 1, 4, 1, 4, 4, 2]], "a polygon of 7 numbers"),
-        ([[]], "a polygon of 0 numbers"),
-        ([1, 1, 4, 1, 4, 4], "expected polygons"),
-        ([{"size": [6, 6], "counts": GOOD}], "expected polygons"),
-        ([[1, 1, 4, "1", 4, 4]], "a corner that is no number"),
-        ([[1, 1, 4, float("nan"), 4, 4]], "a corner that is no number"),
-        ([[1, 1, 4, 1e9, 4, 4]], r"beyond \+-60 px"),
-    ],
-)
-def test_bad_segmentations_say_what_is_wrong(segmentation, message):
-    for read in (decode_segmentation, segmentation_area):
-        with pytest.raises(ValueError, match=message):
-            read(segmentation, (6, 6))
-
-
-@given(st.text("0123456789:;<=>?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[]^_`abcdefghijklmno", max_size=12))
-def test_any_text_is_a_mask_of_its_size_or_an_error(text):
-    try:
-        mask = decode_segmentation({"size": [4, 5], "counts": text}, (4, 5))
-    except ValueError:
-        return
-    assert mask.shape == (4, 5)
-    assert segmentation_area({"size": [4, 5], "counts": text}, (4, 5)) == mask.sum()

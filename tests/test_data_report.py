@@ -1,6 +1,7 @@
 import io
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from test_data_vos import make_vos
 
 from sam2train import cli, data_report
 from sam2train.config import build
-from sam2train.data_report import check_data
+from sam2train.data_report import check_data, shared_split_warning
 from sam2train.datasets import DatasetConfig
 
 
@@ -268,7 +269,7 @@ def manifest():
 
 VERDICTS = {"valid": "ok", "warn": "warning", "error": "error"}
 # Two parts of one category may be two objects; guessing would lose their identity.
-OURS = {"12_no_track_two_parts": "error"}
+OURS = {"12_no_track_two_parts": "error", "66_youtube_vis": "valid"}
 
 
 @pytest.mark.skipif(not manifest(), reason="needs the awkward files")
@@ -298,3 +299,10 @@ def test_real_videos():
     assert [s.statistics["frames"] for s in report.splits.values()] == [100, 80]
     # Of two objects in two videos, one enters at frame 8 of 40 and one leaves after frame 27.
     assert report.splits["validation"].statistics["share_of_absent_frames"] == (8 + 12) / 160
+
+
+def test_one_split_for_both_is_warned_of():
+    build = partial(DatasetConfig, data_path="train.json", val_path="a/val.json")
+    assert shared_split_warning(build(test_path=None)) is None
+    assert shared_split_warning(build(test_path="a/test.json")) is None
+    assert "too high" in shared_split_warning(build(test_path="a/../a/val.json"))

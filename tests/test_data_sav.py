@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from PIL import Image
 from test_data_pictures import level, write_film
 from torch.utils.data import DataLoader
 
+from sam2train import cli
 from sam2train.config import build
 from sam2train.data_clips import ClipDataset, clip_settings
 from sam2train.data_sav import SavVideos
@@ -37,9 +39,9 @@ def write_frames(folder, frames=range(NUM_FRAMES)):
         Image.fromarray(np.full((*SIZE, 3), level(t), np.uint8)).save(folder / f"{t:05d}.png")
 
 
-def dataset_of(path, **options):
+def dataset_of(path, *, annotation_stride=None, **options):
     settings = clip_settings(**({"image_size": SIZE, "video_clip_length": 2} | options))
-    return ClipDataset(SavVideos(path), settings)
+    return ClipDataset(SavVideos(path, annotation_stride), settings)
 
 
 def fails(path):
@@ -97,6 +99,70 @@ def test_a_label_for_every_frame_is_taken_as_that(tmp_path):
     dataset = dataset_of(tmp_path)
     assert dataset.videos[0].labelled == list(range(NUM_FRAMES))
     np.testing.assert_array_equal(dataset.read_mask(dataset.videos[0], 7, 5), MASKS[7, 1])
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "num_rows", "stride"),
+    [(40, 8, 5), (40, 10, 4), (36, 12, 3), (41, 21, 2), (9, 9, 1)],
+)
+def test_the_distance_of_labels_follows_from_the_counts(tmp_path, num_frames, num_rows, stride):
+    """Every fifth read as every fourth would put masks beside their objects."""
+    masks = moving_masks(num_frames, 1, SIZE)
+
+    def change(content):
+        content["masklet"] = [[encode(masks[r * stride, 0])] for r in range(num_rows)]
+        content |= {"masklet_id": [7], "video_frame_count": float(num_frames)}
+        content["masklet_frame_count"] = [num_rows]
+
+    write_json(tmp_path / "sav_1_manual.json", change=change)
+    write_frames_of(tmp_path / "sav_1", num_frames)
+    dataset = dataset_of(tmp_path)
+    (video,) = dataset.videos
+    assert video.labelled == list(range(0, num_frames, stride))[:num_rows]
+    for t in video.labelled:
+        np.testing.assert_array_equal(dataset.read_mask(video, t, 7), masks[t, 0])
+    assert "labelled" in dataset.source.notes[0]
+
+
+def write_frames_of(folder, num_frames):
+    folder.mkdir(parents=True)
+    for t in range(num_frames):
+        Image.fromarray(np.zeros((*SIZE, 3), np.uint8)).save(folder / f"{t:05d}.png")
+
+
+def test_a_distance_that_is_not_sure_is_asked_for(tmp_path):
+    write_json(tmp_path / "sav_1_manual.json", rows=[0, 4])
+    write_frames(tmp_path / "sav_1")
+    message = fails(tmp_path)
+    assert "2 labelled frames of 10: every n-th is labelled, but n may be 5, 6, 7, 8, 9" in message
+    assert "set dataset.annotation_stride" in message
+    dataset = dataset_of(tmp_path, annotation_stride=4)
+    assert dataset.videos[0].labelled == [0, 4]
+    assert "dataset.annotation_stride" in dataset.source.notes[0]
+    with pytest.raises(UserError, match="2 labelled frames do not fit 10 frames with"):
+        dataset_of(tmp_path, annotation_stride=10)
+
+
+def test_one_frame_more_than_was_counted_changes_nothing(tmp_path):
+    masks = moving_masks(40, 1, SIZE)
+
+    def change(content):
+        content["masklet"] = [[encode(masks[4 * r, 0])] for r in range(10)]
+        content["masklet_id"] = [7]
+
+    write_json(tmp_path / "sav_1_manual.json", change=change)
+    write_frames_of(tmp_path / "sav_1", 41)
+    assert dataset_of(tmp_path).videos[0].labelled == list(range(0, 40, 4))
+
+
+def test_another_film_than_the_one_that_was_annotated_is_told(tmp_path):
+    write_json(
+        tmp_path / "sav_1_manual.json", change=lambda content: content.update(video_frame_count=36)
+    )
+    write_film(tmp_path / "sav_1.mp4")
+    message = fails(tmp_path)
+    assert "`video_frame_count` is 36, but its film shows 10 frames" in message
+    assert dataset_of(tmp_path, annotation_stride=4).videos[0].labelled == [0, 4, 8]
 
 
 def test_null_is_unlabelled_and_an_empty_mask_absent(tmp_path):
@@ -214,3 +280,19 @@ def test_an_experiment_takes_masklets_and_the_pngs_of_the_validation_set(tmp_pat
     assert isinstance(train.source, SavVideos)
     assert isinstance(val.source, VosVideos)
     assert val.read_mask(val.videos[0], 0, 0).sum() == MASKS[0, 0].sum()
+
+
+def test_smoke_on_every_fourth_frame_labelled(tmp_path):
+    """The short video of --smoke has four labelled frames, however many lie between them."""
+    write_json(tmp_path / "sav_1_manual.json")
+    write_film(tmp_path / "sav_1.mp4")
+    words = [
+        str(Path(__file__).parents[1] / "experiments" / "coco_point_bbox.yaml"),
+        "dataset.dataset_type=sav",
+        f"dataset.data_path={tmp_path}",
+        f"dataset.val_path={tmp_path}",
+        "tracking.mode=disabled",
+        "trainer.device=cpu",
+    ]
+    assert cli.main([*words, "--smoke", "--run-dir", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"

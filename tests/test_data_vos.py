@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import OBJECT_COLOURS, SHARED, SIZE, load, moving_masks, same, to_pixels
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from sam2train import data_vos
 from sam2train.config import build
 from sam2train.data_clips import ClipDataset, clip_settings
-from sam2train.data_pictures import decode_segmentation, read_id_mask
+from sam2train.data_pictures import read_id_mask
+from sam2train.data_rle import decode_segmentation
 from sam2train.data_vos import VosVideos
 from sam2train.datasets import build_dataset
 from sam2train.errors import UserError
@@ -200,6 +201,94 @@ def test_a_list_chooses_videos(tmp_path):
     assert [video.video_id for video in dataset_of(path).videos] == ["cat"]
     path.write_text("swan\nwolf\n")
     assert "wolf: no such folder, but" in fails(path)
+
+
+def test_names_in_a_list_may_have_dots_spaces_and_folders(tmp_path):
+    names = ["cam1.2023-05-01", "cam2.2023-05-01", "my video", "HACS/clip.1", "plain"]
+    make_vos(tmp_path, names=names)
+    path = tmp_path / "list.txt"
+    path.write_text("".join(f"{name}\n" for name in names))
+    dataset = dataset_of(path)
+    assert [video.video_id for video in dataset.videos] == names
+    assert dataset.warnings == []
+    folder = dataset.videos[3].frames[0].path.parent
+    assert folder == tmp_path / "JPEGImages" / "HACS" / "clip.1"
+    np.testing.assert_array_equal(dataset.read_mask(dataset.videos[3], 2, 1), MASKS[2, 0])
+    path.write_text("plain 12 3\nmy video\n")  # a list with more columns
+    assert [video.video_id for video in dataset_of(path).videos] == ["plain", "my video"]
+    path.write_text("HACS/clip.1/00000.png\nHACS/clip.1/00001.png\nmy video/00000.png x.png\n")
+    assert [v.video_id for v in dataset_of(path).videos] == ["HACS/clip.1", "my video"]
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("../other/bear", "leads upwards"),
+        ("bear/../../other", "leads upwards"),
+        ("..\\other", "leads upwards"),
+        ("/etc", "is an absolute path"),
+        ("C:\\videos\\bear", "is an absolute path"),
+        ("linked", "is a link to"),
+    ],
+)
+def test_a_list_stays_below_its_root(tmp_path, name, fault):
+    make_vos(tmp_path / "data")
+    make_vos(tmp_path / "elsewhere", names=["linked"])
+    for top in ("JPEGImages", "Annotations"):
+        (tmp_path / "data" / top / "linked").symlink_to(tmp_path / "elsewhere" / top / "linked")
+    path = tmp_path / "data" / "list.txt"
+    path.write_text(f"bear\n{name}\n")
+    message = fails(path)
+    assert repr(name) in message
+    assert fault in message
+
+
+def test_frames_named_by_seconds_are_in_the_order_of_time(tmp_path):
+    make_vos(tmp_path, names=["a"])
+    stamps = ["9.25", "9.375", "9.5", "10.0", "10.125", "10.5"]
+    for top in ("JPEGImages", "Annotations"):
+        for t, stamp in enumerate(stamps):
+            (tmp_path / top / "a" / f"{t:05d}.png").rename(tmp_path / top / "a" / f"{stamp}.png")
+    dataset = dataset_of(tmp_path)
+    for t in range(6):
+        np.testing.assert_array_equal(dataset.read_mask(dataset.videos[0], t, 1), MASKS[t, 0])
+
+
+def test_two_videos_that_are_one_folder_are_an_error(tmp_path):
+    make_vos(tmp_path, names=["bear"])
+    for top in ("JPEGImages", "Annotations"):
+        (tmp_path / top / "swan").symlink_to(tmp_path / top / "bear")
+    assert "videos 'bear' and 'swan' share 6 pictures" in fails(tmp_path)
+
+
+def test_frames_may_lie_in_a_stack(tmp_path):
+    make_vos(tmp_path, names=["a"])
+    folder = tmp_path / "JPEGImages" / "a"
+    pages = [Image.open(path) for path in sorted(folder.iterdir())]
+    pages[0].save(folder / "stack.tif", save_all=True, append_images=pages[1:])
+    for path in folder.glob("*.png"):
+        path.unlink()
+    dataset = dataset_of(tmp_path)
+    (video,) = dataset.videos
+    assert video.labelled == list(range(6))
+    for t in (0, 4, 2):
+        mask = dataset.read_mask(video, t, 2)
+        assert (dataset.read_frame(video, t)[mask] == OBJECT_COLOURS[1]).all()
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_objects_in_folders_may_have_soft_edges(tmp_path, soft):
+    make_vos(tmp_path, names=["a"])
+    shutil.rmtree(tmp_path / "Annotations")
+    for t in range(6):
+        mask = Image.fromarray(MASKS[t, 0] * np.uint8(255))
+        mask = mask.filter(ImageFilter.GaussianBlur(1)) if soft else mask
+        path = tmp_path / "Annotations" / "a" / "thing" / f"{t:05d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mask.save(path)
+    dataset = dataset_of(tmp_path)
+    found = dataset.read_mask(dataset.videos[0], 3, "thing")
+    assert (found ^ MASKS[3, 0]).sum() <= 8 * soft  # corners
 
 
 def test_an_experiment_names_the_type_and_the_lists(tmp_path):

@@ -471,9 +471,9 @@ def test_a_format_from_outside_is_a_class_and_a_line(arrays):
         clip = data[epoch, 1]
         np.testing.assert_array_equal(clip.masks.numpy(), truth[clip.frame_indices])
         assert (to_pixels(clip.images)[clip.masks.any(1).numpy()] == OBJECT_COLOURS[0]).all()
-    with pytest.raises(ConfigError, match='image_root is for dataset_type "coco"; remove it'):
+    with pytest.raises(ConfigError, match='image_root is for dataset_type "coco" or '):
         build(DatasetConfig, raw | {"image_root": "frames"}, "dataset")
-    with pytest.raises(ConfigError, match=r"got \"array\"; .*sav, arrays; did you mean arrays\?"):
+    with pytest.raises(ConfigError, match=r"got \"array\"; .*burst, arrays; did you mean arrays\?"):
         build(DatasetConfig, raw | {"dataset_type": "array"}, "dataset")
 
 
@@ -494,6 +494,34 @@ def test_a_format_from_outside_is_checked_and_trained_on(arrays, capsys):
     assert cli.main([*words, "--smoke", "--run-dir", str(arrays / "run")]) == 0
     summary = json.loads((arrays / "run" / "summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("finished", 2)
+
+
+def test_what_a_format_concluded_is_told_everywhere(arrays, monkeypatch, capsys):
+    """Once for each path when data is read, in full in the report, and without a say in it."""
+    notes = [f"conclusion {n}" for n in range(8)]
+
+    def read(path, config):
+        source = Arrays(path)
+        source.notes, source.warnings = notes, []
+        return source
+
+    monkeypatch.setitem(FORMATS, "arrays", Format("frames and ids in .npz files", read))
+    raw = {"dataset_type": "arrays", "data_path": str(arrays / "train")}
+    config, said = build(DatasetConfig, raw, "dataset"), []
+    build_dataset(config, AugmentConfig(), 0, config.data_path, training=True, say=said.append)
+    assert [line.split(": ", 1)[1] for line in said] == [
+        *notes[:5],
+        "and 3 more notes; --check-data lists all",
+    ]
+    words = [str(Path(__file__).parents[1] / "experiments" / "coco_point_bbox.yaml")]
+    words += [f"dataset.{key}={value}" for key, value in raw.items()]
+    words += ["dataset.val_path=null", "dataset.video_clip_length=5"]
+    assert cli.main([*words, "--check-data", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["splits"]["training"]["notes"] == notes
+    assert report["verdict"] == "ok"
+    assert cli.main([*words, "--check-data"]) == 0
+    assert "note: conclusion 7" in capsys.readouterr().out
 
 
 # The section
@@ -608,7 +636,7 @@ def test_pasting_is_a_key_of_its_own():
         ({"num_of_pos_points": "two"}, "num_of_pos_points"),
         ({"num_of_pos_points": True}, "num_of_pos_points"),
         ({"num_of_pos_points": -1}, "num_of_pos_points: got -1"),
-        ({"image_root": "frames"}, 'image_root is for dataset_type "coco"; remove'),
+        ({"image_root": "frames"}, 'image_root is for dataset_type "coco" or '),
         ({"synthetic": {"paste": "no"}}, r"synthetic\.paste"),
         (
             {"dataset_type": "coco", "synthetic": {"paste": False}},

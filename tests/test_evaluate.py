@@ -2,12 +2,13 @@
 
 import tracemalloc
 from collections import deque
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_coco, stacks
+from conftest import edit, load, make_coco, stacks
 from test_data_vos import make_vos
 
 from sam2train.clips import collate_fn
@@ -19,19 +20,33 @@ from sam2train.errors import UserError
 from sam2train.evaluate import (
     EvaluationConfig,
     TrackedFrame,
-    evaluate,
+    copy_first_mask,
     first_prompts,
     score_labelled,
-    score_tracks,
     track_frames,
     track_video,
+    track_videos,
 )
 from sam2train.memory import MemoryBank
-from sam2train.metrics import measure
+from sam2train.metrics import mean_scores, measure
 from sam2train.model import SAM2Model
 
 CONFIG = "sam2train/configs/sam2.1_hiera_demo.yaml"
 SIZE = (64, 64)
+
+
+def score_tracks(track, data, config, *, seed, on_frame=None, on_video=lambda index, video: None):
+    """The means over all objects."""
+    scores = []
+    for index, video in enumerate(track_videos(track, data, config, seed=seed, on_frame=on_frame)):
+        on_video(index, video)
+        scores.append(video.scores)
+    return mean_scores(scores)
+
+
+def evaluate(model, *arguments, **options):
+    """The means of a model."""
+    return score_tracks(partial(track_video, model), *arguments, **options)
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +153,29 @@ def test_limits_and_prompt_types_of_the_section(model, tmp_path):
     ]
     assert frames[0][1].prediction[1].shape == frames[0][1].ground_truth[2].shape == (48, 64)
     assert [len(values) for values in seen[0].measures[1]] == [3] * 4
+
+
+@pytest.mark.parametrize(("max_frames", "expected"), [(2, 5), (3, 9), (4, 12), (None, 12)])
+def test_the_limit_of_frames_counts_labelled_ones(tmp_path, max_frames, expected):
+    """Frames between them are seen, and the video ends with the last labelled one."""
+    path = make_coco(tmp_path, num_frames=12)
+
+    def change(content):
+        for image in content["images"]:
+            image["is_annotated"] = image["order_in_video"] % 4 == 0
+
+    data, seen, scores = load(edit(path, change)), [], []
+    score_tracks(
+        copy_first_mask,
+        data,
+        EvaluationConfig(max_frames=max_frames),
+        seed=0,
+        on_frame=lambda index, frame: seen.append(frame.frame_idx),
+        on_video=lambda index, video: scores.append(video.scores),
+    )
+    assert seen == list(range(expected))
+    # The first frame is prompted.
+    assert [o.frames.tolist() for o in scores[0].objects] == [[4, 8][: (max_frames or 3) - 1]] * 2
 
 
 def test_masks_of_a_long_video_are_not_kept(tmp_path):

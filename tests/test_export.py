@@ -4,9 +4,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from sam2train.build import build_model
 from sam2train.errors import UserError
-from sam2train.experiment import Experiment
+from sam2train.experiment import Experiment, build_model
 from sam2train.export import compare_masks, export_checkpoint, how_to_load
 
 CONFIG = "sam2train/configs/sam2.1_hiera_demo.yaml"

@@ -16,10 +16,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 from rich.console import Console
 
-from sam2train.build import build_model
 from sam2train.corrections import SimulatedUser
 from sam2train.datasets import COCODataset
-from sam2train.experiment import load_experiment
+from sam2train.experiment import build_model, load_experiment
 from sam2train.files import REPOSITORY
 from sam2train.losses import compute_losses
 from sam2train.optimizer import build_optimizer, set_learning_rates

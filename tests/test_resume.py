@@ -10,12 +10,12 @@ import torch
 from conftest import make_coco
 from rich.console import Console
 
-from sam2train import checkpoint, trainer
+from sam2train import checkpoint, eval_checkpoint, runlog, trainer
 from sam2train.experiment import Experiment
 from sam2train.machine import Interrupted
 from sam2train.metrics import TRAINED
 from sam2train.runlog import RunLog
-from sam2train.scoring import HORIZON_COLUMNS, SCORE_COLUMNS, Scores
+from sam2train.scores import HORIZON_COLUMNS, SCORE_COLUMNS, Scores
 from sam2train.trainer import Trainer
 
 NUM_STEPS = 8
@@ -64,8 +64,8 @@ def start(tmp_path, monkeypatch):
     """A trainer whose model, steps and scores cost nothing; what it writes is real."""
     data = str(make_coco(tmp_path / "data", num_frames=3, size=(16, 16)))
     monkeypatch.setattr(trainer, "build_model", SmallModel)
-    monkeypatch.setattr(trainer, "score", score_by_step)
-    monkeypatch.setattr(trainer, "describe_environment", lambda device: {})
+    monkeypatch.setattr(eval_checkpoint, "score", score_by_step)
+    monkeypatch.setattr(runlog, "describe_environment", lambda device: {})
     monkeypatch.setattr(trainer, "scores_table", lambda title, rows: title)  # a bootstrap each
 
     def build(run_dir, resume=None, console=None, **periods):

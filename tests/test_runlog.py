@@ -22,10 +22,10 @@ from rich.console import Console
 from sam2train import runlog as runlog_room
 from sam2train import runlog_wandb
 from sam2train.errors import UserError
-from sam2train.pictures import Overlay
 from sam2train.run_folder import RunFolder
 from sam2train.runlog import RunLog, parameter_table
 from sam2train.runlog_wandb import TrackingConfig, choose_mode
+from sam2train.video_pictures import Overlay
 
 KEY = "a" * 40
 OFF, OFFLINE = TrackingConfig(mode="disabled"), TrackingConfig(mode="offline")

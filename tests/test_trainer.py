@@ -13,12 +13,11 @@ from conftest import edit, make_coco
 from rich.console import Console
 
 from sam2train import checkpoint, demo
-from sam2train.build import build_model
 from sam2train.clips import collate_fn
 from sam2train.config_yaml import load_yaml
 from sam2train.data_coco import CocoVideos
 from sam2train.errors import MachineFault, UserError
-from sam2train.experiment import Experiment, load_experiment
+from sam2train.experiment import Experiment, build_model, load_experiment
 from sam2train.export import export_checkpoint
 from sam2train.files import REPOSITORY
 from sam2train.machine import Interrupted
@@ -91,6 +90,7 @@ def test_a_run_writes_what_the_readme_names(experiment, tmp_path):
     assert summary["val/J_and_F"] == scores["J_and_F"]
     assert summary["val/J"] == scores["J"]
     assert summary["val/F"] == scores["F"]
+    assert summary["void"] == "ignore"
     assert summary["best/J_and_F"] >= max(summary["baseline/J_and_F"], summary["val/J_and_F"])
     report = trainer.model.parameter_report()
     assert summary["params/total"] == sum(total for _, total in report.values()) == 2_585_138

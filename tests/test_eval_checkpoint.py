@@ -1,4 +1,4 @@
-"""`--evaluate` and `--prompt-matrix` from the command line to the files."""
+"""`--evaluate` from the command line to the files."""
 
 import csv
 import json
@@ -14,10 +14,8 @@ from sam2train import checkpoint, cli
 from sam2train.files import file_hash
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder with small.yaml, its data of two videos, and a run of two steps."""
-    root = tmp_path_factory.mktemp("benchmark")
+def write_small(root):
+    """root/small.yaml, an experiment of two steps, with its data of two videos."""
     data = make_coco(
         root / "data", num_videos=2, num_frames=5, size=(64, 64), absent=[(1, 0, 2), (2, 2, 1)]
     )
@@ -38,6 +36,13 @@ def trained(tmp_path_factory):
         "tracking": {"mode": "disabled"},
     }
     (root / "small.yaml").write_text(yaml.safe_dump(sections))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with small.yaml, its data, and a run of it."""
+    root = tmp_path_factory.mktemp("trained")
+    write_small(root)
     assert cli.main([str(root / "small.yaml"), "--run-dir", str(root / "run")]) == 0
     return root
 
@@ -71,12 +76,14 @@ def test_a_checkpoint_beside_its_baselines(trained, tmp_path, capsys):
     assert len(rows) == 3 * 4
     late = [row for row in rows if (row["video_id"], row["object_id"]) == ("1", "2")]
     assert {row["prompt_frame"] for row in late} == {"1"}
+    assert {row["void"] for row in rows} == {"ignore"}
     summary = json.loads((out / "summary.json").read_text())
     assert summary["status"] == "finished"
     assert summary["checkpoint"]["sha256"] == file_hash(source)
     mean = np.mean([float(row["J_and_F"]) for row in rows if row["model"] == "trained"])
     assert summary["val/J_and_F"] == pytest.approx(mean)
     assert summary["val/gain_over_copy_first_mask"]["num_videos"] == 2
+    assert summary["void"] == "ignore"
     frames = [r for r in table(out / "frames.csv") if r["model"] == "trained"]
     for visible, name, count in ((0, "absence_recall", "absent"), (1, "false_absences", "visible")):
         scores = [float(r["object_score"]) for r in frames if int(r["visible"]) == visible]
@@ -182,39 +189,6 @@ def test_a_run_folder_stands_for_its_best_checkpoint(trained, tmp_path):
     assert call(trained, "--evaluate", trained / "run", *words) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert summary["checkpoint"]["path"] == str(trained / "run" / "checkpoints" / "best.pt")
-
-
-def test_changes_by_noise_have_their_intervals(trained, tmp_path, capsys):
-    five = make_coco(tmp_path / "five", num_videos=5, num_frames=2, size=(64, 64))
-    words = ("--prompt-matrix", "base", "--run-dir", tmp_path / "out", f"dataset.val_path={five}")
-    assert call(trained, *words) == 0
-    for row in table(tmp_path / "out" / "prompt_matrix.csv"):
-        assert (row["change"] == "") == (row["noise"] == "0.0")
-        if row["change"]:
-            low, change, high = (float(row[f"change{end}"]) for end in ("_low", "", "_high"))
-            assert low <= change <= high
-    assert "[+" in capsys.readouterr().out
-
-
-def test_the_prompt_matrix(trained, tmp_path, capsys):
-    out = tmp_path / "out"
-    words = ("--prompt-matrix", "base", "--run-dir", out)
-    assert call(trained, *words, "evaluation.max_videos=1", "evaluation.max_frames=2") == 0
-    rows = table(out / "prompt_matrix.csv")
-    kinds = {(row["prompt"], row["clicks"], row["noise"]) for row in rows}
-    assert len(kinds) == len(rows) == 20
-    assert {clicks for prompt, clicks, _ in kinds if prompt == "point"} == {"1", "3", "5"}
-    assert {noise for _, _, noise in kinds} == {"0.0", "0.1", "0.2", "0.4"}
-    assert all(row["change"] == "" for row in rows)  # one video has no interval
-    assert (out / "prompt_matrix.png").stat().st_size > 10_000
-    assert len(table(out / "prompt_matrix_objects.csv")) == 20 * len(
-        {row["object_id"] for row in table(out / "prompt_matrix_objects.csv")}
-    )
-    summary = json.loads((out / "summary.json").read_text())
-    assert summary["matrix/base/bbox/noise_0.0/J_and_F"] == pytest.approx(
-        float(next(r for r in rows if r["prompt"] == "bbox")["J_and_F"])
-    )
-    assert "3 clicks" in capsys.readouterr().out
 
 
 class TestMistakes:

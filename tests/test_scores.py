@@ -2,24 +2,31 @@
 
 import csv
 import io
-from functools import partial
 
+import numpy as np
 import pytest
 from conftest import make_coco
 from rich.console import Console
 
-from sam2train.datasets import COCODataset, DatasetConfig
-from sam2train.evaluate import EvaluationConfig, TrackedFrame, copy_first_mask
-from sam2train.metrics import COPY, TRAINED
-from sam2train.scoring import (
+from sam2train.data_source import Frame, Video
+from sam2train.datasets import COCODataset
+from sam2train.evaluate import EvaluationConfig, TrackedFrame, TrackedVideo, copy_first_mask
+from sam2train.metrics import COPY, TRAINED, VideoScores, measure
+from sam2train.scores import (
     HORIZON_COLUMNS,
     SCORE_COLUMNS,
     RowsFile,
+    after_absence,
+    area_under_roc,
+    bin_end,
     difference,
+    frame_rows,
+    horizon_rows,
+    numbers,
     read_scores,
+    roc,
     score,
     scores_table,
-    shared_split_warning,
 )
 
 SIZE = (48, 64)
@@ -174,8 +181,123 @@ def test_a_file_with_other_headings_has_no_whole_row(tmp_path):
     assert "1 of 1 rows" in said[0]
 
 
-def test_one_split_for_both_is_warned_of():
-    build = partial(DatasetConfig, data_path="train.json", val_path="a/val.json")
-    assert shared_split_warning(build(test_path=None)) is None
-    assert shared_split_warning(build(test_path="a/test.json")) is None
-    assert "too high" in shared_split_warning(build(test_path="a/../a/val.json"))
+def tracked(truth, prediction, scores=None, *, prompt_frame=0, labelled=None) -> TrackedVideo:
+    """One object "a": `truth` and `prediction` are the number of 4 pixels it has on each frame."""
+    stacks = [np.arange(4)[None] < np.array(counts)[:, None] for counts in (truth, prediction)]
+    frames = [
+        Frame(None, {}, labelled is None or t in labelled)  # nobody reads the picture
+        for t in range(len(truth))
+    ]
+    video = Video("v", (1, 4), frames, ["a"])
+    truth, prediction = (stack[video.labelled, None] for stack in stacks)
+    return TrackedVideo(
+        video=video,
+        prompts=[{"object_id": "a", "frame_index": prompt_frame}],
+        measures={"a": measure(prediction, truth)},
+        scores=VideoScores((), ()),
+        object_scores={} if scores is None else {"a": np.array(scores, np.float32)},
+    )
+
+
+def values(rows, metric):
+    return {row["at"]: (row["value"], row["count"]) for row in rows if row["metric"] == metric}
+
+
+def test_rows_begin_after_the_prompt_and_keep_to_labelled_frames():
+    video = tracked([0, 4, 4, 2, 4, 4], [0, 4, 2, 2, 4, 4], prompt_frame=1, labelled={1, 2, 3, 5})
+    rows = frame_rows(video)
+    assert [row["frame"] for row in rows] == [2, 3, 5]
+    assert [row["since_prompt"] for row in rows] == [1, 2, 4]
+    assert [row["J"] for row in rows] == [0.5, 1, 1]
+    assert [row["area"] for row in rows] == [0.5, 0.5, 1]
+    assert {row["object_score"] for row in rows} == {None}
+
+
+def test_j_by_frames_since_the_prompt():
+    #                 prompt, 1, 2, 3, 4, 5
+    rows = frame_rows(tracked([4, 4, 4, 4, 0, 4], [4, 4, 2, 1, 4, 0]))
+    rows += [{**row, "object_id": "b", "J": 0.0} for row in rows if row["frame"] < 3]
+    curve = values(horizon_rows(rows), "horizon/J")
+    # 3 frames on: a quarter; 4 frames on nothing is visible; 5 frames on: lost.
+    assert curve == {1: (0.5, 2), 2: (0.25, 2), 4: (0.25, 1), 8: (0.0, 1)}
+
+
+def test_absences_end_with_the_frames_that_count_as_their_return():
+    frames = np.array([1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12])
+    visible = np.array([1, 0, 0, 1, 0, 1, 1, 1, 1, 1, 1], bool)
+    none = (None, None)
+    assert after_absence(frames, visible) == [
+        *(none, none, none, (3, 5), none),  # gone at 2, back at 5; gone again at 6
+        *[(1, 7)] * 5,
+        none,
+    ]
+
+
+def test_recall_after_an_absence_is_a_mean_over_returns():
+    #          gone at 1-3, back at 4-5, gone at 6, back at 7
+    rows = frame_rows(tracked([4, 0, 0, 0, 4, 4, 0, 4], [4, 0, 0, 0, 4, 1, 0, 4]))
+    found = values(horizon_rows(rows), "horizon/recall_after_absence")
+    assert found == {1: (1.0, 1), 4: (0.5, 1)}
+
+
+def test_false_positives_and_the_object_score():
+    rows = horizon_rows(
+        frame_rows(tracked([4, 4, 0, 0, 4], [4, 4, 2, 0, 4], [np.nan, 3, 1, -2, 0.5]))
+    )
+    assert numbers(rows) == {
+        "horizon/false_positives": 0.5,
+        "horizon/false_positive_area": 0.25,
+        "horizon/object_score_auc": 0.75,  # 3 beats both, 0.5 beats one of two
+        "horizon/absence_recall": 0.5,  # of 1 and -2
+        "horizon/num_absent": 2,
+        "horizon/false_absences": 0,
+        "horizon/num_visible": 2,
+    }
+    assert values(rows, "horizon/object_score_auc")[None][1] == 4
+
+
+def test_the_object_score_at_0_where_sam2_decides():
+    """A score of 0 itself is one of absence; the prompted frame and copies without scores do not
+    count."""
+    truth = [4, 4, 4, 4, 4, 0, 0, 0]
+    video = tracked(truth, truth, [-5, 2, 0, -1, 0.1, 0, -3, 0.1])
+    rows = horizon_rows(frame_rows(video) + frame_rows(tracked(truth, truth)))
+    assert values(rows, "horizon/false_absences") == {None: (0.5, 4)}
+    assert values(rows, "horizon/absence_recall") == {None: (pytest.approx(2 / 3), 3)}
+
+
+@pytest.mark.parametrize(
+    ("truth", "there", "missing"),
+    [
+        ([4, 4, 4, 4], "horizon/false_absences", "horizon/absence_recall"),
+        ([4, 0, 0, 0], "horizon/absence_recall", "horizon/false_absences"),
+    ],
+)
+def test_frames_of_one_kind_have_their_share_and_the_other_no_number(truth, there, missing):
+    rows = horizon_rows(frame_rows(tracked(truth, truth, [9, -1, 0, 1])))
+    found = numbers(rows)
+    assert found[there] == pytest.approx(2 / 3)
+    assert not {missing, "horizon/object_score_auc"} & found.keys()
+    assert all(np.isfinite(value) for value in found.values())
+    assert values(rows, there)[None][1] == 3
+
+
+def test_what_a_video_does_not_ask_is_left_out():
+    rows = horizon_rows(frame_rows(tracked([4, 4, 4], [4, 4, 4])))
+    assert {row["metric"] for row in rows} == {"horizon/J"}
+    assert horizon_rows([]) == []
+
+
+@pytest.mark.parametrize(("frames", "end"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (1000, 1024)])
+def test_bins_double(frames, end):
+    assert bin_end(frames) == end
+
+
+def test_the_area_is_that_under_the_roc_curve():
+    rng = np.random.default_rng(0)
+    positive, negative = rng.integers(0, 6, 40), rng.integers(-2, 4, 30)  # with ties
+    false, true = roc(positive, negative)
+    assert (false[0], true[0], false[-1], true[-1]) == (0, 0, 1, 1)
+    area = np.sum(np.diff(false) * (true[1:] + true[:-1]) / 2)
+    pairs = np.mean([(p > n) + (p == n) / 2 for p in positive for n in negative])
+    assert area_under_roc(positive, negative) == pytest.approx(area) == pytest.approx(pairs)

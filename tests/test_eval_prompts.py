@@ -1,16 +1,17 @@
-"""The prompts of the matrix: clicks that correct, noise of a known size, equal random numbers."""
+"""`--prompt-matrix`: clicks that correct, noise of a known size, equal random numbers; files."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_coco
+from test_eval_checkpoint import call, table, write_small
 
-from sam2train import prompt_cells
+from sam2train import eval_prompts
 from sam2train.datasets import COCODataset
-from sam2train.model import SAM2Model
-from sam2train.prompt_cells import (
+from sam2train.eval_prompts import (
     NOISE,
     Cell,
     CellPrompts,
@@ -18,6 +19,7 @@ from sam2train.prompt_cells import (
     next_click,
     segment_frame,
 )
+from sam2train.model import SAM2Model
 from sam2train.prompts import mask_center, mask_to_box
 
 ORACLE = Path(__file__).parents[2] / "shared" / "oracles" / "oracle_points.pt"
@@ -71,11 +73,11 @@ def test_further_clicks_fall_on_what_the_model_gets_wrong(model, data, monkeypat
     blob = truth | rectangle(50, 50, 60, 60)
     answers = {1: half, 2: blob, 3: truth}
     monkeypatch.setattr(
-        prompt_cells,
+        eval_prompts,
         "segment_frame",
         lambda model, data, video, prompt, bf16: answers[len(prompt["labels"])],
     )
-    monkeypatch.setattr(prompt_cells, "first_views", lambda data, video: iter([(1, 0, truth)]))
+    monkeypatch.setattr(eval_prompts, "first_views", lambda data, video: iter([(1, 0, truth)]))
     (prompt,) = draw(model, data, "point", 5, 0.0)
     assert prompt["labels"].tolist() == [1, 1, 0]  # nothing is wrong after three
     missed = truth & ~half
@@ -134,3 +136,38 @@ def test_clicks_equal_those_of_sam2():
             assert click[1] == expected["labels"][row, 0]
             compared += 1
     assert compared >= 10
+
+
+def test_changes_by_noise_have_their_intervals(tmp_path, capsys):
+    write_small(tmp_path)
+    five = make_coco(tmp_path / "five", num_videos=5, num_frames=2, size=(64, 64))
+    words = ("--prompt-matrix", "base", "--run-dir", tmp_path / "out", f"dataset.val_path={five}")
+    assert call(tmp_path, *words) == 0
+    for row in table(tmp_path / "out" / "prompt_matrix.csv"):
+        assert (row["change"] == "") == (row["noise"] == "0.0")
+        if row["change"]:
+            low, change, high = (float(row[f"change{end}"]) for end in ("_low", "", "_high"))
+            assert low <= change <= high
+    assert "[+" in capsys.readouterr().out
+
+
+def test_the_prompt_matrix(tmp_path, capsys):
+    write_small(tmp_path)
+    out = tmp_path / "out"
+    words = ("--prompt-matrix", "base", "--run-dir", out)
+    assert call(tmp_path, *words, "evaluation.max_videos=1", "evaluation.max_frames=2") == 0
+    rows = table(out / "prompt_matrix.csv")
+    kinds = {(row["prompt"], row["clicks"], row["noise"]) for row in rows}
+    assert len(kinds) == len(rows) == 20
+    assert {clicks for prompt, clicks, _ in kinds if prompt == "point"} == {"1", "3", "5"}
+    assert {noise for _, _, noise in kinds} == {"0.0", "0.1", "0.2", "0.4"}
+    assert all(row["change"] == "" for row in rows)  # one video has no interval
+    assert (out / "prompt_matrix.png").stat().st_size > 10_000
+    assert len(table(out / "prompt_matrix_objects.csv")) == 20 * len(
+        {row["object_id"] for row in table(out / "prompt_matrix_objects.csv")}
+    )
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["matrix/base/bbox/noise_0.0/J_and_F"] == pytest.approx(
+        float(next(r for r in rows if r["prompt"] == "bbox")["J_and_F"])
+    )
+    assert "3 clicks" in capsys.readouterr().out

@@ -1,0 +1,221 @@
+"""Pictures of tracked videos: which frames, which masks, and that few of them are kept."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import edit, make_coco
+from PIL import Image
+from test_data_vos import make_vos
+
+from sam2train.data_clips import ClipDataset, clip_settings
+from sam2train.data_source import Frame, Video
+from sam2train.data_vos import VosVideos
+from sam2train.datasets import COCODataset
+from sam2train.errors import UserError
+from sam2train.evaluate import EvaluationConfig, SeenFrame, copy_first_mask, track_videos
+from sam2train.video_pictures import MAX_SHOWN, MaskFolder, OverlayDrawer
+
+SIZE = (48, 64)
+
+
+def see_all(drawer, data, config):
+    """Show a drawer the copied first masks of a data set."""
+    videos = track_videos(copy_first_mask, data, config, seed=0, on_frame=drawer.see_frame)
+    for index, video in enumerate(videos):
+        drawer.see_video(index, video)
+
+
+def draw(path, folder, *, most=2, **settings) -> OverlayDrawer:
+    data = COCODataset(path, SIZE, prompt_types=["mask"])
+    drawer = OverlayDrawer(data, folder, "step_000010", most)
+    see_all(drawer, data, EvaluationConfig(**settings))
+    return drawer
+
+
+def test_the_first_videos_are_drawn(tmp_path):
+    path = make_coco(tmp_path, num_videos=3, num_frames=30)
+    drawer = draw(path, tmp_path / "overlays")
+    assert [overlay.name for overlay in drawer.overlays] == ["video_1", "video_2"]
+    for overlay in drawer.overlays:
+        assert overlay.path.parent == tmp_path / "overlays"
+        assert overlay.path.name == f"step_000010_{overlay.name}.png"
+        with Image.open(overlay.path) as picture:
+            assert picture.width > 500
+
+
+def test_only_what_is_drawn_is_kept(tmp_path):
+    drawer = draw(make_coco(tmp_path, num_videos=2, num_frames=30), tmp_path / "overlays")
+    kept = [seen.frame_idx for _, seen in drawer._kept]  # of the second video
+    assert len(kept) <= MAX_SHOWN + 1
+    assert {0, 15, 29} <= set(kept)
+
+
+def test_the_toggled_masks_are_those_of_the_middle_frame(tmp_path):
+    path = make_coco(tmp_path, num_frames=6)
+    (overlay,) = draw(path, tmp_path / "overlays").overlays
+    data = COCODataset(path, SIZE)
+    for number in (1, 2):
+        truth, copied = (data.read_mask(data.videos[0], t, number) for t in (3, 0))
+        assert np.array_equal(overlay.ground_truth == number, truth)
+        assert np.array_equal(overlay.prediction == number, copied)
+    assert np.array_equal(overlay.frame, data.read_frame(data.videos[0], 3))
+    assert overlay.class_labels == {1: "object 1", 2: "object 2"}
+
+
+@pytest.mark.parametrize("empty", [1, 2])
+def test_a_video_without_objects_is_drawn_all_the_same(tmp_path, empty):
+    def clear(content):
+        images = {i["id"] for i in content["images"] if i["video_id"] == empty}
+        kept = [a for a in content["annotations"] if a["image_id"] not in images]
+        content["annotations"] = kept
+
+    path = edit(make_coco(tmp_path, num_videos=2), clear)
+    drawer = draw(path, tmp_path / "overlays")
+    assert len(drawer.overlays) == 2
+    assert not drawer.overlays[empty - 1].ground_truth.any()
+
+
+def test_frames_that_nobody_labelled_are_not_drawn(tmp_path):
+    """What is right there is not known: a prediction would be painted as an error."""
+    root = make_vos(tmp_path, names=["bear"], every=3)  # of 6 frames, 0 and 3
+    data = ClipDataset(VosVideos(root), clip_settings(SIZE))
+    drawer = OverlayDrawer(data, tmp_path / "overlays", "val", 1)
+    see_all(drawer, data, EvaluationConfig())
+    assert [seen.frame_idx for _, seen in drawer._kept] == [0, 3]
+    assert drawer.overlays[0].ground_truth.any()
+
+
+def test_more_objects_than_a_mask_of_wandb_holds(tmp_path):
+    def multiply(content):
+        first = content["annotations"][0]
+        content["annotations"] += [
+            {**first, "id": 1000 + number, "track_id": 100 + number} for number in range(300)
+        ]
+
+    (overlay,) = draw(edit(make_coco(tmp_path), multiply), tmp_path / "overlays").overlays
+    assert len(overlay.class_labels) == 255
+
+
+@pytest.mark.parametrize(
+    "ids", [("../../a", "../../A"), ("\x1b[31mred", "[/red]$a"), ("x" * 300, ""), ("a/b", "a_b")]
+)
+def test_names_of_pictures_stay_in_their_folder_and_apart(tmp_path, ids):
+    def rename(content):
+        for image in content["images"]:
+            image["video_id"] = ids[image["video_id"] - 1]
+
+    folder = tmp_path / "new" / "overlays"
+    overlays = draw(edit(make_coco(tmp_path, num_videos=2), rename), folder).overlays
+    assert len(overlays) == 2
+    assert {overlay.path for overlay in overlays} == set(folder.iterdir())
+    assert len({overlay.name.casefold() for overlay in overlays}) == 2
+    for overlay in overlays:
+        assert overlay.name.isprintable()
+        assert not set(overlay.name) & set("/:\\")
+
+
+def write(folder, video_id, masks, *, names=None) -> None:
+    """A video with the predictions `masks`, object id -> (T, H, W) bool, frame by frame."""
+    shape = next(iter(masks.values())).shape
+    names = names or [f"{t:05d}.jpg" for t in range(shape[0])]
+    frames = [Frame(Path(name), {}) for name in names]
+    video = Video(video_id, shape[1:], frames, list(masks))
+    for t in range(shape[0]):
+        folder.write(SeenFrame(video, [], t, {o: stack[t] for o, stack in masks.items()}, {}))
+
+
+def read(path) -> np.ndarray:
+    with Image.open(path) as picture:
+        assert picture.mode == "P"
+        return np.array(picture)
+
+
+def two_objects(first, second):
+    masks = {first: np.zeros((3, 8, 9), bool), second: np.zeros((3, 8, 9), bool)}
+    masks[first][:, :4] = True
+    masks[second][1:, 4:, 2:] = True  # it appears on frame 1
+    return masks
+
+
+def test_a_pixel_is_the_number_of_its_object(tmp_path):
+    masks = two_objects(3, 7)
+    write(MaskFolder(tmp_path / "out"), "dog", masks)
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*.png")) == [
+        "00000.png",
+        "00001.png",
+        "00002.png",
+    ]
+    for t in range(3):
+        ids = read(tmp_path / "out" / "dog" / f"{t:05d}.png")
+        assert ids.shape == (8, 9)
+        for object_id, mask in masks.items():
+            assert ((ids == object_id) == mask[t]).all()
+    with Image.open(tmp_path / "out" / "dog" / "00001.png") as picture:
+        colours = np.array(picture.convert("RGB"))
+    assert (colours[4, 0] == 0).all()  # the background is black
+    assert len({tuple(colours[y, x]) for y, x in ((4, 0), (0, 0), (4, 2))}) == 3
+    assert not (tmp_path / "out" / "objects.json").exists()
+
+
+def test_other_ids_are_counted_and_written_down(tmp_path):
+    write(MaskFolder(tmp_path), "a/b", two_objects("cat", 300))
+    assert json.loads((tmp_path / "objects.json").read_text()) == {
+        "a_b": {"1": "cat", "2": "300"},
+    }
+    assert np.unique(read(tmp_path / "a_b" / "00001.png")).tolist() == [0, 1, 2]
+
+
+def test_frames_of_a_film_are_named_by_their_position(tmp_path):
+    write(MaskFolder(tmp_path), 1, two_objects(1, 2), names=["film.mp4"] * 3)
+    assert sorted(path.name for path in tmp_path.rglob("*.png"))[-1] == "00002.png"
+
+
+def test_names_that_repeat_give_way_to_positions(tmp_path):
+    names = ["a/1.jpg", "b/1.jpg", "b/2.jpg"]
+    write(MaskFolder(tmp_path), 1, two_objects(1, 2), names=names)
+    assert len(list(tmp_path.rglob("*.png"))) == 3
+
+
+def test_a_film_of_one_frame_is_a_film(tmp_path):
+    masks = {1: np.ones((1, 8, 9), bool)}
+    write(MaskFolder(tmp_path), 1, masks, names=["film.mp4"])
+    assert [path.name for path in tmp_path.rglob("*.png")] == ["00000.png"]
+
+
+def test_nothing_is_overwritten(tmp_path):
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"--save-masks .* something already"):
+        MaskFolder(tmp_path)
+    with pytest.raises(UserError, match="--save-masks"):
+        MaskFolder(tmp_path / "note.txt")
+
+
+def test_a_palette_ends_at_255(tmp_path):
+    masks = {number: np.zeros((1, 2, 2), bool) for number in range(1, 257)}
+    with pytest.raises(UserError, match="256 objects"):
+        write(MaskFolder(tmp_path), 1, masks)
+
+
+def test_folders_of_videos_are_safe_and_apart(tmp_path):
+    folder = MaskFolder(tmp_path / "masks")
+    ids = ["a/b", "a_b", "A_B", "..", "", "x" * 300, "a\x00b", "con", 1, "1", "objects.json", "dog"]
+    for video_id in ids:
+        write(folder, video_id, two_objects(1, 2))
+    names = sorted(path.name for path in (tmp_path / "masks").iterdir() if path.is_dir())
+    assert len({name.casefold() for name in names}) == len(ids)
+    assert {"a_b", "1", "dog"} <= set(names)
+    assert [path.name for path in tmp_path.iterdir()] == ["masks"]
+    renamed = json.loads((tmp_path / "masks" / "videos.json").read_text())
+    assert set(renamed.values()) == {str(i) for i in ids} - {"dog", "a_b"} | {"a_b"}
+    assert renamed["a_b"] == "a/b"
+
+
+def test_frames_whose_names_differ_in_capitals_only_give_way_to_positions(tmp_path):
+    write(MaskFolder(tmp_path), 1, two_objects(1, 2), names=["a.jpg", "A.jpg", "b.jpg"])
+    assert sorted(p.name for p in tmp_path.rglob("*.png")) == [
+        "00000.png",
+        "00001.png",
+        "00002.png",
+    ]
