@@ -283,7 +283,7 @@ class RowsFile:
         write_rows(self.path, self.rows, self.columns)
 
 
-_TEXTS = {"split", "model", "video_id", "object_id", "frame_policy", "prompt", "metric"}
+_TEXTS = {"split", "model", "metric", "video_id", "object_id", "frame_policy", "void", "prompt"}
 
 
 def _is_whole(row: Mapping[str | None, Any]) -> bool:

@@ -106,7 +106,7 @@ def kill(run, place, at):
     N` between two frames of the N-th scoring of that step: it saves first. At the others the
     process ends: with an error (`step`, `evaluated`, `saved`), or at once (`SIGKILL`).
     """
-    step, evaluate, save, score = run.train_step, run.evaluate, run.save, run._score
+    step, evaluate, save, score = run.train_step, run.evaluate, run.save, run._heed_signal
     scorings = []
 
     def in_scoring(*arguments, **how):
@@ -135,7 +135,7 @@ def kill(run, place, at):
             raise Killed
 
     run.train_step, run.evaluate, run.save = in_step, in_evaluation, in_save
-    run._score = in_scoring
+    run._heed_signal = in_scoring
     with pytest.MonkeyPatch.context() as patch:
         if place == "SIGKILL":
             patch.setattr(RunLog, "__exit__", lambda *_: None)

@@ -124,9 +124,19 @@ def test_best_is_the_checkpoint_of_the_best_score(experiment, tmp_path):
     assert best["scores"]["J_and_F"] == max(scored.values())
 
 
-@pytest.mark.parametrize(("stopped_at", "log_every"), [(2, 3), (3, 2)])
+CLICKS = {
+    "num_correction_pt_per_frame": 2,
+    "num_frames_to_correct": 3,
+    "prob_to_sample_from_gt": 0.5,
+}
+
+
+@pytest.mark.parametrize("stop", ["crash", "signal"])
+@pytest.mark.parametrize(
+    ("stopped_at", "log_every", "clicks"), [(2, 3, {}), (3, 2, CLICKS)], ids=["plain", "clicks"]
+)
 def test_a_resumed_run_equals_one_that_was_never_stopped(
-    experiment, tmp_path, monkeypatch, stopped_at, log_every
+    experiment, tmp_path, monkeypatch, stopped_at, log_every, clicks, stop
 ):
     """Weights, optimiser, losses and scores, bit for bit, also with dropout and augmentation."""
     # The real dropout of SAM 2, switched on where the demo config has none.
@@ -137,6 +147,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(
         model={"config_path": str(config)},
         trainer={"save_every": stopped_at, "log_every": log_every, "grad_accumulation": 2},
         augment={"horizontal_flip": 0.5, "brightness": 0.2},
+        interaction=clicks,
     )
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     make_trainer(settings, whole).run()
@@ -147,10 +158,13 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(
     def save_and_crash(path):
         saved(path)
         if path.name == "last.pt" and first.step == stopped_at:
-            raise RuntimeError("the machine goes down")
+            if stop == "signal":
+                os.kill(os.getpid(), signal.SIGUSR1)
+            else:
+                raise RuntimeError("the machine goes down")
 
     first.save = save_and_crash
-    with pytest.raises(RuntimeError, match="goes down"):
+    with pytest.raises(Interrupted if stop == "signal" else RuntimeError):
         first.run()
     torch.manual_seed(12345)  # another process has another state
     second = make_trainer(settings, parts, resume=parts / "checkpoints" / "last.pt")
@@ -159,6 +173,10 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(
 
     left, right = (checkpoint.load(d / "checkpoints" / "last.pt") for d in (whole, parts))
     assert_same(left["model"], right["model"])
+    best = [checkpoint.load(d / "checkpoints" / "best.pt") for d in (whole, parts)]
+    assert_same(best[0]["model"], best[1]["model"])
+    assert best[0]["step"] == best[1]["step"]
+    assert (whole / "scores.csv").read_text() == (parts / "scores.csv").read_text()
     for a, b in zip(
         left["optimizer"]["state"].values(), right["optimizer"]["state"].values(), strict=True
     ):
@@ -203,13 +221,6 @@ def gradients_of_a_step(settings, run_dir):
     scalars = trainer.train_step(trainer.batches())
     found = {n: p.grad.clone() for n, p in trainer.parameters.items() if p.grad is not None}
     return found, {name: float(value) for name, value in scalars.items()}
-
-
-CLICKS = {
-    "num_correction_pt_per_frame": 2,
-    "num_frames_to_correct": 3,
-    "prob_to_sample_from_gt": 0.5,
-}
 
 
 @pytest.mark.parametrize("trained", [["*"], ["memory_attention", "memory_encoder"]])
