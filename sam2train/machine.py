@@ -15,14 +15,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.text import Text
-
 from sam2train.errors import UserError
 from sam2train.files import printable
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
+    from rich.text import Text
 
 _PACKAGES = ("torch", "torchvision", "sam2", "numpy", "opencv-python", "pycocotools", "wandb")
 
@@ -201,9 +200,13 @@ def leave_group(worker: int) -> None:
 
 def say(console: Console, text: str, style: str = "") -> None:
     """Print a message of one line or more as it is: nothing in it is read as markup or cut."""
+    from rich.text import Text  # not at the top: --help answers at once
+
     console.print(Text(printable(text, lines=True), style), soft_wrap=True)
 
 
 def cell(text: object, style: str = "") -> Text:
     """What a table shows of a name or value that comes from a file."""
+    from rich.text import Text
+
     return Text(printable(text), style)
