@@ -107,9 +107,8 @@ class BatchedVideoDatapoint:
     object_valid: torch.Tensor  # (B, N) bool, False on the padding of `object_masks`
     names: list[str]  # of the clips, for messages
     dict_key: str = "sam2train"
-    ignore: torch.Tensor | None = (
-        None  # (T, B, H, W) bool: pixels without a label; None: no clip has any
-    )
+    # (T, B, H, W) bool: pixels without a label; None: no clip has any
+    ignore: torch.Tensor | None = None
 
     @property
     def num_frames(self) -> int:

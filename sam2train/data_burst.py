@@ -63,7 +63,8 @@ def burst_to_coco(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
                     "is_annotated": picture in looked_at,
                 }
             )
-        categories = sequence.get("track_category_ids") or {}
+        categories = sequence.get("track_category_ids")
+        categories = categories if isinstance(categories, dict) else {}  # names only
         for picture, of_frame in zip(annotated, masks, strict=True):
             if not isinstance(of_frame, dict):
                 raise UserError(f"{path}: sequence {name!r}: {picture} has no mapping; {wanted}")

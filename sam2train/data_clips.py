@@ -112,16 +112,26 @@ class ClipDataset:
         self.image_size, self.prompts = settings.image_size, settings.prompts
         self.epoch = 0
         self.cache = MaskCache(mask_cache_mb * 2**20, self.videos, self.image_size)
-        self.trainable = [
-            video
-            for video in self.videos
-            if source.makes_objects or any(video.visible(t) for t in video.labelled)
+        trainable = [video for video in self.videos if source.is_trainable(video)]
+        # Videos with how many clips of them an epoch has.
+        self._groups = [
+            (videos, max(1, round(weight * len(videos))))
+            for videos, weight in source.weighted(trainable)
         ]
-        if not self.trainable:
+        if not trainable:
             raise UserError(f"{source.path}: no annotation has a mask; {source.mask_hint}")
 
     def __len__(self) -> int:
-        return len(self.trainable)
+        return sum(num_clips for _, num_clips in self._groups)
+
+    def _video(self, epoch: int, place: int) -> Video:
+        """The video of a clip. Where an epoch has fewer clips than videos, the next one goes on
+        with the others."""
+        for videos, num_clips in self._groups:
+            if place < num_clips:
+                return videos[(epoch * num_clips + place) % len(videos)]
+            place -= num_clips
+        raise IndexError(place)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -134,7 +144,8 @@ class ClipDataset:
 
     def __getitem__(self, index: int | tuple[int, int]) -> Clip:
         place, rng = locate_clip(index, len(self), self.settings.seed, self.epoch)
-        video, settings = self.trainable[place], self.settings
+        epoch = index[0] if isinstance(index, tuple) else self.epoch
+        video, settings = self._video(epoch, place), self.settings
         indices, num_padding = sample_frames(
             video, settings.video_clip_length, settings.max_frame_stride, rng
         )

@@ -217,12 +217,13 @@ def _ids(values: list[int], colours: bool = False) -> Reading:
         return Reading({1: (VOID,)}, note="one object, the pixels of value 255")
     if VOID in objects and not colours and max(objects) == VOID and VOID - 1 not in objects:
         rest = [value for value in objects if value != VOID]
-        return Reading({v: (v,) for v in rest}, (VOID,), note=_VOID_NOTE)
+        return Reading({v: (v,) for v in rest}, (VOID,), note=_void_note(VOID))
     note = "the id of an object is R + 256 G + 65536 B" if colours else Reading({}).note
     return Reading({v: (v,) for v in objects}, (), colours, note)
 
 
-_VOID_NOTE = "pixel values are object ids, 255 is void: left out of the loss and of scores"
+def _void_note(value: int) -> str:
+    return f"pixel values are object ids, {value} is void: left out of the loss and of scores"
 
 
 def _palettes(facts: Sequence[MaskFacts]) -> Reading:
@@ -280,22 +281,9 @@ def _palettes(facts: Sequence[MaskFacts]) -> Reading:
 
 def _greys(facts: Sequence[MaskFacts]) -> Reading:
     """Grey values are ids, unless they are levels spread over the range or smoothed edges."""
-    values = _values(facts)
-    areas = sum((one.areas for one in facts), Counter())
-    border = sum((one.border for one in facts), Counter())
-    widest = max(border, key=border.__getitem__, default=0)
-    along_all = all(widest in one.border for one in facts)
-    if widest and along_all and border[widest] >= _BACKGROUND * border.total():
-        if values == [0, widest]:
-            raise ValueError(
-                f"the pixels of value {widest} lie along the border of all masks: they look like "
-                "the background, and those of value 0 like the object; set dataset.mask_values to "
-                f"ids if {widest} is the object, or invert the masks"
-            )
-        if 0 not in values and len(values) > 1:
-            note = f"0 is not used, and {widest} along the border is the background"
-            return Reading({v: (v,) for v in values if v != widest}, note=note)
-    values = [value for value in values if value]
+    if reading := _with_other_background(facts):
+        return reading
+    values = [value for value in _values(facts) if value]
     if not values:
         return Reading({}, note="no pixel of an object")
     # MOTS: ids of class * 1000 + number beside the value for what is to be ignored.
@@ -303,38 +291,12 @@ def _greys(facts: Sequence[MaskFacts]) -> Reading:
     if MOTS_IGNORE in values and all(1000 <= value < MOTS_IGNORE for value in mots):
         note = "ids of MOTS (class * 1000 + number), 10000 is left out of the loss and of scores"
         return Reading({v: (v,) for v in mots}, (MOTS_IGNORE,), note=note)
-    peak = 65535 if values[-1] > 255 else 255
+    top = values[-1]
+    peak = 65535 if top > 255 else 255
     if values == [peak]:
         return Reading({1: (peak,)}, note=f"one object, the pixels of value {peak}")
-    top = values[-1]
-    if top * 2 > peak:
-        edges = _edges(facts, values, keep=top)
-        rest = [value for value in values if value not in edges]
-        if edges and len(rest) <= 1:
-            return _half(values, _smoothed_note(edges))
-        if len(edges) > 1 and min(np.diff([0, *rest])) >= 16:
-            raise ValueError(
-                f"grey masks with smoothed edges between several levels ({_few(rest)}; "
-                f"{_few(edges)} only along outlines): the edge of one looks like another; write "
-                "the masks without smoothing, or set dataset.mask_values to binary for one object"
-            )
-        # As JPEG leaves black and white: several values near white, and little between.
-        near_white = [value for value in values if value > peak * 7 / 8]
-        between = sum(areas[v] for v in values if peak / 8 < v <= peak * 7 / 8)
-        if len(near_white) > 2 and between < 0.1 * sum(areas[v] for v in near_white):
-            return _half(values, f"{len(values)} grey values near black and white")
-    # Ids that were resized with interpolation leave values between the background and an id.
-    edges = [v for v in _edges(facts, values, keep=top) if v < top and v != peak]
-    solid = [value for value in values if value not in edges]
-    if top != peak and sum(areas[v] for v in edges) > _RESIZED * (areas.total() - areas[0]):
-        if len(solid) == 1:
-            half = _half(values, _smoothed_note(edges))
-            return half._replace(objects={solid[0]: half.objects[1]})
-        raise ValueError(
-            f"grey masks in which the values {_few(edges)} only lie along outlines, beside the ids "
-            f"{_few(solid)}: were they resized with interpolation? Resize them with the nearest "
-            "pixel, or set dataset.mask_values to ids if these are objects"
-        )
+    if reading := _soft_levels(facts, values, peak) or _resized_ids(facts, values, peak):
+        return reading
     if top == peak:
         if levels := _spread_levels(values, peak):
             note = f"grey levels {_few(values)} are {levels} steps of 0..{peak}: each is an object"
@@ -346,13 +308,78 @@ def _greys(facts: Sequence[MaskFacts]) -> Reading:
                 "dataset.mask_values to ids (255 is void) or colours (each value is an object)"
             )
         if peak != VOID:
-            note = (
-                f"pixel values are object ids, {peak} is void: left out of the loss and of scores"
-            )
-            return Reading({v: (v,) for v in others}, (peak,), note=note)
+            return Reading({v: (v,) for v in others}, (peak,), note=_void_note(peak))
     if top > 255:
         return Reading({v: (v,) for v in values})
     return _ids(values)
+
+
+def _with_other_background(facts: Sequence[MaskFacts]) -> Reading | None:
+    """Where another value than 0 lies along the border of all masks and 0 is not used, that is the
+    background; ValueError where 0 is used like an object."""
+    values = _values(facts)
+    border: Counter[int] = sum((one.border for one in facts), Counter())
+    widest = max(border, key=border.__getitem__, default=0)
+    along_all = all(widest in one.border for one in facts)
+    if not widest or not along_all or border[widest] < _BACKGROUND * border.total():
+        return None
+    if values == [0, widest]:
+        raise ValueError(
+            f"the pixels of value {widest} lie along the border of all masks: they look like the "
+            "background, and those of value 0 like the object; set dataset.mask_values to ids if "
+            f"{widest} is the object, or invert the masks"
+        )
+    if 0 in values or len(values) == 1:
+        return None
+    note = f"0 is not used, and {widest} along the border is the background"
+    return Reading({v: (v,) for v in values if v != widest}, note=note)
+
+
+def _soft_levels(facts: Sequence[MaskFacts], values: list[int], peak: int) -> Reading | None:
+    """One bright object with soft edges, cut at half; ValueError for several such levels."""
+    top = values[-1]
+    if 2 * top <= peak:
+        return None
+    edges = _edges(facts, values, keep=top)
+    rest = [value for value in values if value not in edges]
+    if edges and len(rest) == 1:
+        return _half(values, _smoothed_note(edges))
+    if len(edges) > 1 and min(np.diff([0, *rest])) >= 16:
+        raise ValueError(
+            f"grey masks with smoothed edges between several levels ({_few(rest)}; {_few(edges)} "
+            "only along outlines): the edge of one looks like another; write the masks without "
+            "smoothing, or set dataset.mask_values to binary for one object"
+        )
+    # As JPEG leaves black and white: specks of several values near white, and little between.
+    areas: Counter[int] = sum((one.areas for one in facts), Counter())
+    interior: Counter[int] = sum((one.interior for one in facts), Counter())
+    near_white = [value for value in values if value > peak * 7 / 8]
+    white = max(near_white, key=areas.__getitem__, default=top)
+    specks = [value for value in near_white if value != white]
+    between = sum(areas[v] for v in values if peak / 8 < v <= peak * 7 / 8)
+    are_specks = sum(interior[v] for v in specks) < 0.3 * sum(areas[v] for v in specks)
+    if len(specks) > 1 and are_specks and between < 0.1 * sum(areas[v] for v in near_white):
+        return _half(values, f"{len(values)} grey values near black and white")
+    return None
+
+
+def _resized_ids(facts: Sequence[MaskFacts], values: list[int], peak: int) -> Reading | None:
+    """Interpolation leaves values between the background and an id: one id is cut at half;
+    ValueError for several."""
+    top = values[-1]
+    areas: Counter[int] = sum((one.areas for one in facts), Counter())
+    edges = _edges(facts, values, keep=top)
+    if top == peak or sum(areas[v] for v in edges) <= _RESIZED * (areas.total() - areas[0]):
+        return None
+    solid = [value for value in values if value not in edges]
+    if len(solid) == 1:
+        half = _half(values, _smoothed_note(edges))
+        return half._replace(objects={top: half.objects[1]})
+    raise ValueError(
+        f"grey masks in which the values {_few(edges)} only lie along outlines, beside the ids "
+        f"{_few(solid)}: were they resized with interpolation? Resize them with the nearest pixel, "
+        "or set dataset.mask_values to ids if these are objects"
+    )
 
 
 def _colours(facts: Sequence[MaskFacts], why: str) -> Reading:

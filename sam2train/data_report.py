@@ -21,7 +21,7 @@ from rich.table import Table
 from sam2train.clips import BatchedVideoDatapoint
 from sam2train.data_clips import ClipDataset
 from sam2train.data_source import DataError, Video, VideoSource, listed
-from sam2train.datasets import DatasetConfig, build_dataset
+from sam2train.datasets import DataPart, DatasetConfig, build_dataset, data_paths
 from sam2train.errors import UserError
 from sam2train.files import natural_key, resolve_path
 from sam2train.machine import cell, num_cores, say
@@ -52,7 +52,6 @@ class DataReport:
     splits: dict[str, SplitReport]
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
     @property
     def verdict(self) -> str:
@@ -80,10 +79,14 @@ class DataReport:
             )
         console.print(table)
         for name, part in [*self.splits.items(), ("between the splits", self)]:
-            if part.errors or part.warnings or part.notes:
+            notes = [] if part is self else part.notes
+            if part.errors or part.warnings or notes:
                 say(console, f"\n{name}: {part.path}" if part is not self else f"\n{name}")
-            for kind, style in (("note", ""), ("error", "red"), ("warning", "yellow")):
-                lines = getattr(part, f"{kind}s")
+            for kind, lines, style in (
+                ("note", notes, ""),
+                ("error", part.errors, "red"),
+                ("warning", part.warnings, "yellow"),
+            ):
                 for line in lines[:_SHOWN]:
                     say(console, f"  {kind}: {line}", style)
                 if more := len(lines[_SHOWN:]):
@@ -113,7 +116,7 @@ def check_data(config: DatasetConfig, console: Console | None = None) -> DataRep
     for name, path in paths.items():
         if path is None:
             continue
-        report = SplitReport(path)
+        report = SplitReport(" + ".join(data_paths(path)))
         waiting = nullcontext()
         if console is not None and console.is_terminal:
             waiting = console.status(f"indexing {name}")
@@ -147,7 +150,7 @@ def check_data(config: DatasetConfig, console: Console | None = None) -> DataRep
 
 
 def _index(
-    config: DatasetConfig, path: str, training: bool, report: SplitReport
+    config: DatasetConfig, path: str | Sequence[DataPart], training: bool, report: SplitReport
 ) -> VideoSource | None:
     """The videos that can be read at all; what is wrong with the others goes into the report."""
     try:

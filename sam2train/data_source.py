@@ -70,9 +70,8 @@ class ClipPixels(NamedTuple):
     images: np.ndarray  # (T', H, W, 3) uint8
     masks: np.ndarray  # (T', N, H, W) bool
     object_ids: list[int | str]  # (N,)
-    ignore: np.ndarray | None = (
-        None  # (T', H, W) bool, pixels nobody decided on; None: there are none
-    )
+    # (T', H, W) bool, pixels nobody decided on; None: there are none
+    ignore: np.ndarray | None = None
 
 
 class VideoSource:
@@ -184,6 +183,14 @@ class VideoSource:
         """Whether `read_masks` would find a pixel of the object, as far as the index knows."""
         annotation = video.frames[frame_idx].annotations.get(object_id)
         return annotation is not None and annotation.area > 0
+
+    def is_trainable(self, video: Video) -> bool:
+        """Whether clips of a video have objects."""
+        return self.makes_objects or any(video.visible(t) for t in video.labelled)
+
+    def weighted(self, videos: Sequence[Video]) -> list[tuple[list[Video], float]]:
+        """The videos in groups, each with how often an epoch visits one of them."""
+        return [(list(videos), 1.0)]
 
     def sample_clip(
         self,

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import numpy as np
-import torch
 from pydantic import Field, field_validator, model_validator
-from torch.utils.data import DataLoader
 
 from sam2train import demo
-from sam2train.clips import BatchedVideoDatapoint
 from sam2train.clips import collate_fn as collate_fn  # beside the data sets it batches
 from sam2train.config import Section
 from sam2train.data_burst import burst_to_coco, is_burst
@@ -23,6 +19,7 @@ from sam2train.data_coco import CocoVideos, Unlabelled, read_coco
 from sam2train.data_coco_crowds import Crowds
 from sam2train.data_mask_values import MaskValues
 from sam2train.data_mevis import MevisVideos
+from sam2train.data_mixture import Mixture
 from sam2train.data_mots import MotsVideos
 from sam2train.data_sav import read_sav
 from sam2train.data_source import VideoSource
@@ -30,7 +27,6 @@ from sam2train.data_synthetic import SyntheticConfig
 from sam2train.data_videos import MadeUpVideos
 from sam2train.data_vos import VosVideos, find_masks
 from sam2train.data_youtube_vis import is_youtube_vis, youtube_vis_to_coco
-from sam2train.machine import leave_group, num_cores
 from sam2train.prompts import (
     DEFAULT_TYPES,
     BoxJitter,
@@ -140,15 +136,40 @@ def read_folders(path: Path, mask_values: MaskValues = "auto") -> VideoSource:
     return VosVideos(path, mask_values)
 
 
+class DataPart(Section):
+    """One of several training data sets."""
+
+    path: str
+    weight: float = Field(
+        1.0, gt=0, le=1000, description="how often an epoch visits each of its videos"
+    )
+    dataset_type: str | None = Field(None, description="null: that of the section")
+
+    @field_validator("dataset_type")
+    @classmethod
+    def _known_format(cls, name: str | None) -> str | None:
+        return name and _known(name)
+
+
+def _known(name: Any) -> Any:
+    """The name of a format; ValueError for any other."""
+    if not isinstance(name, str) or name not in FORMATS:
+        near = difflib.get_close_matches(str(name), FORMATS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"expected one of {', '.join(FORMATS)}{hint}")
+    return name
+
+
 class DatasetConfig(Section):
     """The `dataset:` section of an experiment."""
 
     dataset_type: str = Field(
         "coco", description="; ".join(f"{name}: {known.about}" for name, known in FORMATS.items())
     )
-    data_path: str = Field(
+    data_path: str | Annotated[tuple[DataPart, ...], Field(min_length=1)] = Field(
         description="training data: the COCO JSON, the folder of videos, or for vos, sav, mots and "
-        "mevis the folder that holds them or a list of some of them (.txt) below it"
+        "mevis the folder that holds them or a list of some of them (.txt) below it; a mixture is "
+        "a list of these, or of {path, weight, dataset_type}"
     )
     val_path: str | None = Field(None, description="videos that choose the best checkpoint")
     test_path: str | None = Field(None, description="videos that a result is reported on")
@@ -223,11 +244,15 @@ class DatasetConfig(Section):
     @field_validator("dataset_type", mode="before")
     @classmethod
     def _known_format(cls, name: Any) -> Any:
-        if not isinstance(name, str) or name not in FORMATS:
-            near = difflib.get_close_matches(str(name), FORMATS, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"expected one of {', '.join(FORMATS)}{hint}")
-        return name
+        return _known(name)
+
+    @field_validator("data_path", mode="before")
+    @classmethod
+    def _as_parts(cls, path: Any) -> Any:
+        """A list of paths as parts of weight 1."""
+        if isinstance(path, list | tuple):
+            return [{"path": part} if isinstance(part, str) else part for part in path]
+        return path
 
     @field_validator("intensity_range")
     @classmethod
@@ -243,10 +268,13 @@ class DatasetConfig(Section):
 
     @model_validator(mode="after")
     def _keys_fit_the_format(self) -> DatasetConfig:
+        kinds = {self.dataset_type}
+        if not isinstance(self.data_path, str):
+            kinds |= {part.dataset_type for part in self.data_path if part.dataset_type}
         for key in sorted({key for known in FORMATS.values() for key in known.keys}):
             readers = [name for name, known in FORMATS.items() if key in known.keys]
             default = type(self).model_fields[key].get_default(call_default_factory=True)
-            if self.dataset_type not in readers and getattr(self, key) != default:
+            if not kinds & {*readers} and getattr(self, key) != default:
                 names = " or ".join(f'"{name}"' for name in readers)
                 raise ValueError(f"{key} is for dataset_type {names}; remove it")
         return self
@@ -256,7 +284,7 @@ def build_dataset(
     config: DatasetConfig,
     augment: AugmentConfig,
     seed: int,
-    path: str,
+    path: str | Sequence[DataPart],
     *,
     training: bool,
     say: Callable[[str], None] = print,
@@ -264,14 +292,13 @@ def build_dataset(
     """The data set at one of the paths of a section; augmented where it is for training.
 
     Args:
-        path: where the demo data belongs, it is drawn if it is not there.
+        path: or the parts of a mixture; the demo data is drawn where it belongs if it is missing.
         say: gets a line for what takes a while, for what was concluded from the files, and for what
             looks odd in the data.
 
     Raises:
         UserError: what is wrong with the data, all of it.
     """
-    path = demo.resolve_data_path(path, say)
     settings = clip_settings(
         config.image_size,
         config.video_clip_length,
@@ -287,20 +314,41 @@ def build_dataset(
         augment=augment if training else None,
         seed=seed,
     )
-    known = FORMATS[config.dataset_type]
-    # A COCO JSON has real masks: what trains on anything else can be validated on them.
-    if path.suffix == ".json" and not training and not known.takes_json:
-        known = FORMATS["coco"]
-    source = known.read(path, config)
+    if isinstance(path, str):
+        source = _read_source(config, path, config.dataset_type, training, say)
+    else:
+        kinds = [part.dataset_type or config.dataset_type for part in path]
+        parts = [
+            _read_source(config, part.path, kind, training, say)
+            for part, kind in zip(path, kinds, strict=True)
+        ]
+        source = Mixture(parts, [part.weight for part in path])
     if config.intensity_range != "auto":
         source.scale_levels(config.intensity_range)
     dataset = ClipDataset(source, settings, config.mask_cache_mb)
     for kind, lines in (("notes", dataset.source.notes), ("warnings", dataset.warnings)):
         for line in lines[:_SHOWN_LINES]:
-            say(f"{path}: {line}")
+            say(f"{source.path}: {line}")
         if more := len(lines[_SHOWN_LINES:]):
-            say(f"{path}: and {more} more {kind}; --check-data lists all")
+            say(f"{source.path}: and {more} more {kind}; --check-data lists all")
     return dataset
+
+
+def _read_source(
+    config: DatasetConfig, path: str, kind: str, training: bool, say: Callable[[str], None]
+) -> VideoSource:
+    path, known = demo.resolve_data_path(path, say), FORMATS[kind]
+    # A COCO JSON has real masks: what trains on anything else can be validated on them.
+    if path.suffix == ".json" and not training and not known.takes_json:
+        known = FORMATS["coco"]
+    return known.read(path, config)
+
+
+def data_paths(path: str | Sequence[DataPart] | None) -> list[str]:
+    """The paths that one of the settings names: none, one, or those of a mixture."""
+    if path is None or isinstance(path, str):
+        return [] if path is None else [path]
+    return [part.path for part in path]
 
 
 class COCODataset(ClipDataset):
@@ -379,55 +427,3 @@ class VideoDataset(ClipDataset):
         settings = clip_settings(image_size, video_clip_length, prompt_types, *points, **settings)
         source = MadeUpVideos(Path(data_path), synthetic, settings.max_objects)
         super().__init__(source, settings, mask_cache_mb)
-
-
-class ClipSampler:
-    """Endless (epoch, index) pairs for a DataLoader; each epoch visits every clip once.
-
-    The pair at position p depends on the seed and p alone, so a resumed run sees the same clips.
-
-    Args:
-        num_clips: clips of an epoch.
-        start: first position; a resumed run has used those before it.
-    """
-
-    def __init__(self, num_clips: int, *, shuffle: bool, seed: int, start: int = 0):
-        self.num_clips = num_clips
-        self.shuffle = shuffle
-        self.seed = seed
-        self.start = start
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch, first = divmod(self.start, self.num_clips)
-        while True:
-            order = np.arange(self.num_clips)
-            if self.shuffle:
-                # `num_clips` is not the index of a clip, so no clip uses these random numbers.
-                np.random.default_rng([self.seed, epoch, self.num_clips]).shuffle(order)
-            for index in order[first:]:
-                yield epoch, int(index)
-            epoch, first = epoch + 1, 0
-
-
-def load_batches(
-    data: ClipDataset, config: DatasetConfig, seed: int, *, start: int, pin_memory: bool
-) -> Iterator[BatchedVideoDatapoint]:
-    """Batches of clips without end, in an order that the seed gives.
-
-    Args:
-        start: clips that were used before, which a resumed run leaves out.
-    """
-    return iter(
-        DataLoader(
-            data,
-            batch_size=config.batch_size,
-            sampler=ClipSampler(len(data), shuffle=config.shuffle, seed=seed, start=start),
-            # More processes than cores only wait for each other; the clips are the same.
-            num_workers=min(config.num_workers, num_cores()),
-            collate_fn=collate_fn,
-            worker_init_fn=leave_group,
-            pin_memory=pin_memory,
-            # Its own generator: the loader must not draw from the one that dropout uses.
-            generator=torch.Generator().manual_seed(seed),
-        )
-    )

@@ -85,9 +85,8 @@ class SeenFrame:
     frame_idx: int
     prediction: dict[int | str, np.ndarray]  # object id -> (H, W) bool
     ground_truth: dict[int | str, np.ndarray]
-    ignore: np.ndarray | None = (
-        None  # (H, W) bool: pixels that no score counts; None: there are none
-    )
+    # (H, W) bool: pixels that no score counts; None: there are none
+    ignore: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from sam2train.config import Section, apply_overrides, build, sweep_parameters
 from sam2train.config_yaml import load_yaml
 from sam2train.corrections import InteractionConfig
-from sam2train.datasets import DatasetConfig
+from sam2train.datasets import DatasetConfig, data_paths
 from sam2train.demo import is_demo_path
 from sam2train.evaluate import EvaluationConfig
 from sam2train.files import file_hash, resolve_path
@@ -193,7 +193,11 @@ def demo_beside_own(experiment: Experiment, overrides: Mapping[str, Any]) -> lis
     dataset = experiment.dataset
     keys = ("data_path", "val_path", "test_path")
     paths = {f"dataset.{key}": getattr(dataset, key) for key in keys}
-    own = [k for k, path in paths.items() if k in overrides and path and not is_demo_path(path)]
+    own = [
+        key
+        for key, path in paths.items()
+        if key in overrides and not all(map(is_demo_path, data_paths(path)))
+    ]
     if "dataset.data_path" not in own and "dataset.val_path" not in own:
         return []
     return [

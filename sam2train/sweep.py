@@ -25,11 +25,12 @@ from rich.live import Live
 from rich.table import Table
 
 from sam2train.config import build, flatten
+from sam2train.datasets import data_paths
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment
 from sam2train.files import file_name, write_text
 from sam2train.machine import cell, say
-from sam2train.results import compare_groups
+from sam2train.results_compare import compare_groups
 from sam2train.run_folder import RUNS
 from sam2train.sweep_file import Sweep, check_values, grid, in_grid, load_sweep, show_value
 from sam2train.sweep_search import examples, trials_to_stop
@@ -108,7 +109,8 @@ class _LocalSweep:
             )
         self.total = min(limits)
         sections = [experiment.dataset for experiment in experiments]
-        paths = [p for d in sections for p in (d.data_path, d.val_path, d.test_path) if p]
+        named = [path for d in sections for path in (d.data_path, d.val_path, d.test_path)]
+        paths = [part for path in named for part in data_paths(path)]
         self._data = dict.fromkeys(paths)
         self._base = experiments[0].model_dump(mode="json")
         self.sweep_id = os.environ.get("WANDB_SWEEP_ID")

@@ -82,3 +82,11 @@ def test_what_does_not_fit_is_named(tmp_path, key, value, message):
         content["sequences"][0][key] = value
 
     assert message in fails(edit(make_burst(tmp_path), change))
+
+
+@pytest.mark.parametrize("value", [None, 7, [1], "text"])
+def test_odd_categories_do_not_matter(tmp_path, value):
+    def change(content):
+        content["sequences"][0]["track_category_ids"] = value
+
+    assert load(edit(make_burst(tmp_path), change)).videos[0].object_ids == [1, 2]

@@ -302,6 +302,17 @@ def test_an_id_that_was_resized_with_interpolation_is_one_object(tmp_path):
         np.testing.assert_array_equal(found[5][t], np.asarray(soft[t]) > 2.5)
 
 
+def test_ids_near_white_are_ids(tmp_path):
+    def change(ids, t):
+        ids = np.array([0, 240, 248], np.uint8)[ids]
+        ids[2:6, -12:] = 252
+        return ids
+
+    found = masks_of(load(write(tmp_path, change)))
+    assert list(found) == [240, 248, 252]
+    np.testing.assert_array_equal(found[240], TRUTH == 1)
+
+
 def test_small_objects_beside_others_stay_objects(tmp_path):
     def change(ids, t):
         ids = ids.copy()

@@ -90,9 +90,7 @@ def test_a_batch_has_them_for_each_object(root, tmp_path):
     assert collate_fn([none]).ignore is None
     assert collate_fn([none]).object_ignore is None
     assert torch.equal(batch.to("cpu").ignore, batch.ignore)
-    fields = {
-        k: v for k, v in vars(none).items() if k != "ignore"
-    }  # a dict from before there were any
+    fields = {k: v for k, v in vars(none).items() if k != "ignore"}  # as before there were any
     assert collate_fn([fields]).ignore is None
 
 
