@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
-import torch
 from pydantic import Field, field_validator, model_validator
-from torch.utils.data import DataLoader
 
 from sam2train import demo
-from sam2train.clips import BatchedVideoDatapoint
 from sam2train.clips import collate_fn as collate_fn  # beside the data sets it batches
 from sam2train.config import Section
 from sam2train.data_burst import burst_to_coco, is_burst
@@ -31,7 +27,6 @@ from sam2train.data_synthetic import SyntheticConfig
 from sam2train.data_videos import MadeUpVideos
 from sam2train.data_vos import VosVideos, find_masks
 from sam2train.data_youtube_vis import is_youtube_vis, youtube_vis_to_coco
-from sam2train.machine import leave_group, num_cores
 from sam2train.prompts import (
     DEFAULT_TYPES,
     BoxJitter,
@@ -432,55 +427,3 @@ class VideoDataset(ClipDataset):
         settings = clip_settings(image_size, video_clip_length, prompt_types, *points, **settings)
         source = MadeUpVideos(Path(data_path), synthetic, settings.max_objects)
         super().__init__(source, settings, mask_cache_mb)
-
-
-class ClipSampler:
-    """Endless (epoch, index) pairs for a DataLoader; each epoch visits every clip once.
-
-    The pair at position p depends on the seed and p alone, so a resumed run sees the same clips.
-
-    Args:
-        num_clips: clips of an epoch.
-        start: first position; a resumed run has used those before it.
-    """
-
-    def __init__(self, num_clips: int, *, shuffle: bool, seed: int, start: int = 0):
-        self.num_clips = num_clips
-        self.shuffle = shuffle
-        self.seed = seed
-        self.start = start
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch, first = divmod(self.start, self.num_clips)
-        while True:
-            order = np.arange(self.num_clips)
-            if self.shuffle:
-                # `num_clips` is not the index of a clip, so no clip uses these random numbers.
-                np.random.default_rng([self.seed, epoch, self.num_clips]).shuffle(order)
-            for index in order[first:]:
-                yield epoch, int(index)
-            epoch, first = epoch + 1, 0
-
-
-def load_batches(
-    data: ClipDataset, config: DatasetConfig, seed: int, *, start: int, pin_memory: bool
-) -> Iterator[BatchedVideoDatapoint]:
-    """Batches of clips without end, in an order that the seed gives.
-
-    Args:
-        start: clips that were used before, which a resumed run leaves out.
-    """
-    return iter(
-        DataLoader(
-            data,
-            batch_size=config.batch_size,
-            sampler=ClipSampler(len(data), shuffle=config.shuffle, seed=seed, start=start),
-            # More processes than cores only wait for each other; the clips are the same.
-            num_workers=min(config.num_workers, num_cores()),
-            collate_fn=collate_fn,
-            worker_init_fn=leave_group,
-            pin_memory=pin_memory,
-            # Its own generator: the loader must not draw from the one that dropout uses.
-            generator=torch.Generator().manual_seed(seed),
-        )
-    )

@@ -24,8 +24,9 @@ from sam2train.audit import (
 from sam2train.clips import BatchedVideoDatapoint
 from sam2train.config import to_yaml
 from sam2train.corrections import SimulatedUser
+from sam2train.data_loader import load_batches
 from sam2train.data_report import shared_video_warnings
-from sam2train.datasets import build_dataset, load_batches
+from sam2train.datasets import build_dataset
 from sam2train.errors import UserError
 from sam2train.eval_checkpoint import COPIED, Contender, score_beside, score_contender
 from sam2train.evaluate import SeenFrame, track_video

@@ -20,7 +20,7 @@ GROUPS = {
     "ground": {"errors", "files", "config", "config_yaml", "machine", "stats", "clips"},
     "data": {
         *("datasets", "data_source", "data_clips", "data_videos", "data_coco", "data_vos"),
-        *("data_sav", "data_synthetic", "data_pictures", "data_report"),
+        *("data_sav", "data_synthetic", "data_pictures", "data_report", "data_loader"),
         *("data_mask_values", "data_mots", "data_mevis", "data_coco_crowds"),
         *("data_rle", "data_fingerprint", "data_mixture", "data_coco_files", "data_coco_objects"),
         *("data_youtube_vis", "data_burst"),
@@ -39,7 +39,7 @@ GROUPS = {
         *("trainer", "training_run", "eval_checkpoint", "eval_prompts", "export"),
     },
     "reports": {
-        *("results", "ablation", "compare", "figures"),
+        *("results", "results_compare", "ablation", "compare", "figures"),
         *("sweep", "sweep_trials", "sweep_file", "sweep_search"),
     },
     "door": {"commands", "cli"},
