@@ -1,28 +1,87 @@
-"""Checkpoints on disk: written whole or not at all, read without executing anything."""
+"""Checkpoints on disk: written whole or not at all, proved before they are used, read without
+executing anything."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import io
+import math
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from sam2train.config_yaml import read_yaml
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment, base_hash
-from sam2train.files import file_hash, replacing
+from sam2train.files import check_unpacked_size, file_hash, read_end, replacing
 from sam2train.model import SAM2Model
 from sam2train.pretrained import load_weights
+from sam2train.run_folder import RunFolder
 
-FORMAT = 1
+FORMAT = 2  # 1 had no digest
+# A file is the zip that torch writes; its comment, at the very end, is the sha256 of all bytes
+# before the hexadecimal digits. Other programs read such a zip as they read one without a comment.
+_MARK = b"sha256:"
+_DIGITS = 64
 
 
-def save(path: Path, content: Mapping[str, Any]) -> None:
-    """Write tensors and plain values; the file appears whole or not at all."""
-    with replacing(path) as partial, open(partial, "wb") as file:
-        torch.save({"format": FORMAT, **content}, file)
+class DamagedCheckpoint(UserError):
+    """A checkpoint that is cut short, changed or incomplete: the one before may be whole."""
+
+
+def save(path: Path, content: Mapping[str, Any], previous: Path | None = None) -> None:
+    """Write tensors and plain values; the file appears whole or not at all.
+
+    Args:
+        previous: what the file at `path` is called from now on; None replaces it. A run that is
+            killed between the two names has `previous` only, which is whole.
+    """
+    with replacing(path) as partial:
+        with open(partial, "w+b") as file:
+            writer = _Writer(file)
+            try:
+                torch.save({"format": FORMAT, **content}, writer)
+            except Exception:
+                if writer.fault is not None:
+                    raise writer.fault from None  # torch tells of an incomplete zip
+                raise
+            _seal(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+
+
+class _Writer:
+    """The file for torch, which makes faults of its own of the disk's; keeps the first."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.fault: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as problem:
+            self.fault = problem
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _seal(file: BinaryIO) -> None:
+    """Append the digest as the zip's comment, whose length is the zip's last field, 2 bytes."""
+    file.seek(-2, io.SEEK_END)
+    file.write((len(_MARK) + _DIGITS).to_bytes(2, "little") + _MARK)
+    file.seek(0)
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    file.seek(0, io.SEEK_END)
+    file.write(digest.encode())
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -32,34 +91,242 @@ def is_checkpoint(path: Path) -> bool:
         UserError: no file, or a damaged one.
     """
     content = _read(path)
-    return isinstance(content, dict) and content.get("format") == FORMAT
+    return isinstance(content, dict) and _format_of(content) is not None
 
 
 def load(path: Path) -> dict[str, Any]:
     """What `save` wrote, on the CPU.
 
     Raises:
-        UserError: no file, a damaged one, or one of another program.
+        DamagedCheckpoint: a file that is not as it was written, or lacks a part.
+        UserError: no file, one of another program, or one of a newer version of this program.
     """
     content = _read(path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    written = _format_of(content) if isinstance(content, dict) else None
+    if written is None:
         raise UserError(
             f"{path}: not a checkpoint of this program (format {FORMAT}); SAM 2's own weights "
             "belong in model.checkpoint_path"
         )
+    if written > FORMAT:
+        raise UserError(
+            f"{path}: a newer version of this program wrote it (format {written}, this version "
+            f"reads up to {FORMAT}); update this program"
+        )
+    if written > 1 and not _is_sealed(path):
+        raise DamagedCheckpoint(
+            f"{path}: the digest at its end is missing or damaged; take another one of the run"
+        )
+    problems = [
+        f"{name} is missing, expected {part.expected}"
+        if name not in content
+        else f"{name} is {_shown(content[name])}, expected {part.expected}"
+        for name, part in _PARTS.items()
+        if (name in content or part.since_format_1)
+        and not (name in content and part.fits(content[name]))
+    ]
+    if problems:
+        raise DamagedCheckpoint(
+            f"{path}: the checkpoint is incomplete: {'; '.join(problems)}. "
+            "Take another one of the run"
+        )
     return content
+
+
+def load_last(folder: RunFolder, say: Callable[[str], None]) -> tuple[dict[str, Any], Path]:
+    """The last whole checkpoint of a run, and its path.
+
+    Where `last.pt` is damaged or missing, `previous.pt` is taken; `say` gets a line on it. A
+    damaged `last.pt` is renamed to `damaged.pt`, so that the next save does not make it the one
+    before.
+
+    Raises:
+        UserError: neither is whole, or `last.pt` is whole and not of this version.
+    """
+    last, previous = folder.last, folder.previous
+    try:
+        return load(last), last
+    except DamagedCheckpoint as problem:
+        fault = problem
+    except UserError as problem:
+        if last.exists() or not previous.exists():
+            raise
+        fault = problem
+    try:
+        content = load(previous)
+    except UserError as second:
+        raise UserError(
+            f"{fault}\nand the one before is no help: {second}\n"
+            "no checkpoint of this run is whole; start again in another folder"
+        ) from None
+    if last.exists():
+        os.replace(last, folder.damaged)
+    say(f"{fault}\ngoing on from the one before, {previous}, of step {content['step']}")
+    return content, previous
+
+
+def _format_of(content: Mapping[str, Any]) -> int | None:
+    """The number of the format, None for files that are not of this program."""
+    number = content.get("format")
+    return number if type(number) is int and number >= 1 else None
+
+
+def _is_sealed(path: Path) -> bool:
+    return read_end(path, len(_MARK) + _DIGITS).startswith(_MARK)
 
 
 def _read(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; a run keeps them in RUN/checkpoints/")
     try:
+        if _is_sealed(path):
+            _prove(path)
+        check_unpacked_size(path)
         return torch.load(path, map_location="cpu", weights_only=True)
+    except (UserError, PermissionError):
+        raise
     except Exception as problem:  # torch raises a dozen types for a damaged file
-        raise UserError(
+        raise DamagedCheckpoint(
             f"{path}: not a checkpoint that torch can read ({type(problem).__name__}); "
             "it may be cut short: take another one of the run"
         ) from None
+
+
+def _prove(path: Path) -> None:
+    """Raise DamagedCheckpoint where the bytes are not those that were written."""
+    digest, left = hashlib.sha256(), path.stat().st_size - _DIGITS
+    with open(path, "rb") as file:
+        while chunk := file.read(min(left, 1 << 20)):
+            digest.update(chunk)
+            left -= len(chunk)
+        written = file.read()
+    if written != digest.hexdigest().encode():
+        raise DamagedCheckpoint(
+            f"{path}: the file has changed since it was written: its sha256 is "
+            f"{digest.hexdigest()[:12]}, and {written[:12].decode(errors='replace')} is written at "
+            "its end; take another one of the run"
+        )
+
+
+# -- what a checkpoint holds ----------------------------------------------------------------------
+
+
+class _Part:
+    """What one key of a checkpoint must hold."""
+
+    def __init__(self, expected: str, fits: Callable[[Any], bool], *, since_format_1: bool = True):
+        self.expected, self.fits, self.since_format_1 = expected, fits, since_format_1
+
+
+def _tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and isinstance(one, torch.Tensor) for name, one in value.items()
+    )
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and isinstance(one, int | float) for name, one in value.items()
+    )
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _base(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(value.get(key, 0), str | None) for key in ("path", "sha256", "config_path")
+    )
+
+
+def _optimizer(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, Mapping)
+        and isinstance(value.get("state"), Mapping)
+        and isinstance(value.get("param_groups"), list)
+    )
+
+
+def _rng(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and isinstance(value.get("torch"), torch.Tensor)
+        and isinstance(value.get("cuda"), list)
+        and all(isinstance(one, torch.Tensor) for one in value["cuda"])
+    )
+
+
+def _window(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and isinstance(value.get("sums"), Mapping)
+        and _numbers(value.get("counts"))
+        and value["sums"].keys() == value["counts"].keys()
+        and _count(value.get("lines"))
+    )
+
+
+_PARTS = {
+    "model": _Part("tensors by name", _tensors),
+    "base": _Part("path, sha256 and config_path, each a text or None", _base),
+    "config": _Part("the settings as YAML text", lambda value: isinstance(value, str)),
+    "step": _Part("a whole number from 0", _count),
+    "best": _Part("a number", lambda v: isinstance(v, int | float) and not math.isnan(v)),
+    "scores": _Part("numbers by name", _numbers),
+    "baseline": _Part("numbers by name", _numbers),
+    "run_id": _Part("a text", lambda value: isinstance(value, str)),
+    "optimizer": _Part("None, or state and param_groups", _optimizer),
+    "rng": _Part("the states of torch's generators, torch and cuda", _rng),
+    "audited": _Part("a truth value", lambda v: isinstance(v, bool), since_format_1=False),
+    "scored": _Part("None or a step", lambda v: v is None or _count(v), since_format_1=False),
+    "window": _Part("sums, counts and lines", _window, since_format_1=False),
+    "data": _Part(
+        "fingerprints by split",
+        lambda v: (
+            isinstance(v, Mapping) and all(isinstance(t, str) for kv in v.items() for t in kv)
+        ),
+        since_format_1=False,
+    ),
+    "untrained_rows": _Part(
+        "a list of row numbers",
+        lambda value: isinstance(value, list | tuple) and all(map(_count, value)),
+        since_format_1=False,
+    ),
+}
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor {tuple(value.shape)}"
+    if value is None or isinstance(value, bool | int | float):
+        return repr(value)
+    return f"a {type(value).__name__}" + (f" of {len(value)}" if hasattr(value, "__len__") else "")
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, state: Mapping[str, Any], path: Path
+) -> None:
+    """Give the optimiser of the same experiment its state back.
+
+    Raises:
+        UserError: the state belongs to other parameters.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    try:
+        optimizer.load_state_dict(dict(state))
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as problem:
+        raise UserError(
+            f"{path}: optimizer does not fit the trained parameters ({problem}); give the settings "
+            "of the run"
+        ) from None
+    for place, parameter in enumerate(parameters):
+        for name, value in optimizer.state[parameter].items():
+            if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape:
+                raise UserError(
+                    f"{path}: optimizer.state[{place}].{name} is {tuple(value.shape)}, and the "
+                    f"parameter {tuple(parameter.shape)}; take another checkpoint of the run"
+                )
 
 
 def apply_weights(

@@ -12,17 +12,23 @@ import os
 import select
 import sys
 import textwrap
+import traceback
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
+from signal import Signals
 from typing import Any, NoReturn, TextIO
 
 from sam2train.commands import COMMANDS, Command, FileCommand
 from sam2train.errors import UserError
+from sam2train.faults import explain
 from sam2train.files import printable
+from sam2train.machine import Interrupted, interruptible
 
 HELP = ("-h", "--help")
 SHARED = tuple(FileCommand.options())  # options of every command on a FILE
+(TRACEBACK,) = Command.options()  # what every command has
 DESCRIPTION = """\
 Fine-tune the video memory of SAM 2: train the experiment of a YAML file, or run the trials of a
 W&B sweep file. `python run.py --evaluate --help` and the like explain one command."""
@@ -30,34 +36,64 @@ EPILOG = """\
 Settings of the experiment are changed by dotted name, with or without hyphens in front:
   python run.py experiments/coco_point_bbox.yaml trainer.num_steps=500 --trainer.seed=1
 
-A run writes to runs/<experiment>/<run id>/. Exit codes: 0 done, 1 a sweep with failed trials, 2 a
-mistake in what was asked for, 130 and 143 stopped by Ctrl-C and SIGTERM (the run is saved first;
---resume goes on)."""
+A run writes to runs/<experiment>/<run id>/. Exit codes: 0 done, 1 a sweep with failed trials or a
+fault of the machine, 2 a mistake in what was asked for, 130 and 143 stopped by Ctrl-C and SIGTERM,
+129 and 138 by SIGHUP and SIGUSR1 (the run is saved first; --resume goes on)."""
 
 
 def main(words: Sequence[str]) -> int:
     """Run one command. Returns the exit code; a user's mistake is a message and code 2."""
     wants_help = not set(words).isdisjoint(HELP)
+    command = None
     try:
-        if wants_help or not words:
-            print(help_text(words))
-        code = 0 if wants_help else parse(words).run()
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        return code
+        with interruptible():
+            if wants_help or not words:
+                print(help_text(words))
+            command = None if wants_help else parse(words)
+            code = 0 if command is None else command.run()
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return code
     except UserError as problem:
-        print(f"error: {printable(problem, lines=True)}", file=sys.stderr)
+        _show_error(str(problem), words)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        if not _nobody_reads(sys.stdout):
-            raise  # the pipe is another one, such as that of a process that loads data
+    except Interrupted as stopped:
+        print(f"interrupted by {Signals(stopped.code - 128).name}", file=sys.stderr)
+        return stopped.code
+    except BrokenPipeError as problem:
+        if not _nobody_reads(sys.stdout):  # the pipe is another one
+            _show_error(explain(problem), words)
+            return 1
         # `head` and the like close their end once they have enough. What is left goes nowhere, so
         # that Python's own flush at exit does not fail as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:
+        text = explain(error, partial(_settings_of, command))
+        if text is None:
+            raise  # a bug of ours: whoever mends it needs the traceback
+        _show_error(text, words)
+        return 1
+
+
+def _show_error(text: str, words: Sequence[str]) -> None:
+    """Print the message of the error that is being handled, after its traceback if that is asked
+    for."""
+    if TRACEBACK in words:
+        traceback.print_exc()
+    print(f"error: {printable(text, lines=True)}", file=sys.stderr)
+
+
+def _settings_of(command: Command | None) -> dict[str, Any]:
+    """The values of a command's experiment by dotted name; none where it has no experiment."""
+    if not isinstance(command, FileCommand) or command.takes != "experiment":
+        return {}
+    from sam2train.config import flatten
+
+    return flatten(command.experiment(say=lambda line: None).model_dump(mode="json"))
 
 
 def _nobody_reads(stream: TextIO) -> bool:

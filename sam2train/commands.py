@@ -52,6 +52,7 @@ class Command:
     group: ClassVar[str]  # its heading in the overview
     flag: ClassVar[str] = ""  # the option that asks for it; none: a FILE alone does
     takes: ClassVar[Literal["experiment", "sweep", None]] = None  # what its FILE must be
+    traceback: bool = option("--traceback", "show where in the program an error arose", False)
 
     @classmethod
     def options(cls) -> dict[str, dict[str, Any]]:
@@ -105,7 +106,8 @@ class Train(FileCommand):
     run_dir: Path | None = option("--run-dir", "the folder of this run", type=Path, metavar="PATH")
     resume: Path | Literal[True] | None = option(
         "--resume",
-        "go on with a run folder or checkpoint; without PATH: --run-dir or the newest run",
+        "go on with a run folder or checkpoint; without PATH: --run-dir or the newest run; auto: "
+        "the same, or start where there is none to go on with",
         type=Path,
         nargs="?",
         const=True,
@@ -113,13 +115,17 @@ class Train(FileCommand):
     )
 
     def run(self) -> int:
-        from sam2train.training_run import find_checkpoint, train
+        from sam2train.training_run import find_checkpoint, find_unfinished, train
 
         checkpoint = None
         experiment = self.experiment()
         if self.resume is not None:
+            runs = RunFolder.of_experiment(self.name)
             named = None if self.resume is True else self.resume
-            checkpoint = find_checkpoint(named, self.run_dir, RunFolder.of_experiment(self.name))
+            if named == Path("auto") and not named.exists():
+                checkpoint = find_unfinished(self.run_dir, runs)
+            else:
+                checkpoint = find_checkpoint(named, self.run_dir, runs)
         words = [self.path, *self.words, *["--smoke"] * self.smoke]
         return train(
             experiment,

@@ -1,17 +1,31 @@
-"""In which order clips are drawn, and that they come in batches without end."""
+"""Clips in batches, in a fixed order, loaded in line or by other processes; an error there arrives
+as it was."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import pickle
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from types import FrameType, TracebackType
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from sam2train.clips import BatchedVideoDatapoint, collate_fn
-from sam2train.data_clips import ClipDataset
+from sam2train.clips import BatchedVideoDatapoint, Clip, collate_fn
+from sam2train.data_clips import ClipDataset, locate_clip
 from sam2train.datasets import DatasetConfig
+from sam2train.errors import MachineFault
 from sam2train.machine import leave_group, num_cores
+
+# Seconds; a clip is some pictures, and a slow network disk gives them in a few.
+CLIP_TIMEOUT = 300.0
 
 
 class ClipSampler:
@@ -43,24 +57,172 @@ class ClipSampler:
 
 
 def load_batches(
-    data: ClipDataset, config: DatasetConfig, seed: int, *, start: int, pin_memory: bool
+    data: ClipDataset,
+    config: DatasetConfig,
+    seed: int,
+    *,
+    start: int,
+    pin_memory: bool,
+    say: Callable[[str], None] = print,
 ) -> Iterator[BatchedVideoDatapoint]:
     """Batches of clips without end, in an order that the seed gives.
 
+    Batches come through shared memory, or, where /dev/shm is full, through pipes, which is told.
+
     Args:
         start: clips that were used before, which a resumed run leaves out.
+
+    Raises:
+        UserError: as it was raised where the clip was loaded.
+        MachineFault: a process that ended, or a clip that does not come.
     """
-    return iter(
-        DataLoader(
-            data,
-            batch_size=config.batch_size,
-            sampler=ClipSampler(len(data), shuffle=config.shuffle, seed=seed, start=start),
-            # More processes than cores only wait for each other; the clips are the same.
-            num_workers=min(config.num_workers, num_cores()),
-            collate_fn=collate_fn,
-            worker_init_fn=leave_group,
-            pin_memory=pin_memory,
-            # Its own generator: the loader must not draw from the one that dropout uses.
-            generator=torch.Generator().manual_seed(seed),
-        )
+    # More processes than cores only wait for each other; the clips are the same.
+    workers = min(config.num_workers, num_cores())
+    loader = DataLoader(
+        _Clips(data),
+        batch_size=config.batch_size,
+        sampler=ClipSampler(len(data), shuffle=config.shuffle, seed=seed, start=start),
+        num_workers=workers,
+        collate_fn=_collate,
+        worker_init_fn=_begin_worker,
+        pin_memory=pin_memory,
+        # Its own generator: the loader must not draw from the one that dropout uses.
+        generator=torch.Generator().manual_seed(seed),
+        # For a process that does not even say that it waits too long.
+        timeout=2 * CLIP_TIMEOUT * config.batch_size if workers else 0,
     )
+    return _unwrap(iter(loader), workers, say)
+
+
+def _begin_worker(number: int) -> None:
+    """In a process that loads data: let signals be the run's business, and end without a word."""
+    leave_group(number)
+
+    def show(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+        # A thread that hands batches over finds that the run has ended while it took one.
+        if not issubclass(kind, OSError | EOFError):
+            sys.__excepthook__(kind, error, where)
+
+    sys.excepthook = show
+
+
+def _unwrap(
+    batches: Iterator[Any], workers: int, say: Callable[[str], None]
+) -> Iterator[BatchedVideoDatapoint]:
+    told = False
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as problem:  # torch's own words on a worker
+            raise _explain(problem, workers) or problem from None
+        if isinstance(batch, _Failure):
+            raise batch.error
+        if isinstance(batch, bytes):
+            if not told:
+                say(
+                    "/dev/shm is full: batches come through pipes, which is slower. Give it more "
+                    "memory (docker run --shm-size), or set dataset.num_workers=0"
+                )
+                told = True
+            batch = pickle.loads(batch)  # of a process of our own
+        yield batch
+
+
+def _explain(problem: RuntimeError, workers: int) -> MachineFault | None:
+    text = str(problem)
+    if "timed out" in text:
+        return MachineFault(
+            f"the processes that load data give no batch and no error ({text}): a disk that does "
+            "not answer? dataset.num_workers=0 loads in line"
+        )
+    if "DataLoader worker" in text:
+        first = text.splitlines()[0]
+        return MachineFault(
+            f"a process that loads data ended ({first.rstrip('. ')}). Out of memory is the usual "
+            f"cause: fewer of them (dataset.num_workers={workers} now), or a smaller "
+            "dataset.mask_cache_mb or dataset.batch_size, take less"
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An exception on its way out of a worker: torch would make text of it."""
+
+    error: Exception
+
+    @classmethod
+    def of(cls, error: Exception) -> _Failure:
+        if get_worker_info() is not None:
+            error.add_note("in a process that loads data:\n" + traceback.format_exc())
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # such an exception would be lost on the way, and the run would wait
+            error = RuntimeError(f"{type(error).__name__}: {error}")
+        return cls(error)
+
+
+class _Clips(Dataset):
+    """The clips of a data set, or what went wrong with them."""
+
+    def __init__(self, dataset: ClipDataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, place: tuple[int, int]) -> Clip | _Failure:
+        try:
+            with _time_limit(self.dataset, place):
+                return self.dataset[place]
+        except Exception as error:
+            return _Failure.of(error)
+
+
+@contextlib.contextmanager
+def _time_limit(dataset: ClipDataset, place: tuple[int, int]) -> Iterator[None]:
+    """Raise MachineFault with the video's id where a clip takes too long, such as on a network
+    disk that does not answer."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() != threading.main_thread():
+        yield
+        return
+
+    def give_up(number: int, frame: FrameType | None) -> None:
+        number, _ = locate_clip(place, len(dataset), dataset.settings.seed)
+        video = dataset.trainable[number].video_id
+        raise MachineFault(
+            f"a clip of video {video} was not loaded after {CLIP_TIMEOUT:g} s; does the disk with "
+            f"{dataset.trainable[number].frames[0].path.parent} answer?"
+        )
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, CLIP_TIMEOUT)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _collate(clips: Sequence[Clip | _Failure]) -> BatchedVideoDatapoint | _Failure | bytes:
+    try:
+        if failed := [clip for clip in clips if isinstance(clip, _Failure)]:
+            return failed[0]
+        batch = collate_fn(clips)
+        return batch if get_worker_info() is None else _share(batch)
+    except Exception as error:
+        return _Failure.of(error)
+
+
+def _share(batch: BatchedVideoDatapoint) -> BatchedVideoDatapoint | bytes:
+    """The batch with its tensors in shared memory, pickled where there is no room: torch would try
+    the same later, in a thread, whose error nobody gets, and the run would wait for ever."""
+    try:
+        for field in fields(batch):
+            if isinstance(value := getattr(batch, field.name), torch.Tensor):
+                value.share_memory_()
+    except (RuntimeError, OSError):
+        return pickle.dumps(batch)
+    return batch

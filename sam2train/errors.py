@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake; everything else that is raised is a bug of ours."""
+"""Exceptions for what a user or a machine did; everything else that is raised is a bug of ours."""
 
 
 class UserError(ValueError):
@@ -10,3 +10,10 @@ class UserError(ValueError):
     def _render_traceback_(self) -> list[str]:
         """What IPython shows instead of a traceback: in a notebook the message is enough, too."""
         return [f"error: {self}"]
+
+
+class MachineFault(RuntimeError):
+    """Something that the machine did, such as ending a process. The message says what helps.
+
+    `run.py` prints the message without a traceback and exits with code 1.
+    """

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import unicodedata
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,16 +36,31 @@ def replacing(path: Path) -> Iterator[Path]:
     or the new one. After an error the temporary file is deleted. Missing folders are made.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name[:_NAME_KEPT]}.{os.getpid()}{_PARTIAL_SUFFIX}")
     try:
-        yield partial
-        _flush(partial)
-        os.replace(partial, path)
+        with naming(path):
+            yield partial
+            _flush(partial)
+            os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # hides nothing: what went wrong above is raised
+            partial.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # Windows and some network disks flush no folders
         _flush(path.parent)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError in the block the path of the file where it has none: what `write` raises on
+    a full disk does not say where."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.filename is None and problem.errno is not None:
+            problem.filename = str(path)
+        raise
 
 
 _PARTIAL_SUFFIX = ".part"
@@ -58,6 +74,16 @@ def _flush(path: Path) -> None:
         os.fsync(number)
     finally:
         os.close(number)
+
+
+def sweep_partials(folder: Path) -> None:
+    """Delete what killed processes left of unfinished files: `replacing` takes it away otherwise.
+
+    For the folders of a run where the run starts, as nobody else writes there.
+    """
+    for partial in Path(folder).glob(f".*{_PARTIAL_SUFFIX}"):
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -130,6 +156,38 @@ def file_hash(path: Path) -> str:
     """sha256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_end(path: Path, num_bytes: int) -> bytes:
+    """The last bytes of a file, fewer where it is shorter."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - num_bytes))
+        return file.read(num_bytes)
+
+
+# torch writes zips without compression: the content of an honest file is no larger than the file.
+# The factor leaves room for a file that somebody compressed, the constant for a small one.
+MAX_UNPACKED_FACTOR = 8
+MAX_UNPACKED_BYTES = 1 << 26
+
+
+def check_unpacked_size(path: Path) -> None:
+    """Raise UserError where a zip says that it unpacks to far more than it takes on disk.
+
+    Nothing is unpacked: the sizes stand in the zip's directory, and torch takes memory by them. A
+    file that is no zip passes.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    size = os.path.getsize(path)
+    limit = max(MAX_UNPACKED_FACTOR * size, MAX_UNPACKED_BYTES)
+    if unpacked > limit:
+        raise UserError(
+            f"{path}: has {size:,} bytes and unpacks to {unpacked:,}, more than the {limit:,} that "
+            "this program reads of such a file; torch compresses no checkpoint: where is it from?"
+        )
 
 
 def printable(text: object, *, lines: bool = False) -> str:

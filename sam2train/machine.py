@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import signal
 import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
@@ -98,39 +102,101 @@ class Interrupted(SystemExit):
     """The run was asked to stop and has saved; the code is the shell's for the signal."""
 
 
+# What asks a process to end: job schedulers, Ctrl-C, a terminal that is closed, and what SLURM
+# sends with --signal=USR1@60, a minute before the time is up.
+STOP_SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+    if hasattr(signal, name)
+)
+# Seconds: `timeout` sends its signal to the process and to its group, which is one request.
+_ONE_REQUEST = 0.3
+
+
 class StopRequests:
-    """While open, SIGTERM and Ctrl-C are kept in `received`; a second Ctrl-C aborts."""
+    """While open, a signal that asks for an end is kept in `received`; the second ends at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._when = 0.0
+        self._waiting = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequests:
-        def keep(number: int, frame: FrameType | None) -> None:
-            if self.received is not None and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.received = number
-
-        try:
-            self._before = {n: signal.signal(n, keep) for n in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:
-            self._before = {}  # not in the main thread: signals are somebody else's business
+        self._before = _handle(self._keep)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        _restore(self._before)
+
+    def _keep(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received, self._when = number, time.monotonic()
+            name = signal.Signals(number).name
+            with contextlib.suppress(OSError):
+                os.write(2, f"{name}: saving first; a second signal ends at once\n".encode())
+        elif time.monotonic() - self._when > _ONE_REQUEST:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if self._waiting:
+            raise self.interrupted()
+
+    @contextlib.contextmanager
+    def while_waiting(self) -> Iterator[None]:
+        """For a block that only waits: a signal, also one from before, ends it with Interrupted."""
+        try:
+            self._waiting = True
+            if self.received is not None:
+                raise self.interrupted()
+            yield
+        finally:
+            self._waiting = False
 
     def interrupted(self) -> Interrupted:
         """What to raise once all is saved."""
         return Interrupted(128 + self.received)
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Let the signals that ask for an end raise Interrupted, and Ctrl-C KeyboardInterrupt."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt if number == signal.SIGINT else Interrupted(128 + number)
+
+    before = _handle(stop)
+    try:
+        yield
+    finally:
+        _restore(before)
+
+
+def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, object]:
+    """Let the handler have the signals that ask for an end; returns those of before. None outside
+    the main thread, where signals are somebody else's business."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    # `nohup` lets a process ignore the end of its terminal, and that stays so.
+    hung_up = getattr(signal, "SIGHUP", None)
+    ignored = hung_up is not None and signal.getsignal(hung_up) == signal.SIG_IGN
+    numbers = [n for n in STOP_SIGNALS if n != hung_up or not ignored]
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
+def _restore(before: Mapping[int, object]) -> None:
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def leave_group(worker: int) -> None:
     """For processes that load data: a signal to the whole group (Ctrl-C, `timeout`, a scheduler)
-    must not end them before the run has saved. One to them alone does, as at exit."""
+    must not end them before the run has saved. SIGTERM to them alone does, as at exit; the others,
+    which a scheduler may send to each process of a job, do not."""
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
+    for number in STOP_SIGNALS:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def say(console: Console, text: str, style: str = "") -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import http.client
+import importlib
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -16,8 +19,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from sam2train.config_yaml import load_yaml
 from sam2train.errors import UserError
-from sam2train.files import REPOSITORY, resolve_path
+from sam2train.files import (
+    REPOSITORY,
+    check_unpacked_size,
+    file_hash,
+    printable,
+    resolve_path,
+    write_text,
+)
 from sam2train.machine import say
 
 if TYPE_CHECKING:
@@ -26,6 +37,7 @@ if TYPE_CHECKING:
 DOWNLOAD_ADDRESS = "https://dl.fbaipublicfiles.com/segment_anything_2/092824/"
 PUBLISHED = tuple(f"sam2.1_hiera_{size}.pt" for size in ("tiny", "small", "base_plus", "large"))
 _TIMEOUT = 30.0  # seconds without a byte
+MAX_DOWNLOAD = 4 << 30  # bytes; the largest of the files has 0.9 GB
 
 # The guide's names of SAM 2's parts.
 MODULES = {
@@ -122,12 +134,10 @@ def build_sam2(
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from sam2.modeling.sam2_base import SAM2Base
-    from yaml import YAMLError
 
     try:
-        loaded = OmegaConf.load(config)
-        node = loaded.get("model") if OmegaConf.is_dict(loaded) else None
-    except (OmegaConfBaseException, YAMLError, OSError, ValueError) as problem:
+        node = OmegaConf.create(load_yaml(config)).get("model")
+    except (OmegaConfBaseException, UserError) as problem:
         raise UserError(f"model.config_path: {config} cannot be read: {problem}") from None
     if not OmegaConf.is_dict(node) or "_target_" not in node:
         raise UserError(
@@ -143,6 +153,7 @@ def build_sam2(
                 + (f"; did you mean {', '.join(near)}?" if near else "")
             )
     node._target_ = "sam2.modeling.sam2_base.SAM2Base"
+    _check_targets(OmegaConf.to_container(node, resolve=False), "model", config)
     for name, value in dict(image_size=image_size, num_maskmem=num_maskmem, **options).items():
         OmegaConf.update(node, name, value, force_add=True)
     if drop_path_rate is not None:
@@ -155,6 +166,41 @@ def build_sam2(
         return instantiate(node)
     except (InstantiationException, OmegaConfBaseException) as problem:
         raise UserError(f"model.config_path: {config} cannot be built: {problem}") from problem
+
+
+def _check_targets(value: Any, key: str, config: Path) -> None:
+    """Raise UserError where a config names anything but a module of SAM 2 or torch to be built, or
+    refers to the environment: hydra would call any function of any package by its name."""
+    if isinstance(value, str) and "${oc." in value:
+        raise UserError(
+            f"model.config_path: {config}: {key} is {value!r}; a model config may not refer to the "
+            "environment: write the value"
+        )
+    items = value.items() if isinstance(value, Mapping) else ()
+    for name, item in enumerate(value) if isinstance(value, list) else items:
+        if name == "_target_" and not _is_module(item):
+            raise UserError(
+                f"model.config_path: {config}: {key}._target_ is {item!r}; expected a module of "
+                f"SAM 2 or torch, in {' or '.join(_TARGETS)}: nothing else is built from a config"
+            )
+        _check_targets(item, f"{key}.{name}", config)
+
+
+_TARGETS = ("sam2.modeling", "torch.nn")
+
+
+def _is_module(target: Any) -> bool:
+    """Whether a dotted name is that of a class of modules, where it is defined: a name may lead
+    through a module to what it imports, such as sam2.modeling.sam2_base.torch.hub.load."""
+    place, _, name = str(target).rpartition(".")
+    if not any(f"{place}.".startswith(f"{allowed}.") for allowed in _TARGETS):
+        return False
+    try:
+        found = getattr(importlib.import_module(place), name)
+    except (ImportError, AttributeError, ValueError):
+        return False
+    own = any(f"{getattr(found, '__module__', '')}.".startswith(f"{a}.") for a in _TARGETS)
+    return isinstance(found, type) and issubclass(found, nn.Module) and own
 
 
 def load_weights(sam2: nn.Module, checkpoint: Path) -> dict[int, str]:
@@ -216,7 +262,11 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
             )
         raise UserError(message + "\nor train from random weights with model.checkpoint_path=null")
     try:
+        _check_pinned(path)
+        check_unpacked_size(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError as problem:
+        raise UserError(f"model.checkpoint_path: {problem}") from None
     except Exception as problem:  # torch raises a dozen types for a damaged file
         raise UserError(
             f"model.checkpoint_path: {path} is not a checkpoint that torch can read "
@@ -230,6 +280,25 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
             f"model.checkpoint_path: {path} does not hold {{'model': state_dict}} as SAM 2's do"
         )
     return dict(weights), _read_untrained_rows(content, path)
+
+
+def _pin_of(path: Path) -> Path:
+    """Where the sha256 of a downloaded file is kept, as `sha256sum` writes and checks it."""
+    return path.with_name(path.name + ".sha256")
+
+
+def _check_pinned(path: Path) -> None:
+    """Raise UserError where a file is not the one that was verified after its download."""
+    pin = _pin_of(path)
+    if not pin.is_file():
+        return
+    expected, found = pin.read_text(encoding="utf-8", errors="replace")[:64], file_hash(path)
+    if expected != found:
+        raise UserError(
+            f"{path} is not the file that was downloaded and verified: its sha256 is {found}, and "
+            f"{pin} has {printable(expected)}. Delete both and fetch it again with --download; if "
+            "you put another file there on purpose, delete the second"
+        )
 
 
 def _read_untrained_rows(content: Mapping[str, Any], path: Path) -> tuple[int, ...]:
@@ -350,8 +419,9 @@ def fetch_checkpoint(
 ) -> Path:
     """The file at `checkpoint_path`, downloaded unless it is there, and loaded strictly.
 
-    Meta publishes no checksum, so the proof of a good file is that its tensors are those of the
-    model in `config_path`. A download gets a temporary name, and its own once it has passed.
+    Meta publishes no checksum, so the first proof of a good file is that its tensors are those of
+    the model in `config_path`. Its sha256 is then kept beside it, and every later load checks it. A
+    download gets a temporary name, and its own once it has passed.
 
     Raises:
         UserError: a file that is not published, a failed download, or one that does not load.
@@ -361,6 +431,7 @@ def fetch_checkpoint(
     target = resolve_path(checkpoint_path)
     if target.is_file():
         _check_loads(target, config_path)
+        _pin(target)
         say(console, f"{target} is there, and loads")
         return target
     if target.name not in PUBLISHED:
@@ -375,7 +446,8 @@ def fetch_checkpoint(
         _download(address, partial, console)
         _check_loads(partial, config_path)
         partial.replace(target)
-    except OSError as problem:  # no network, no such page, a full disk
+        _pin(target)
+    except (OSError, http.client.HTTPException) as problem:  # no network, no such page, a full disk
         raise UserError(
             f"--download: {address} could not be fetched to {target}: {problem}. Fetch it on a "
             "machine with a network and copy it there"
@@ -386,23 +458,63 @@ def fetch_checkpoint(
     return target
 
 
+def _pin(path: Path) -> None:
+    """Keep the sha256 of a file that has loaded, unless it is known."""
+    if not _pin_of(path).is_file():
+        write_text(_pin_of(path), f"{file_hash(path)}  {path.name}\n")
+
+
+class _NoDowngrade(urllib.request.HTTPRedirectHandler):
+    """Follows a redirection to https only."""
+
+    def redirect_request(self, request: Any, file: Any, code: int, *rest: Any) -> Any:
+        _check_scheme(rest[-1])
+        return super().redirect_request(request, file, code, *rest)
+
+
+_SCHEMES = ("https",)
+
+
+def _check_scheme(address: str) -> None:
+    scheme = urllib.parse.urlsplit(address).scheme
+    if scheme not in _SCHEMES:
+        raise OSError(f"the address {printable(address)} is not https, and was not followed")
+
+
+# What an HTTP status means for the user; the first that fits.
+_WAYS_OUT = (
+    ((401, 403, 407, 451), "a proxy or firewall may be in between: see HTTPS_PROXY"),
+    ((404, 410), "the file may have moved: see the README of SAM 2"),
+    ((408, 425, 429, *range(500, 600)), "try again later"),
+)
+
+
 def _download(address: str, partial: Path, console: Console) -> None:
     from rich.progress import Progress
 
+    _check_scheme(address)
+    opener = urllib.request.build_opener(_NoDowngrade)
     try:
         with (
-            urllib.request.urlopen(address, timeout=_TIMEOUT) as reply,
+            opener.open(address, timeout=_TIMEOUT) as reply,
             open(partial, "wb") as file,
             Progress(console=console, transient=True) as progress,
         ):
-            size = int(reply.headers.get("Content-Length") or 0)
+            told = reply.headers.get("Content-Length") or ""
+            size = int(told) if told.isdecimal() else 0
+            done = 0
             task = progress.add_task(address, total=size or None)
             while chunk := reply.read(1 << 20):
                 file.write(chunk)
+                done += len(chunk)
+                if done > MAX_DOWNLOAD:
+                    raise OSError(f"more than {MAX_DOWNLOAD:,} bytes came: not one of Meta's files")
                 progress.advance(task, len(chunk))
     except urllib.error.HTTPError as problem:
         problem.close()  # it holds the connection
-        raise OSError(f"the server answers {problem.code} {problem.reason}") from None
+        ways_out = [text for codes, text in _WAYS_OUT if problem.code in codes]
+        text = "; ".join([f"the server answers {problem.code} {problem.reason}", *ways_out])
+        raise OSError(text) from None
     if size and partial.stat().st_size != size:
         raise OSError(f"the connection ended after {partial.stat().st_size:,} of {size:,} bytes")
 

@@ -34,12 +34,18 @@ class RunFolder:
     checkpoints = _place("checkpoints", "weights")
     best = _place("checkpoints/best.pt", "the weights of the highest validation J&F")
     last = _place("checkpoints/last.pt", "to go on from")
+    previous = _place("checkpoints/previous.pt", "the one before, if that is damaged")
+    damaged = _place("checkpoints/damaged.pt", "a last checkpoint that was of no use")
     wandb = _place("wandb", "what W&B writes")
     # An evaluation has its settings here and no `config`: it is no run to be resumed or compared.
     evaluation = _place("evaluation.yaml", "the settings of an evaluation")
     matrix = _place("prompt_matrix.csv", "a row for each prompt and noise")
     matrix_objects = _place("prompt_matrix_objects.csv", "a row for each object in each of them")
     matrix_figure = _place("prompt_matrix.png", "the same as a heat map")
+
+    def bad_batch(self, step: int) -> Path:
+        """Where a step that was not finite leaves what it was made of."""
+        return self.path / f"bad_batch_{step}.pt"
 
     @classmethod
     def of_checkpoint(cls, path: Path) -> RunFolder:
@@ -61,6 +67,12 @@ class RunFolder:
         """Whether there is a config, and something that a started run wrote."""
         started = (self.summary, self.metrics, self.environment)
         return self.config.is_file() and any(path.is_file() for path in started)
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether a run has saved. One that was killed while it renamed the two has the previous
+        checkpoint only."""
+        return self.last.exists() or self.previous.exists()
 
     @property
     def checkpoint(self) -> Path | None:

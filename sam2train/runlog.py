@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from sam2train.errors import UserError
-from sam2train.files import printable, read_json, write_text
+from sam2train.files import naming, printable, read_json, write_text
 from sam2train.machine import describe_environment, say
 from sam2train.run_folder import RunFolder
 from sam2train.runlog_wandb import (
@@ -106,7 +106,8 @@ class RunLog:
         except Exception as failure:  # for one, the tensors of a CUDA context that is gone
             if error is None:
                 raise
-            self.say(f"the steps since the last line are lost: {first_line(failure)}")
+            with contextlib.suppress(OSError):
+                self.say(f"the steps since the last line are lost: {first_line(failure)}")
         finally:
             self.wandb.finish(_exit_code(error))
 
@@ -217,26 +218,50 @@ class RunLog:
     def summary(self, values: Mapping[str, Any]) -> None:
         """Merge into `summary.json` (replaced as a whole, never half written) and W&B's summary."""
         path = self.folder.summary
-        expected = "expected the JSON that this run wrote; mend or delete the file"
-        known = read_json(path, expected, optional=True)
+        try:
+            known = read_json(path, "expected what this run wrote", optional=True)
+        except UserError as problem:
+            known = self._summary_of_rows()
+            self.say(f"{problem}. It is made anew from {self.folder.metrics}")
         text = json.dumps({**known, **plain_values(values, finite=True)}, indent=2, allow_nan=False)
         write_text(path, text + "\n")
         self.wandb.report("summary", lambda run: run.summary.update(plain_values(values)))
+
+    def _summary_of_rows(self) -> dict[str, Any]:
+        """What the rows of `metrics.jsonl` tell of a summary: the scores and how far the run is."""
+        rows = [row for row in map(_read_row, self._read_lines()) if row]
+        scored = [row for row in rows if row.get("val/J_and_F") is not None]
+        known: dict[str, Any] = {"status": "running"}
+        if rows:
+            known |= {"steps": rows[-1]["step"]}
+            known["seconds"] = max(row.get("seconds") or 0.0 for row in rows)
+        if scored:
+            last = scored[-1]
+            known |= {name: last[name] for name in last if name.startswith(("val/", "horizon/"))}
+            known["baseline/J_and_F"] = scored[0]["val/J_and_F"]
+            known["best/J_and_F"] = max(row["val/J_and_F"] for row in scored)
+        return known
+
+    def _read_lines(self) -> list[str]:
+        if not self.folder.metrics.exists():
+            return []
+        return self.folder.metrics.read_text(encoding="utf-8", errors="replace").splitlines()
 
     def _trim_metrics(self) -> float:
         """Drop the lines that a resumed run writes again, and what a killed process half wrote.
 
         Returns the `seconds` of the last line kept, 0 where there is none.
         """
-        lines = self.folder.metrics.read_text().splitlines() if self.folder.metrics.exists() else []
+        lines = self._read_lines()
         kept, seconds = [], 0.0
         by_step = self._lines is None and self._first_step > 0
-        for line in lines[: self._lines]:
-            with contextlib.suppress(json.JSONDecodeError):
-                row = json.loads(line)
-                if not by_step or row["step"] <= self._first_step:
-                    kept.append(line + "\n")
-                    seconds = row.get("seconds", seconds)
+        for number, line in enumerate(lines[: self._lines], 1):
+            row = _read_row(line)
+            if row is None:
+                self.say(f"{self.folder.metrics}: line {number} is not a row of a run; left out")
+            elif not by_step or row["step"] <= self._first_step:
+                kept.append(line + "\n")
+                seconds = row.get("seconds", seconds)
         if dropped := len(lines) - len(kept):
             write_text(self.folder.metrics, "".join(kept))
             what = f"{dropped} line{'s' * (dropped > 1)}"
@@ -247,7 +272,7 @@ class RunLog:
 
     def _write(self, step: int, scalars: Mapping[str, Any]) -> None:
         row = json.dumps({"step": step, **plain_values(scalars, finite=True)}, allow_nan=False)
-        with self.folder.metrics.open("a") as file:
+        with naming(self.folder.metrics), self.folder.metrics.open("a") as file:
             file.write(row + "\n")
         self._lines += 1
         self.wandb.report("log", lambda run: run.log({STEP_AXIS: step, **plain_values(scalars)}))
@@ -285,6 +310,18 @@ class RunLog:
         self._progress = Progress(bar, text, console=self.console, expand=True)
         self._task = self._progress.add_task("", total=self._num_steps, status="")
         self._progress.start()
+
+
+def _read_row(line: str) -> dict[str, Any] | None:
+    """The row in a line of `metrics.jsonl`; None for what a run does not write."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(row, dict) and type(row.get("step")) is int
+    values = row.values() if whole else ()
+    whole = whole and all(value is None or isinstance(value, int | float) for value in values)
+    return row if whole else None
 
 
 def parameter_table(report: Mapping[str, tuple[int, int]]) -> Table:

@@ -9,8 +9,9 @@ an object is absent, and how well the object score tells presence from absence: 
 from __future__ import annotations
 
 import csv
+import io
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ import numpy as np
 from rich.table import Table
 
 from sam2train.data_clips import ClipDataset
-from sam2train.errors import UserError
 from sam2train.evaluate import (
     DrawPrompts,
     EvaluationConfig,
@@ -249,29 +249,52 @@ class RowsFile:
     Args:
         last_step: of a resumed run, the last that was scored; rows of later steps are dropped, they
             come again. None starts anew.
-
-    Raises:
-        UserError: a file that is no such CSV.
+        say: gets a line on rows that are not whole; they are left out.
     """
 
-    def __init__(self, path: Path, columns: Sequence[str], last_step: int | None = None):
+    def __init__(
+        self,
+        path: Path,
+        columns: Sequence[str],
+        last_step: int | None = None,
+        *,
+        say: Callable[[str], None] = print,
+    ):
         self.path, self.columns = path, tuple(columns)
         self.rows: list[Mapping[str, Any]] = []
-        if last_step is not None and path.is_file():
-            with open(path, encoding="utf-8", newline="") as file:
-                found = list(csv.DictReader(file))
-            try:
-                self.rows = [row for row in found if int(row["step"]) <= last_step]
-            except (KeyError, TypeError, ValueError):
-                raise UserError(
-                    f"{path}: expected the columns {', '.join(columns)}, as this run wrote them; "
-                    "delete the file to go on without it"
-                ) from None
+        if last_step is None or not path.is_file():
+            return
+        text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "\ufffd")
+        try:
+            found = list(csv.DictReader(io.StringIO(text, newline="")))
+        except csv.Error:  # a field of more than 131,072 characters
+            found = [{}]
+        whole = [row for row in found if _is_whole(row)]
+        self.rows = [row for row in whole if int(row["step"]) <= last_step]
+        if broken := len(found) - len(whole):
+            say(
+                f"{path}: {broken} of {len(found)} rows are not as this run wrote them, with "
+                f"{', '.join(columns)}; left out"
+            )
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows and write the file."""
         self.rows += rows
         write_rows(self.path, self.rows, self.columns)
+
+
+_TEXTS = {"split", "model", "video_id", "object_id", "frame_policy", "prompt", "metric"}
+
+
+def _is_whole(row: Mapping[str | None, Any]) -> bool:
+    """Whether a row that was read has a cell for each heading, and numbers where they belong."""
+    if None in row or None in row.values() or not (row.get("step") or "").isdecimal():
+        return False
+    try:
+        [float(cell) for name, cell in row.items() if name not in _TEXTS and cell != ""]
+    except ValueError:
+        return False
+    return True
 
 
 def frame_rows(tracked: TrackedVideo) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ import yaml
 
 from sam2train.errors import UserError
 from sam2train.files import read_json, write_text
-from sam2train.machine import num_cores
+from sam2train.machine import STOP_SIGNALS, num_cores
 from sam2train.results import load_metrics
 from sam2train.run_folder import RunFolder
 
@@ -31,7 +30,7 @@ KILL_DELAY = 60.0  # seconds between SIGTERM, upon which a trial saves, and SIGK
 RECORD = "sweep.json"  # beside the trials: what was decided about them
 _RECORDED = ("name", "run_id", "values", "state")  # of each trial, in the record
 _STATES = ("waiting", "running", "finished", "failed", "interrupted", "stopped")
-_STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
+_STOPPED = {code for number in STOP_SIGNALS for code in (128 + number, -number)}
 
 
 @dataclass
@@ -76,13 +75,13 @@ class Trial:
         Raises:
             OSError: the folder cannot be written, or the process not started.
         """
-        checkpoint = RunFolder(self.folder).last
-        if not checkpoint.exists():
+        begun = RunFolder(self.folder).can_go_on
+        if not begun:
             self._clear()
         self.folder.mkdir(parents=True, exist_ok=True)
         typed = self.folder / VALUES
         words = [*command, "--run-dir", str(self.folder)]
-        words += ["--resume"] * checkpoint.exists()
+        words += ["--resume"] * begun
         with (self.folder / LOG).open("a") as log:
             print("$", shlex.join(words), file=log, flush=True)
             self.process = subprocess.Popen(

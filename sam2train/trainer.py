@@ -1,16 +1,15 @@
-"""The loop: evaluate, save, stop, step, log; always in this order."""
+"""The loop: save, evaluate, stop, step, log; always in this order."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 
 from sam2train import checkpoint
@@ -21,17 +20,19 @@ from sam2train.audit import (
     row_warnings,
     rows_left,
 )
+from sam2train.bad_batch import save_bad_batch
 from sam2train.clips import BatchedVideoDatapoint
 from sam2train.config import to_yaml
+from sam2train.config_yaml import read_yaml
 from sam2train.corrections import SimulatedUser
 from sam2train.data_loader import load_batches
 from sam2train.data_report import shared_video_warnings
 from sam2train.datasets import build_dataset
 from sam2train.errors import UserError
 from sam2train.eval_checkpoint import COPIED, Contender, score_beside, score_contender
-from sam2train.evaluate import SeenFrame, track_video
+from sam2train.evaluate import OnFrame, SeenFrame, track_video
 from sam2train.experiment import Experiment, as_begun, base_hash, build_model, uses_bf16
-from sam2train.files import write_text
+from sam2train.files import sweep_partials, write_text
 from sam2train.losses import divide_losses, sum_losses
 from sam2train.machine import Interrupted, StopRequests, say
 from sam2train.metrics import BASE, COPY, TRAINED
@@ -49,6 +50,14 @@ from sam2train.scores import (
     scores_table,
 )
 from sam2train.video_pictures import OverlayDrawer
+
+
+def _load_to_resume(path: Path, say: Callable[[str], None]) -> tuple[dict[str, Any], Path]:
+    """What a run goes on from, and the file that it is from; see `checkpoint.load_last`."""
+    folder = RunFolder.of_checkpoint(path)
+    if path == folder.last:
+        return checkpoint.load_last(folder, say)
+    return checkpoint.load(path), path
 
 
 class Trainer:
@@ -75,9 +84,13 @@ class Trainer:
         resume: Path | None = None,
         console: Console | None = None,
     ):
-        content = resume and checkpoint.load(resume)
-        if content:
-            experiment = as_begun(experiment, yaml.safe_load(content["config"]))
+        console = console or Console()
+        warn = partial(say, console)
+        content = None
+        if resume is not None:
+            content, resume = _load_to_resume(resume, warn)
+            settings = read_yaml(content["config"], f"{resume}, its settings")
+            experiment = as_begun(experiment, settings)
         self.experiment = experiment
         self.settings = to_yaml(experiment)
         self.config = experiment.trainer
@@ -90,8 +103,6 @@ class Trainer:
         self.audit: dict[str, float] = {}  # until it is logged
         self.audited = False
         self.stop = StopRequests()
-        console = console or Console()
-        warn = partial(say, console)
         data, val = experiment.dataset.data_path, experiment.dataset.val_path
         test = experiment.dataset.test_path
         sections = experiment.dataset, experiment.augment, experiment.clips_seed
@@ -118,11 +129,15 @@ class Trainer:
         self.base_hash = base_hash(experiment)
         # What the test videos are scored with beside the best checkpoint.
         self.base_weights = {name: p.detach().clone() for name, p in self.parameters.items()}
+        # (steps done, last step scored) as `last.pt` has them
+        self._saved: tuple[int, int | None] | None = None
         if content:
             run_id = self._restore(content, resume)
         self.run_id = run_id
-        self.score_rows = RowsFile(self.folder.scores, SCORE_COLUMNS, self.scored)
-        self.horizon_rows = RowsFile(self.folder.horizon, HORIZON_COLUMNS, self.scored)
+        for place in (run_dir, self.folder.checkpoints, self.folder.overlays):
+            sweep_partials(place)
+        self.score_rows = RowsFile(self.folder.scores, SCORE_COLUMNS, self.scored, say=warn)
+        self.horizon_rows = RowsFile(self.folder.horizon, HORIZON_COLUMNS, self.scored, say=warn)
         self.runlog = RunLog(
             experiment.tracking,
             self.folder,
@@ -146,7 +161,6 @@ class Trainer:
             FloatingPointError: a loss or gradient that is not finite, with step and clips.
         """
         config, runlog = self.config, self.runlog
-        saved = self.step or None  # a resumed run has its checkpoint
         with self.stop, runlog:
             self._write_run_files()
             runlog.parameters(self.model.parameter_report())
@@ -176,13 +190,16 @@ class Trainer:
                 batches = self.batches()
                 while True:
                     last = self.step >= config.num_steps
-                    if self.step != self.scored and (last or self.step % config.val_every == 0):
+                    scoring = self.val_data and self.step != self.scored
+                    scoring = scoring and (last or self.step % config.val_every == 0)
+                    # Before an evaluation, too: it may take long, and a signal ends it.
+                    if last or scoring or self.step % config.save_every == 0:
+                        self._save_last()
+                    if scoring and self.stop.received is None:
                         self.evaluate()
-                    due = last or (self.step and self.step % config.save_every == 0)
-                    if due and self.step != saved:
-                        self.save(self.folder.last)
+                    if last or self.stop.received is not None:
+                        self._save_last()
                     if self.stop.received is not None:
-                        self.save(self.folder.last)
                         raise self.stop.interrupted()
                     if last:
                         break
@@ -198,7 +215,10 @@ class Trainer:
                 self._report_on_test()
             except BaseException as error:
                 status = "interrupted" if isinstance(error, Interrupted) else "failed"
-                self._summarise(status)
+                try:
+                    self._summarise(status)
+                except Exception as second:  # what ended the run is what must be told
+                    error.add_note(f"and {self.folder.summary} could not be written: {second}")
                 raise
             self._summarise("finished")
         return self.latest
@@ -216,7 +236,19 @@ class Trainer:
             self.experiment.clips_seed,
             start=self.num_clips,
             pin_memory=self.device.type == "cuda",
+            say=self.runlog.say,
         )
+
+    def _next_batches(
+        self, batches: Iterator[BatchedVideoDatapoint]
+    ) -> list[BatchedVideoDatapoint]:
+        """The batches of one step; a signal ends the wait for them, once the run has saved."""
+        try:
+            with self.stop.while_waiting():
+                return list(itertools.islice(batches, self.config.grad_accumulation))
+        except Interrupted:
+            self._save_last()
+            raise
 
     def train_step(self, batches: Iterator[BatchedVideoDatapoint]) -> dict[str, torch.Tensor]:
         """One optimiser step. Returns detached scalars, still on the device."""
@@ -224,7 +256,8 @@ class Trainer:
         set_learning_rates(self.optimizer, self.step, config.num_steps, self.experiment.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         # All of them first, on the CPU: each loss is divided by the objects of the whole step.
-        collected = list(itertools.islice(batches, config.grad_accumulation))
+        collected = self._next_batches(batches)
+        before = self._rng_states(), self.audited
         num_objects = sum(batch.masks.shape[1] for batch in collected)
         sums: dict[str, torch.Tensor] = {}
         num_learning = 0
@@ -252,21 +285,48 @@ class Trainer:
         if self.interaction is not None:
             scalars |= self.interaction.take_scalars()
         tracked = any(map(has_tracked_frame, collected))
-        names = [name for batch in collected for name in batch.names]
         if not self.audited:
             self._audit_gradients(tracked)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
 
         # The one host sync of a healthy step, placed before a bad batch can reach the weights.
         if not torch.isfinite(scalars["loss"] + grad_norm):
-            raise FloatingPointError(
-                f"step {self.step + 1}: loss {scalars['loss'].item():.3g} or gradient norm "
-                f"{grad_norm.item():.3g} is not finite, on {'; '.join(names)}. The weights are "
-                "those before this step; lower optimizer.learning_rate or look at these clips"
-            )
+            raise self._not_finite(collected, scalars, grad_norm, *before)
         self.optimizer.step()
         lr = max(group["lr"] for group in self.optimizer.param_groups)
         return {**scalars, "grad_norm": grad_norm, "lr": lr}
+
+    def _not_finite(
+        self,
+        batches: list[BatchedVideoDatapoint],
+        scalars: Mapping[str, torch.Tensor],
+        grad_norm: torch.Tensor,
+        rng: Mapping[str, Any],
+        audited: bool,
+    ) -> FloatingPointError:
+        """What to raise after a step that is not finite; keeps its batches, and the state before
+        it as the last checkpoint.
+
+        Args:
+            rng, audited: from before the step.
+        """
+        step, path = self.step + 1, self.folder.bad_batch(self.step + 1)
+        names = [name for batch in batches for name in batch.names]
+        text = (
+            f"step {step}: loss {scalars['loss'].item():.3g} or gradient norm "
+            f"{grad_norm.item():.3g} is not finite, on {'; '.join(names)}. "
+        )
+        try:
+            losses = {n: v for n, v in scalars.items() if n.startswith("loss")}
+            found = save_bad_batch(path, step, batches, losses, self.model.sam2)
+            text += f"Bad first was {found}; {path} has the clips. "
+            self.audited = audited
+            if self._saved is None or self._saved[0] != self.step:
+                self.save(self.folder.last, rng)
+            text += f"{self.folder.last} is the state before this step. "
+        except OSError as problem:  # the bad step is what must be told
+            text += f"It could not be kept ({problem}). "
+        return FloatingPointError(text + "Lower optimizer.learning_rate or look at these clips")
 
     def _audit_gradients(self, tracked: bool) -> None:
         """Keep what each trained module got at the first step; a listed one without any stops.
@@ -292,33 +352,34 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Score the validation videos, the first time the copied mask too; keep the best."""
-        if not self.val_data:
-            return
         drawer = OverlayDrawer(
             self.val_data,
             self.folder.overlays,
             f"step_{self.step:06d}",
             self.experiment.evaluation.num_overlays,
         )
-        scores = self._keep(
-            score_contender(
-                self._contender(TRAINED, self.step),
-                self.val_data,
-                self.experiment,
-                "val",
-                on_frame=drawer.see_frame,
-                on_video=drawer.see_video,
-            )
+        scores = score_contender(
+            self._contender(TRAINED, self.step),
+            self.val_data,
+            self.experiment,
+            "val",
+            on_frame=self._heed_signal(drawer.see_frame),
+            on_video=drawer.see_video,
         )
+        # Before anything is written: a signal in here leaves the step without a score.
+        copied = None
+        if not self.baseline:
+            heed = self._heed_signal()
+            copied = score_contender(COPIED, self.val_data, self.experiment, "val", on_frame=heed)
+        for found in filter(None, (scores, copied)):
+            self._keep(found)
         self.latest, self.scored = scores.means, self.step
         values = {f"val/{name}": value for name, value in self.latest.items()}
         self.runlog.record(self.step, values | numbers(scores.horizon))
         self.runlog.summary(numbers(scores.horizon))
         self.runlog.overlays(self.step, drawer.overlays)
-        if not self.baseline:
+        if copied:
             self.baseline = self.latest
-            copied = score_contender(COPIED, self.val_data, self.experiment, "val")
-            self._keep(copied)
             self.runlog.summary({f"{COPY}/J_and_F": copied.means["J_and_F"]})
             self._show_scores("validation", 0, (COPY, 0))
         score = self.latest["J_and_F"]
@@ -352,7 +413,7 @@ class Trainer:
                 self.test_data,
                 self.experiment,
                 "test",
-                lambda contender: {"on_frame": self._heed_signal},
+                lambda contender: {"on_frame": self._heed_signal()},
             ),
         )
         values = scores.means | numbers(scores.horizon)
@@ -400,15 +461,37 @@ class Trainer:
         policy = self.experiment.evaluation.frame_policy
         self.runlog.console.print(scores_table(f"{split} videos, frames: {policy}", rows))
 
-    def _heed_signal(self, index: int, seen: SeenFrame) -> None:
-        """Stop between two frames where that was asked for; all is saved by now."""
-        if self.stop.received is not None:
-            raise self.stop.interrupted()
+    def _heed_signal(self, on_frame: OnFrame | None = None) -> OnFrame:
+        """Sees frames for `on_frame`, and raises Interrupted between two of them where a signal
+        asks for it; all is saved by now."""
+
+        def heed(index: int, seen: SeenFrame) -> None:
+            if self.stop.received is not None:
+                raise self.stop.interrupted()
+            if on_frame is not None:
+                on_frame(index, seen)
+
+        return heed
 
     # -- what is kept ---------------------------------------------------------------------------
 
-    def save(self, path: Path) -> None:
-        """Write a checkpoint: the last one to go on from, the best one for use."""
+    def _save_last(self) -> None:
+        """Write `last.pt`, unless it has this step and its score; the one before is kept."""
+        if self._saved != (self.step, self.scored):
+            self.save(self.folder.last)
+            self._saved = self.step, self.scored
+
+    def _rng_states(self) -> dict[str, Any]:
+        """Of torch's generators: what dropout draws from."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return {"torch": torch.get_rng_state(), "cuda": cuda}
+
+    def save(self, path: Path, rng: Mapping[str, Any] | None = None) -> None:
+        """Write a checkpoint: the last one to go on from, the best one for use.
+
+        Args:
+            rng: states of torch's generators, None for those of now.
+        """
         weights = self.model.sam2.state_dict()
         everything = len(self.parameters) == len(list(self.model.sam2.parameters()))
         # Over random weights nobody could tell what the rest was; all of them need no base.
@@ -436,26 +519,33 @@ class Trainer:
                 "audited": self.audited,
                 # best.pt is for use, last.pt for going on.
                 "optimizer": self.optimizer.state_dict() if path == self.folder.last else None,
-                "rng": {
-                    "torch": torch.get_rng_state(),
-                    "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-                },
+                "rng": rng or self._rng_states(),
             },
+            previous=self.folder.previous if path == self.folder.last else None,
         )
 
     def _restore(self, content: Mapping[str, Any], path: Path) -> str:
         if content["optimizer"] is None:
             raise UserError(f"{path}: has no optimiser state; go on from last.pt of the same run")
         checkpoint.apply_weights(self.model.sam2, content, self.base_hash, path)
-        self.optimizer.load_state_dict(content["optimizer"])
+        checkpoint.restore_optimizer(self.optimizer, content["optimizer"], path)
         self.step, self.best = content["step"], content["best"]
         self.audited = content.get("audited", True)  # checkpoints from before this key were
         self.baseline, self.latest = content["baseline"], content["scores"]
         # Checkpoints from before this key were written after their step was scored, if it was due.
         self.scored = content.get("scored", self.step)
-        torch.set_rng_state(content["rng"]["torch"])
-        if content["rng"]["cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(content["rng"]["cuda"])
+        if path == self.folder.last:
+            self._saved = self.step, self.scored
+        try:
+            torch.set_rng_state(content["rng"]["torch"])
+            if torch.cuda.is_available():  # another machine may have fewer devices
+                states = content["rng"]["cuda"][: torch.cuda.device_count()]
+                torch.cuda.set_rng_state_all(states)
+        except (RuntimeError, TypeError) as problem:
+            raise UserError(
+                f"{path}: rng is not the state of torch's generators ({problem}); take another "
+                "checkpoint of the run"
+            ) from None
         if self.interaction is not None:
             self.interaction.num_clips = self.num_clips
         return content["run_id"]

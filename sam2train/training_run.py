@@ -17,6 +17,7 @@ from sam2train.config import flatten
 from sam2train.config_yaml import load_yaml
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment, as_begun, load_experiment
+from sam2train.files import read_json
 from sam2train.machine import Interrupted
 from sam2train.run_folder import RunFolder
 from sam2train.trainer import Trainer
@@ -61,7 +62,7 @@ def train(
         experiment = check_same_experiment(experiment, run_dir)
     else:
         run_dir = run_dir or RunFolder.of_experiment(name) / run_id
-        if RunFolder(run_dir).checkpoints.exists():
+        if RunFolder(run_dir).can_go_on:
             raise UserError(
                 f"--run-dir {run_dir}: a run is there already; add --resume to go on with it, or "
                 "name another folder"
@@ -107,13 +108,12 @@ def find_checkpoint(named: Path | None, run_dir: Path | None, runs: Path) -> Pat
     """
     place = named or run_dir
     if place is None:
-        paths = (RunFolder(path).last for path in runs.glob("*"))
-        found = sorted(filter(Path.is_file, paths), key=lambda path: path.stat().st_mtime)
-        if not found:
+        newest = _newest_run(runs)
+        if newest is None:
             raise UserError(f"--resume: no run with a checkpoint under {runs}/; name one")
-        return found[-1]
+        return newest.last
     path = RunFolder(place).last if place.is_dir() else place
-    if not path.is_file():
+    if not path.is_file() and not (place.is_dir() and RunFolder(place).can_go_on):
         raise UserError(
             f"--resume: no checkpoint {path}; expected a run folder or RUN/checkpoints/last.pt"
         )
@@ -125,6 +125,35 @@ def find_checkpoint(named: Path | None, run_dir: Path | None, runs: Path) -> Pat
             "them"
         )
     return path
+
+
+def find_unfinished(run_dir: Path | None, runs: Path) -> Path | None:
+    """The checkpoint that `--resume auto` goes on from; None where a run is to be started.
+
+    Args:
+        run_dir: the folder of the run, with --run-dir.
+        runs: the folder of the experiment's runs; where no run_dir is given, the newest one goes
+            on, unless it is finished.
+    """
+    folder = RunFolder(run_dir) if run_dir else _newest_run(runs)
+    if folder is None or not folder.can_go_on:
+        return None
+    if run_dir is None:
+        summary = read_json(folder.summary, "expected the summary of a run", optional=True)
+        if summary.get("status") == "finished":
+            return None
+    return folder.last
+
+
+def _newest_run(runs: Path) -> RunFolder | None:
+    """The run below a folder that wrote a checkpoint last."""
+    found = [
+        (path.stat().st_mtime, folder.path)
+        for folder in map(RunFolder, runs.glob("*"))
+        for path in (folder.last, folder.previous)
+        if path.is_file()
+    ]
+    return RunFolder(max(found)[1]) if found else None
 
 
 def check_same_experiment(experiment: Experiment, run_dir: Path) -> Experiment:

@@ -1,6 +1,7 @@
 """The command line as a user meets it: what it prints, writes, and answers to a mistake."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from test_results import make_run
 
 from sam2train import checkpoint, cli, commands
 from sam2train.commands import COMMANDS
-from sam2train.errors import UserError
+from sam2train.errors import MachineFault, UserError
 from sam2train.pretrained import build_sam2, resolve_config
 
 ROOT = Path(__file__).parents[1]
@@ -218,6 +219,7 @@ FIXED = {
     "--compare": set(),
     "--collect": set(),
 }
+FIXED = {command: options | {"--traceback"} for command, options in FIXED.items()}
 OPERANDS = {
     "--run-dir": ["place"],
     "--resume": ["place"],
@@ -468,14 +470,97 @@ def test_output_that_nobody_reads_ends_quietly(words, buffering, tmp_path):
 
 def test_another_pipe_that_breaks_is_an_error(tmp_path):
     code = (
-        "from sam2train import cli, commands\n"
+        "import sys; from sam2train import cli, commands\n"
         "def run(command): raise BrokenPipeError('of a worker')\n"
         "commands.ListExperiments.run = run\n"
-        "cli.main(['--list'])\n"
+        "sys.exit(cli.main(['--list']))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "of a worker" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["--list", "--runs", "--compare"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_is_a_line_and_the_shells_code(files, monkeypatch, capsys, command, number):
+    def asked_to_stop(self):
+        os.kill(os.getpid(), number)
+        time.sleep(30)
+
+    before = signal.getsignal(number)
+    for one in COMMANDS:
+        monkeypatch.setattr(one, "run", asked_to_stop)
+    assert cli.main([command, *["run"] * (command == "--compare")]) == 128 + number
+    assert capsys.readouterr().err == f"interrupted by {number.name}\n"
+    assert signal.getsignal(number) is before
+
+
+def no_space():
+    problem = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    problem.filename = "/nowhere/run/last.pt"
+    return problem
+
+
+FAULTS = {
+    "disk full": (no_space(), r"/nowhere/run/last\.pt: No space left on device; the disk is full"),
+    "read-only": (OSError(errno.EROFS, "Read-only", "a/b"), r"a/b: Read-only; .*--run-dir"),
+    "removed": (FileNotFoundError(errno.ENOENT, "No such file", "a/b"), "a/b: .*removed"),
+    "host": (MemoryError("Unable to allocate 9 GiB"), r"this machine.*batch_size=1.*num_workers=0"),
+    "cpu": (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), "on this machine"),
+    "cuda": (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), r"GPU.*image_size="),
+    "worker": (MachineFault("a process that loads data ended"), "a process that loads data ended"),
+    "not finite": (FloatingPointError("step 3: loss nan"), "step 3: loss nan"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_the_machine_is_a_message(experiment, monkeypatch, capsys, fault):
+    error, expected = FAULTS[fault]
+
+    def fails_so(self):
+        raise error
+
+    monkeypatch.setattr(commands.DryRun, "run", fails_so)
+    assert cli.main([str(experiment), "--dry-run"]) == 1
+    printed = capsys.readouterr().err
+    assert re.match(f"error: .*{expected}", printed, re.DOTALL)
+    assert "Traceback" not in printed
+    assert cli.main([str(experiment), "--dry-run", "--traceback"]) == 1
+    printed = capsys.readouterr().err
+    assert "fails_so" in printed
+    assert re.search(f"error: .*{expected}", printed, re.DOTALL)
+
+
+def test_a_bug_is_no_fault_of_the_machine(experiment, monkeypatch):
+    def fails_so(self):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(commands.DryRun, "run", fails_so)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        cli.main([str(experiment), "--dry-run"])
+
+
+def test_resume_auto_starts_and_then_goes_on(experiment, tmp_path, capsys):
+    """The same command each time, as a job scheduler that starts a job again gives it."""
+    run_dir = tmp_path / "one"
+    command = [str(experiment), "--run-dir", str(run_dir), "--resume", "auto"]
+    for steps in (1, 2):
+        assert cli.main([*command, f"trainer.num_steps={steps}"]) == 0
+        assert json.loads((run_dir / "summary.json").read_text())["steps"] == steps
+    # Killed while it renamed the two.
+    (run_dir / "checkpoints" / "last.pt").unlink()
+    assert cli.main([*command, "trainer.num_steps=2"]) == 0
+    assert "going on from the one before" in capsys.readouterr().out
+    # Without a folder: the newest run, unless it is finished.
+    command = [str(experiment), "trainer.num_steps=0", "--resume", "auto"]
+    assert cli.main(command) == 0
+    (first,) = (tmp_path / "runs" / "small").iterdir()
+    summary = json.loads((first / "summary.json").read_text())
+    (first / "summary.json").write_text(json.dumps(summary | {"status": "interrupted"}))
+    assert cli.main(command) == 0
+    assert [first] == list((tmp_path / "runs" / "small").iterdir())
+    assert cli.main(command) == 0
+    assert len(list((tmp_path / "runs" / "small").iterdir())) == 2
 
 
 def test_ctrl_c_is_a_word_and_code_130(files, monkeypatch, capsys):

@@ -343,9 +343,10 @@ def stopped_at_two(settings, run_dir):
     trainer = make_trainer(settings, run_dir)
     saved = checkpoint.save
 
-    def save_and_crash(path, content):
-        saved(path, content)
-        raise RuntimeError("the machine goes down")
+    def save_and_crash(path, content, previous):
+        saved(path, content, previous)
+        if trainer.step == 2:
+            raise RuntimeError("the machine goes down")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "save", save_and_crash)

@@ -1,10 +1,97 @@
-"""The order of clips: by seed and place alone, each once an epoch."""
+"""Batches from processes that load data: errors arrive as they were, and nothing waits for ever."""
 
+import os
+import signal
+import time
 from itertools import islice
 
 import pytest
+import torch
+from conftest import load
 
-from sam2train.data_loader import ClipSampler
+from sam2train import data_loader
+from sam2train.data_loader import ClipSampler, load_batches
+from sam2train.datasets import DatasetConfig
+from sam2train.errors import MachineFault, UserError
+
+
+def batches(dataset, workers, say=print):
+    config = DatasetConfig(data_path="x", num_workers=workers, shuffle=False)
+    return load_batches(dataset, config, 0, start=0, pin_memory=False, say=say)
+
+
+@pytest.fixture
+def two_cores(monkeypatch):
+    monkeypatch.setattr(data_loader, "num_cores", lambda: 2)
+
+
+class Unpicklable(Exception):
+    def __reduce__(self):
+        raise TypeError("no")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("error", [UserError("frame 3 is broken"), FileNotFoundError(2, "x", "y")])
+def test_an_error_arrives_as_it_was(coco, two_cores, monkeypatch, workers, error):
+    dataset = load(coco)
+
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr(dataset, "read_frame", broken)
+    with pytest.raises(type(error)) as caught:
+        next(batches(dataset, workers))
+    assert str(caught.value) == str(error)
+    assert bool(workers) == ("in broken" in "".join(getattr(caught.value, "__notes__", [])))
+
+
+def test_an_error_that_cannot_travel_is_a_text(coco, two_cores, monkeypatch):
+    dataset = load(coco)
+
+    def broken(*_):
+        raise Unpicklable("by hand")
+
+    monkeypatch.setattr(dataset, "read_frame", broken)
+    with pytest.raises(RuntimeError, match="Unpicklable: by hand"):
+        next(batches(dataset, 1))
+
+
+def test_a_process_that_is_killed_is_named(coco, two_cores, monkeypatch):
+    dataset = load(coco)
+    monkeypatch.setattr(dataset, "read_frame", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(MachineFault, match=r"ended.*dataset\.num_workers=1 now"):
+        next(batches(dataset, 1))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_clip_that_does_not_come_is_named(coco, two_cores, monkeypatch, workers):
+    monkeypatch.setattr(data_loader, "CLIP_TIMEOUT", 0.3)
+    dataset = load(coco)
+    monkeypatch.setattr(dataset, "read_frame", lambda *_: time.sleep(60))
+    with pytest.raises(MachineFault, match=r"clip of video 1 was not loaded.*video_001"):
+        next(batches(dataset, workers))
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_a_full_shared_memory_is_told_and_gone_around(coco, two_cores, monkeypatch):
+    """Torch would fail in a thread of the worker, and the run would wait for ever."""
+    dataset, said = load(coco), []
+    whole = next(batches(dataset, 0))
+
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    several = batches(dataset, 1, said.append)
+    found = [next(several) for _ in range(3)]
+    assert torch.equal(found[0].img_batch, whole.img_batch)
+    assert torch.equal(found[0].masks, whole.masks)
+    assert found[0].names == whole.names
+    assert len(said) == 1
+    assert "/dev/shm is full" in said[0]
+
+
+# The order of clips
 
 
 def test_each_epoch_visits_every_clip_once():

@@ -294,3 +294,11 @@ def test_the_file_system_takes_them(tmp_path, text):
     path = tmp_path / f"step_000100_{file_name(text, set())}.png"
     write_text(path, "content")
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_partial_files_of_killed_saves_are_swept_up(tmp_path):
+    for name in (".last.pt.123.part", ".summary.json.9.part", "last.pt", ".hidden", "x.part"):
+        (tmp_path / name).touch()
+    files.sweep_partials(tmp_path)
+    files.sweep_partials(tmp_path / "none")
+    assert {path.name for path in tmp_path.iterdir()} == {"last.pt", ".hidden", "x.part"}

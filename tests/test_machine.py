@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from sam2train import machine
 from sam2train.errors import UserError
 from sam2train.files import REPOSITORY
 from sam2train.machine import (
+    STOP_SIGNALS,
     Interrupted,
     StopRequests,
     cell,
@@ -27,6 +30,8 @@ from sam2train.machine import (
     read_device,
     say,
 )
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_devices(monkeypatch):
@@ -86,7 +91,7 @@ def test_what_a_result_depends_on(monkeypatch):
     assert found["packages"]["no-such-package"] is None
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_is_kept_until_the_run_can_stop(number):
     before = signal.getsignal(number)
     with StopRequests() as stop:
@@ -99,15 +104,48 @@ def test_a_signal_is_kept_until_the_run_can_stop(number):
     assert signal.getsignal(number) is before
 
 
-def test_a_second_interrupt_ends_at_once():
-    def twice():
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
+@pytest.mark.parametrize("first", STOP_SIGNALS)
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_at_once(first, second):
+    """But `timeout` sends its own twice in a row, to the process and to its group."""
+    code = (
+        "import os, time; from sam2train.machine import StopRequests\n"
+        "with StopRequests() as stop:\n"
+        f"    os.kill(os.getpid(), {int(first)}); os.kill(os.getpid(), {int(first)})\n"
+        "    print(stop.received, flush=True); time.sleep(0.4)\n"
+        f"    os.kill(os.getpid(), {int(second)}); print('goes on')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == f"{int(first)}\n"
+    assert done.returncode == -second
+    assert "a second signal ends at once" in done.stderr
 
+
+def signalled_while_it_waits(number):
+    os.kill(os.getpid(), number)
+    time.sleep(30)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_ends_a_wait(number):
     with StopRequests() as stop:
-        with pytest.raises(KeyboardInterrupt):
-            twice()
-        assert stop.received == signal.SIGINT
+        start = time.monotonic()
+        with pytest.raises(Interrupted), stop.while_waiting():
+            signalled_while_it_waits(number)
+        with pytest.raises(Interrupted), stop.while_waiting():
+            time.sleep(30)  # nor does a new wait begin
+        assert time.monotonic() - start < 20
+
+
+def test_the_end_of_the_terminal_is_ignored_under_nohup():
+    code = (
+        "import os, signal; from sam2train.machine import StopRequests, interruptible\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "with interruptible(), StopRequests() as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGHUP); print(stop.received)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "None\n"
 
 
 def test_outside_the_main_thread_signals_are_left_alone():

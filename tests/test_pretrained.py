@@ -1,5 +1,6 @@
 """SAM 2 found, built and loaded: names, counts, temporal rows, and files that are wrong."""
 
+import hashlib
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -7,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 
 from sam2train import pretrained
+from sam2train.config_yaml import load_yaml
 from sam2train.errors import UserError
 from sam2train.files import REPOSITORY
 from sam2train.pretrained import (
@@ -23,6 +26,7 @@ from sam2train.pretrained import (
     fit_untrained_rows,
     load_weights,
     match_parameters,
+    read_weights,
     resolve_config,
 )
 
@@ -462,6 +466,7 @@ def published(tmp_path, monkeypatch) -> Path:
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     monkeypatch.setattr(pretrained, "DOWNLOAD_ADDRESS", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setattr(pretrained, "_SCHEMES", ("http",))  # the server has no certificate
     yield folder
     server.shutdown()
     server.server_close()
@@ -482,9 +487,18 @@ def test_a_good_file_is_kept(published, tmp_path):
     target = tmp_path / "checkpoints" / NAME
     assert fetch(target) == target
     assert target.read_bytes() == (published / NAME).read_bytes()
-    assert [path.name for path in target.parent.iterdir()] == [NAME]
+    pin = target.with_name(f"{NAME}.sha256")
+    assert sorted(target.parent.iterdir()) == [target, pin]
+    assert pin.read_text() == f"{hashlib.sha256(target.read_bytes()).hexdigest()}  {NAME}\n"
     (published / NAME).unlink()
     assert fetch(target) == target  # it is there: nothing is fetched
+    # Another file of the same layout is told from the one that was verified.
+    torch.save({"model": {n: v + 1 for n, v in demo_weights()["model"].items()}}, target)
+    for use in (fetch, read_weights):
+        with pytest.raises(UserError, match=r"not the file that was downloaded.*sha256 is"):
+            use(target)
+    pin.unlink()
+    read_weights(target)
 
 
 @pytest.mark.parametrize("content", [b"<html>sorry</html>", b"", None])
@@ -512,7 +526,104 @@ def test_what_is_not_published_is_said_before_any_request(tmp_path):
         fetch(None)
 
 
+STATUS = {403: "HTTPS_PROXY", 404: "may have moved", 429: "later", 503: "later", 418: "Teapot"}
+
+
+@pytest.mark.parametrize("code", STATUS)
+def test_a_status_is_named_with_a_way_out(published, monkeypatch, tmp_path, code):
+    monkeypatch.setattr(QuietHandler, "do_GET", lambda self: self.send_error(code))
+    with pytest.raises(UserError, match=f"the server answers {code}.*{STATUS[code]}.*Fetch it on"):
+        fetch(tmp_path / NAME)
+
+
+@pytest.mark.parametrize("reply", [b"", b"what is this\r\n\r\n", b"HTTP/1.1 200 OK\r\nA" * 70_000])
+def test_what_is_no_http_is_named(published, monkeypatch, tmp_path, reply):
+    monkeypatch.setattr(QuietHandler, "do_GET", lambda self: self.wfile.write(reply))
+    with pytest.raises(UserError, match="could not be fetched"):
+        fetch(tmp_path / NAME)
+    assert not (tmp_path / NAME).exists()
+
+
+def test_only_https_is_asked_and_followed(published, monkeypatch, tmp_path):
+    def redirect(handler):
+        handler.send_response(302)
+        handler.send_header("Location", "ftp://elsewhere/weights.pt")
+        handler.end_headers()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(QuietHandler, "do_GET", redirect)
+        with pytest.raises(UserError, match=r"ftp://elsewhere/weights\.pt is not https"):
+            fetch(tmp_path / NAME)
+    monkeypatch.setattr(pretrained, "_SCHEMES", ("https",))
+    with pytest.raises(UserError, match=r"http://127\.0\.0\.1.* is not https"):
+        fetch(tmp_path / NAME)
+
+
+def test_a_download_without_end_is_cut_off(published, monkeypatch, tmp_path):
+    (published / NAME).write_bytes(bytes(1 << 21))
+    monkeypatch.setattr(pretrained, "MAX_DOWNLOAD", 1 << 20)
+    with pytest.raises(UserError, match="more than 1,048,576 bytes"):
+        fetch(tmp_path / NAME)
+    assert list(tmp_path.glob("*.pt*")) == []
+
+
+# -- a model config builds modules and nothing else ------------------------------------------------
+
+TARGETS = (
+    "os.system",
+    "subprocess.run",
+    "builtins.eval",
+    "torch.load",
+    "torch.hub.load",
+    "torch.nn.Module.__init__.__globals__",
+    "torch.nn.modules.module.torch.hub.load",
+    "sam2.modeling.sam2_base.torch.hub.load",
+    "sam2.modeling.sam2_utils.select_closest_cond_frames",
+    "sam2.build_sam.build_sam2",
+    "",
+    7,
+)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("place", ["image_encoder", "memory_encoder", "new"])
+def test_a_config_that_names_a_program_is_refused(tmp_path, place, target):
+    content = yaml.safe_load(DEMO.read_text())
+    content["model"].setdefault(place, {})["_target_"] = target
+    content["model"][place]["command"] = f"touch {tmp_path / 'ran'}"
+    (tmp_path / "evil.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=rf"evil\.yaml: model\.{place}\._target_ is"):
+        build_sam2(tmp_path / "evil.yaml", image_size=64, num_maskmem=2)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_config_may_not_refer_to_the_environment(tmp_path):
+    content = yaml.safe_load(DEMO.read_text())
+    content["model"]["image_encoder"]["scalp"] = "${oc.env:WANDB_API_KEY}"
+    (tmp_path / "evil.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=r"model\.image_encoder\.scalp is .*may not refer"):
+        build_sam2(tmp_path / "evil.yaml", image_size=64, num_maskmem=2)
+
+
+def test_a_config_that_unfolds_is_refused(tmp_path):
+    text = "a0: &a0 [1, 1]\n" + "".join(
+        f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9)
+    )
+    (tmp_path / "bomb.yaml").write_text(text + "model: {_target_: x}\n")
+    with pytest.raises(UserError, match=r"bomb\.yaml"):
+        build_sam2(tmp_path / "bomb.yaml", image_size=64, num_maskmem=2)
+
+
+def test_the_packages_configs_are_read_as_hydra_reads_them():
+    from omegaconf import OmegaConf
+
+    for name, path in pretrained._package_configs().items():
+        if "training" not in name:
+            assert OmegaConf.load(path) == OmegaConf.create(load_yaml(path)), name
+
+
 def test_no_network(monkeypatch, tmp_path):
+    monkeypatch.setattr(pretrained, "_SCHEMES", ("http",))
     monkeypatch.setattr(pretrained, "DOWNLOAD_ADDRESS", "http://127.0.0.1:9/")
     with pytest.raises(UserError, match="could not be fetched"):
         fetch(tmp_path / NAME)

@@ -3,6 +3,7 @@
 import json
 import signal
 from contextlib import suppress
+from io import StringIO
 
 import pytest
 import torch
@@ -39,8 +40,10 @@ class SmallModel:
         pass
 
 
-def score_by_step(track, data, config, *, split, model, step, label, **_):
+def score_by_step(track, data, config, *, split, model, step, label, on_frame, **_):
     """One object, whose scores tell the model and the step."""
+    for _ in range(2):
+        on_frame(0, None)
     value = step / 16 + len(model) / 1024
     means = dict.fromkeys(("J", "F", "J_and_F", "mIoU"), value)
     means |= dict.fromkeys(("J_recall", "J_decay", "F_recall", "F_decay"), value)
@@ -65,7 +68,7 @@ def start(tmp_path, monkeypatch):
     monkeypatch.setattr(runlog, "describe_environment", lambda device: {})
     monkeypatch.setattr(trainer, "scores_table", lambda title, rows: title)  # a bootstrap each
 
-    def build(run_dir, resume=None, **periods):
+    def build(run_dir, resume=None, console=None, **periods):
         settings = {
             "dataset": {"data_path": data, "val_path": data, "test_path": data},
             "trainer": {"num_steps": NUM_STEPS, "val_every": 3, "device": "cpu", **periods},
@@ -73,7 +76,7 @@ def start(tmp_path, monkeypatch):
             "tracking": {"mode": "disabled"},
         }
         experiment = Experiment.model_validate(settings)
-        options = {"run_id": "run", "name": "test", "console": Console(quiet=True)}
+        options = {"run_id": "run", "name": "test", "console": console or Console(quiet=True)}
         run = Trainer(experiment, run_dir, resume=resume, **options)
 
         def step(batches):
@@ -99,10 +102,18 @@ def written(run_dir):
 def kill(run, place, at):
     """Let a run end at a place when it has done `at` steps.
 
-    `signal` and `signal in evaluation` ask it to stop, so that it saves first. At the others the
+    `signal` asks it to stop in a step, `signal in evaluation` when the step is scored, and `signal
+    N` between two frames of the N-th scoring of that step: it saves first. At the others the
     process ends: with an error (`step`, `evaluated`, `saved`), or at once (`SIGKILL`).
     """
-    step, evaluate, save = run.train_step, run.evaluate, run.save
+    step, evaluate, save, score = run.train_step, run.evaluate, run.save, run._score
+    scorings = []
+
+    def in_scoring(*arguments, **how):
+        scorings.append(run.step)
+        if place == f"signal {scorings.count(at)}" and run.step == at:
+            run.stop.received = signal.SIGTERM
+        return score(*arguments, **how)
 
     def in_step(batches):
         if run.step == at and place == "signal":
@@ -124,6 +135,7 @@ def kill(run, place, at):
             raise Killed
 
     run.train_step, run.evaluate, run.save = in_step, in_evaluation, in_save
+    run._score = in_scoring
     with pytest.MonkeyPatch.context() as patch:
         if place == "SIGKILL":
             patch.setattr(RunLog, "__exit__", lambda *_: None)
@@ -138,11 +150,13 @@ def kills(save_every):
         yield from ((place, at) for at in range(NUM_STEPS))
     for place in ("evaluated", "signal in evaluation"):
         yield from ((place, at) for at in (0, 3, 6, 8))
-    yield from (("saved", at) for at in {*range(save_every, NUM_STEPS, save_every), NUM_STEPS})
+    # A validation, and the copy at step 0; then the best checkpoint, the base and the copy on test.
+    yield from [("signal 1", 0), ("signal 2", 0), ("signal 1", 3), ("signal 1", 6)]
+    yield from ((f"signal {number}", NUM_STEPS) for number in (1, 2, 3, 4))
+    yield from (("saved", at) for at in {*range(0, NUM_STEPS, save_every), NUM_STEPS})
 
 
-@pytest.mark.parametrize("save_every", [3, 4])
-@pytest.mark.parametrize("log_every", [2, 3, 5])
+@pytest.mark.parametrize(("log_every", "save_every"), [(2, 4), (3, 3), (5, 3)])
 def test_rows_after_a_kill_are_those_of_a_run_that_was_never_killed(
     start, tmp_path, log_every, save_every
 ):
@@ -152,16 +166,57 @@ def test_rows_after_a_kill_are_those_of_a_run_that_was_never_killed(
     steps = [row["step"] for row in whole[0] if "loss" in row]
     assert steps == sorted({*range(log_every, NUM_STEPS + 1, log_every), NUM_STEPS})
     assert [row["step"] for row in whole[0] if "val/J_and_F" in row] == [0, 3, 6, 8]
-    resumed = 0
     for place, at in kills(save_every):
         run_dir = tmp_path / f"{place} {at}"
         kill(start(run_dir, **periods), place, at)
         last = run_dir / "checkpoints" / "last.pt"
-        if last.exists():
-            resumed += 1
-            start(run_dir, resume=last, **periods).run()
-            assert written(run_dir) == whole, (place, at)
-    assert resumed > 20
+        assert checkpoint.load(last)["step"] <= at + 1, "also before the first period is over"
+        start(run_dir, resume=last, **periods).run()
+        assert written(run_dir) == whole, (place, at)
+        ends = [
+            checkpoint.load(d / "checkpoints" / "best.pt") for d in (tmp_path / "whole", run_dir)
+        ]
+        assert ends[0]["step"] == ends[1]["step"]
+
+
+@pytest.mark.parametrize("damage", ["torn", "flipped", "gone"])
+@pytest.mark.parametrize("at", [2, 4, 7])
+def test_rows_after_a_fall_back_are_those_of_a_run_that_was_never_stopped(
+    start, tmp_path, at, damage
+):
+    """The rows of the checkpoint before are taken up, and it is said."""
+    periods = {"log_every": 2, "save_every": 1}
+    start(tmp_path / "whole", **periods).run()
+    run_dir = tmp_path / "run"
+    kill(start(run_dir, **periods), "SIGKILL", at)
+    last = run_dir / "checkpoints" / "last.pt"
+    data = bytearray(last.read_bytes())
+    data[len(data) // 2] ^= 16
+    last.write_bytes(data if damage == "flipped" else data[:-10])
+    if damage == "gone":
+        last.unlink()
+    said = StringIO()
+    run = start(run_dir, resume=last, console=Console(file=said), **periods)
+    assert run.step in (at, at - 1)  # at a scored step both are of that step
+    assert "previous.pt, of step" in said.getvalue()
+    run.run()
+    assert written(run_dir) == written(tmp_path / "whole")
+    assert not list(run_dir.rglob(".*.part"))
+
+
+def test_a_run_that_starts_sweeps_up_what_killed_saves_left(start, tmp_path):
+    left = tmp_path / "run" / "checkpoints" / ".last.pt.123.part"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    start(tmp_path / "run")
+    assert not left.exists()
+
+
+def test_a_finished_run_is_complete(start, tmp_path):
+    """Going on with it scores nothing again but the test videos."""
+    start(tmp_path / "run", save_every=4).run()
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    assert checkpoint.load(last)["scored"] == NUM_STEPS
 
 
 @pytest.mark.parametrize("place", ["SIGKILL", "signal"])

@@ -1,6 +1,7 @@
 """The runlog: what lands in the files, what W&B gets, and that W&B never stops a run."""
 
 import copy
+import errno
 import io
 import json
 import math
@@ -8,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -310,8 +312,53 @@ def test_summary_merges_over_processes_and_names_a_broken_file(start, tmp_path):
     assert json.loads(path.read_text()) == {"a": 1, "status": "done"}
     assert not list(path.parent.glob("*.tmp"))
     path.write_text("{")
-    with start() as runlog, pytest.raises(UserError, match=r"summary\.json.*mend or delete"):
+
+
+@pytest.mark.parametrize("broken", [b"{", b"", b"[1]", b"\xff\xfe", b"null", b"[" * 100_000])
+def test_a_broken_summary_is_named_and_made_anew_from_the_rows(start, tmp_path, screen, broken):
+    with start() as runlog:
+        runlog.record(0, {"val/J_and_F": 0.5, "val/J": 0.5, "horizon/J@1": 0.25})
+        runlog.record(4, {"val/J_and_F": 0.75, "val/J": 0.5, "seconds": 3.0})
+        runlog.record(8, {"val/J_and_F": 0.625, "val/J": 0.375})
+    (tmp_path / "run/summary.json").write_bytes(broken)
+    with start() as runlog:
         runlog.summary({"a": 2})
+    assert "summary.json: " in shown(screen)
+    assert "It is made anew from" in shown(screen)
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == {
+        **{"val/J_and_F": 0.625, "val/J": 0.375, "baseline/J_and_F": 0.5, "best/J_and_F": 0.75},
+        **{"steps": 8, "seconds": 3.0, "status": "running", "a": 2},
+    }
+
+
+BROKEN_ROWS = (b"{", b"[1]", b"null", b"7", b'{"a": 1}', b'{"step": "2"}', b'{"step": 2.5}')
+BROKEN_ROWS += (b'{"step": 2, "loss": {"a": 1}}', b"\xff\x00", b"[" * 100_000, b'{"step": true}')
+
+
+@pytest.mark.parametrize("broken", BROKEN_ROWS)
+@pytest.mark.parametrize("how", [{"first_step": 6}, {"resume": {"sums": {}, "counts": {}}}])
+def test_a_broken_row_is_named_and_left_out(start, tmp_path, screen, broken, how):
+    (tmp_path / "run").mkdir()
+    rows_of = [f'{{"step": {step}, "a": {step}}}'.encode() for step in (1, 2, 3)]
+    rows_of[1] = broken
+    (tmp_path / "run/metrics.jsonl").write_bytes(b"\n".join(rows_of) + b"\n")
+    if "resume" in how:
+        how["resume"]["lines"] = 3
+    with start(**how) as runlog:
+        runlog.record(4, {"a": 4})
+    assert [row["step"] for row in rows(tmp_path)] == [1, 3, 4]
+    assert "line 2 is not a row" in shown(screen)
+
+
+def test_a_full_disk_names_the_file(start, monkeypatch, tmp_path):
+    def full(self, *_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with start() as runlog, monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        with pytest.raises(OSError, match="No space left") as caught:
+            runlog.record(4, {"a": 4})
+    assert caught.value.filename == str(tmp_path / "run/metrics.jsonl")
 
 
 def test_the_parts_of_the_memory_stand_together(screen):

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "sam2train"
 # A group imports itself and the groups that stand before it; `data` and `model` do not import each
 # other: they meet in `clips`.
 GROUPS = {
-    "ground": {"errors", "files", "config", "config_yaml", "machine", "stats", "clips"},
+    "ground": {"errors", "files", "config", "config_yaml", "machine", "stats", "clips", "faults"},
     "data": {
         *("datasets", "data_source", "data_clips", "data_videos", "data_coco", "data_vos"),
         *("data_sav", "data_synthetic", "data_pictures", "data_report", "data_loader"),
@@ -36,7 +36,7 @@ GROUPS = {
     },
     "runs": {
         *("experiment", "run_folder", "runlog", "runlog_wandb", "checkpoint", "audit"),
-        *("trainer", "training_run", "eval_checkpoint", "eval_prompts", "export"),
+        *("bad_batch", "trainer", "training_run", "eval_checkpoint", "eval_prompts", "export"),
     },
     "reports": {
         *("results", "results_compare", "ablation", "compare", "figures"),

@@ -16,7 +16,7 @@ from sam2train import checkpoint, demo
 from sam2train.clips import collate_fn
 from sam2train.config_yaml import load_yaml
 from sam2train.data_coco import CocoVideos
-from sam2train.errors import UserError
+from sam2train.errors import MachineFault, UserError
 from sam2train.experiment import Experiment, build_model, load_experiment
 from sam2train.export import export_checkpoint
 from sam2train.files import REPOSITORY
@@ -108,7 +108,11 @@ def test_a_run_writes_what_the_readme_names(experiment, tmp_path):
     environment = json.loads((run_dir / "environment.json").read_text())
     assert environment["packages"]["torch"].startswith(torch.__version__.split("+")[0])
     assert len(list((run_dir / "overlays").glob("step_*.png"))) == 3
-    assert {p.name for p in (run_dir / "checkpoints").iterdir()} == {"last.pt", "best.pt"}
+    assert {p.name for p in (run_dir / "checkpoints").iterdir()} == {
+        "last.pt",
+        "previous.pt",
+        "best.pt",
+    }
 
 
 def test_best_is_the_checkpoint_of_the_best_score(experiment, tmp_path):
@@ -142,7 +146,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(
 
     def save_and_crash(path):
         saved(path)
-        if path.name == "last.pt":
+        if path.name == "last.pt" and first.step == stopped_at:
             raise RuntimeError("the machine goes down")
 
     first.save = save_and_crash
@@ -363,6 +367,67 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(experiment, tmp_path
     assert_same(before, trainer.model.sam2.state_dict())
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "failed"
+
+
+def spoil_parameter(trainer, clip):
+    next(iter(trainer.parameters.values())).data[0] = float("nan")
+    return next(iter(trainer.parameters))
+
+
+def spoil_input(trainer, clip):
+    clip.images[:, :, 10, 10] = float("inf")
+    return "the input, the frames of video 1"
+
+
+@pytest.mark.parametrize("spoil", [spoil_parameter, spoil_input])
+def test_a_step_that_is_not_finite_is_kept(experiment, tmp_path, spoil):
+    """With what was bad first; the run goes on from the step before, bit for bit."""
+    settings = experiment(trainer={"save_every": 100, "val_every": 100}, dataset={"shuffle": False})
+    whole = make_trainer(settings, tmp_path / "whole")
+    whole.run()
+    trainer = make_trainer(settings, tmp_path / "run")
+    step = trainer.train_step
+
+    def third_is_bad(batches):
+        if trainer.step != 2:
+            return step(batches)
+        found.append({n: p.detach().clone() for n, p in trainer.parameters.items()})
+        clip = trainer.train_data[0]
+        expected.append(spoil(trainer, clip))
+        return step(iter([collate_fn([clip])]))
+
+    found, expected = [], []
+    trainer.train_step = third_is_bad
+    with pytest.raises(FloatingPointError, match="Bad first was") as caught:
+        trainer.run()
+    assert expected[0] in str(caught.value)
+    kept = torch.load(tmp_path / "run" / "bad_batch_3.pt", weights_only=True)
+    assert expected[0] in kept["first_bad"]
+    assert kept["step"] == 3
+    assert kept["clips"][0].startswith("video 1 frames")
+    assert kept["batches"][0]["images"].shape == (3, 1, 3, 64, 64)
+    assert {"loss/dice", "loss/focal"} <= kept["losses"].keys()
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    assert checkpoint.load(last)["step"] == 2
+    if spoil is spoil_input:
+        make_trainer(settings, tmp_path / "run", resume=last).run()
+        assert_same(weights(last), weights(tmp_path / "whole" / "checkpoints" / "last.pt"))
+
+
+def test_a_second_error_does_not_hide_the_first(experiment, tmp_path, monkeypatch):
+    trainer = make_trainer(experiment(), tmp_path / "run")
+
+    def disk_is_full(values):
+        raise OSError(28, "No space left on device")
+
+    def fails_so(batches):
+        trainer.runlog.summary = disk_is_full
+        raise MachineFault("the first")
+
+    trainer.train_step = fails_so
+    with pytest.raises(MachineFault, match="the first") as caught:
+        trainer.run()
+    assert "could not be written: " in caught.value.__notes__[0]
 
 
 def test_a_listed_module_without_gradient_stops_the_run(experiment, tmp_path):
