@@ -124,7 +124,7 @@ class ClipDataset:
     def __len__(self) -> int:
         return sum(num_clips for _, num_clips in self._groups)
 
-    def _video(self, epoch: int, place: int) -> Video:
+    def video_of(self, epoch: int, place: int) -> Video:
         """The video of a clip. Where an epoch has fewer clips than videos, the next one goes on
         with the others."""
         for videos, num_clips in self._groups:
@@ -145,7 +145,7 @@ class ClipDataset:
     def __getitem__(self, index: int | tuple[int, int]) -> Clip:
         place, rng = locate_clip(index, len(self), self.settings.seed, self.epoch)
         epoch = index[0] if isinstance(index, tuple) else self.epoch
-        video, settings = self._video(epoch, place), self.settings
+        video, settings = self.video_of(epoch, place), self.settings
         indices, num_padding = sample_frames(
             video, settings.video_clip_length, settings.max_frame_stride, rng
         )

@@ -15,8 +15,8 @@ from sam2train.data_source import VideoSource
 # large data sets take seconds; another frame rarely has as many bytes and the same pieces.
 _WHOLE = 64 * 1024
 _PIECE = 16 * 1024
-# Frames whose bytes are read, spread evenly over all; of the others the size counts. A data set of a
-# million frames would otherwise be read once more at the start of each run. Masks are all read.
+# Frames whose bytes are read, spread evenly over all; of the others the size counts. A data set of
+# a million frames would otherwise be read once more at the start of each run. Masks are all read.
 MAX_READ = 2000
 
 

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from sam2train.clips import BatchedVideoDatapoint, Clip, collate_fn
-from sam2train.data_clips import ClipDataset, locate_clip
+from sam2train.data_clips import ClipDataset
 from sam2train.datasets import DatasetConfig
 from sam2train.errors import MachineFault
 from sam2train.machine import leave_group, num_cores
@@ -190,11 +190,10 @@ def _time_limit(dataset: ClipDataset, place: tuple[int, int]) -> Iterator[None]:
         return
 
     def give_up(number: int, frame: FrameType | None) -> None:
-        number, _ = locate_clip(place, len(dataset), dataset.settings.seed)
-        video = dataset.trainable[number].video_id
+        video = dataset.video_of(*place)
         raise MachineFault(
-            f"a clip of video {video} was not loaded after {CLIP_TIMEOUT:g} s; does the disk with "
-            f"{dataset.trainable[number].frames[0].path.parent} answer?"
+            f"a clip of video {video.video_id} was not loaded after {CLIP_TIMEOUT:g} s; does the "
+            f"disk with {video.frames[0].path.parent} answer?"
         )
 
     before = signal.signal(signal.SIGALRM, give_up)
