@@ -32,7 +32,8 @@ from sam2train.figures import draw_results
 from sam2train.files import write_text
 from sam2train.machine import cell, say
 from sam2train.metrics import JANDF
-from sam2train.results import compare_groups, labels, load_runs, object_scores, varied
+from sam2train.results import labels, load_runs, varied
+from sam2train.results_compare import compare_groups, object_scores
 from sam2train.run_folder import RunFolder
 from sam2train.stats import (
     Interval,

@@ -1,4 +1,5 @@
-"""Clips in batches, loaded in line or by other processes; an error there arrives as it was."""
+"""Clips in batches, in a fixed order, loaded in line or by other processes; an error there arrives
+as it was."""
 
 from __future__ import annotations
 
@@ -13,18 +14,46 @@ from dataclasses import dataclass, fields
 from types import FrameType, TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from sam2train.clips import BatchedVideoDatapoint, Clip, collate_fn
 from sam2train.data_clips import ClipDataset
-from sam2train.datasets import ClipSampler, DatasetConfig
+from sam2train.datasets import DatasetConfig
 from sam2train.errors import MachineFault
 from sam2train.machine import leave_group, num_cores
 
-CLIP_TIMEOUT = (
-    300.0  # seconds; a clip is some pictures, and a slow network disk gives them in a few
-)
+# Seconds; a clip is some pictures, and a slow network disk gives them in a few.
+CLIP_TIMEOUT = 300.0
+
+
+class ClipSampler:
+    """Endless (epoch, index) pairs for a DataLoader; each epoch visits every clip once.
+
+    The pair at position p depends on the seed and p alone, so a resumed run sees the same clips.
+
+    Args:
+        num_clips: clips of an epoch.
+        start: first position; a resumed run has used those before it.
+    """
+
+    def __init__(self, num_clips: int, *, shuffle: bool, seed: int, start: int = 0):
+        self.num_clips = num_clips
+        self.shuffle = shuffle
+        self.seed = seed
+        self.start = start
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch, first = divmod(self.start, self.num_clips)
+        while True:
+            order = np.arange(self.num_clips)
+            if self.shuffle:
+                # `num_clips` is not the index of a clip, so no clip uses these random numbers.
+                np.random.default_rng([self.seed, epoch, self.num_clips]).shuffle(order)
+            for index in order[first:]:
+                yield epoch, int(index)
+            epoch, first = epoch + 1, 0
 
 
 def load_batches(

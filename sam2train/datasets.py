@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from sam2train import demo
@@ -428,31 +427,3 @@ class VideoDataset(ClipDataset):
         settings = clip_settings(image_size, video_clip_length, prompt_types, *points, **settings)
         source = MadeUpVideos(Path(data_path), synthetic, settings.max_objects)
         super().__init__(source, settings, mask_cache_mb)
-
-
-class ClipSampler:
-    """Endless (epoch, index) pairs for a DataLoader; each epoch visits every clip once.
-
-    The pair at position p depends on the seed and p alone, so a resumed run sees the same clips.
-
-    Args:
-        num_clips: clips of an epoch.
-        start: first position; a resumed run has used those before it.
-    """
-
-    def __init__(self, num_clips: int, *, shuffle: bool, seed: int, start: int = 0):
-        self.num_clips = num_clips
-        self.shuffle = shuffle
-        self.seed = seed
-        self.start = start
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch, first = divmod(self.start, self.num_clips)
-        while True:
-            order = np.arange(self.num_clips)
-            if self.shuffle:
-                # `num_clips` is not the index of a clip, so no clip uses these random numbers.
-                np.random.default_rng([self.seed, epoch, self.num_clips]).shuffle(order)
-            for index in order[first:]:
-                yield epoch, int(index)
-            epoch, first = epoch + 1, 0

@@ -30,7 +30,7 @@ from sam2train.errors import UserError
 from sam2train.experiment import Experiment
 from sam2train.files import file_name, write_text
 from sam2train.machine import cell, say
-from sam2train.results import compare_groups
+from sam2train.results_compare import compare_groups
 from sam2train.run_folder import RUNS
 from sam2train.sweep_file import Sweep, check_values, grid, in_grid, load_sweep, show_value
 from sam2train.sweep_search import examples, trials_to_stop

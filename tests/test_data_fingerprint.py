@@ -11,7 +11,7 @@ from PIL import Image
 from test_data_sav import write_film, write_json
 from test_data_vos import make_vos
 
-from sam2train import cli
+from sam2train import cli, data_fingerprint
 from sam2train.data_fingerprint import fingerprint
 from sam2train.data_sav import SavVideos
 from sam2train.data_vos import VosVideos
@@ -77,6 +77,24 @@ def test_a_large_frame_is_sampled(tmp_path):
     assert len(content) > 300_000
     content[len(content) // 2] ^= 1
     frame.write_bytes(bytes(content))
+    assert fingerprint(load(path).source) != first
+
+
+def test_of_many_frames_some_are_read_and_all_are_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_fingerprint, "MAX_READ", 2)
+    path = make_coco(tmp_path, num_videos=1, num_frames=4)
+    opened = []
+    sample = data_fingerprint._sample
+
+    def watch(file, **options):
+        opened.append(options.get("read_bytes", True))
+        return sample(file, **options)
+
+    monkeypatch.setattr(data_fingerprint, "_sample", watch)
+    first = fingerprint(load(path).source)
+    assert sorted(opened) == [False, False, True, True]
+    with (tmp_path / "video_001" / "frame_002.png").open("ab") as file:
+        file.write(b"x")  # a frame that is not read, of another size
     assert fingerprint(load(path).source) != first
 
 

@@ -12,10 +12,11 @@ from torch.utils.data import DataLoader
 
 from sam2train.clips import collate_fn, is_empty
 from sam2train.config import build
+from sam2train.data_loader import ClipSampler
 from sam2train.data_pictures import read_image
 from sam2train.data_synthetic import SyntheticConfig
 from sam2train.data_videos import MadeUpVideos, VideoFolders
-from sam2train.datasets import ClipSampler, DatasetConfig, VideoDataset
+from sam2train.datasets import DatasetConfig, VideoDataset
 from sam2train.errors import UserError
 from sam2train.transforms import AugmentConfig
 

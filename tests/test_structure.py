@@ -39,7 +39,7 @@ GROUPS = {
         *("bad_batch", "trainer", "training_run", "eval_checkpoint", "eval_prompts", "export"),
     },
     "reports": {
-        *("results", "ablation", "compare", "figures"),
+        *("results", "results_compare", "ablation", "compare", "figures"),
         *("sweep", "sweep_trials", "sweep_file", "sweep_search"),
     },
     "door": {"commands", "cli"},
@@ -129,7 +129,10 @@ def test_every_experiment_loads_and_says_what_it_is(path):
     load_experiment(path)
     lines = path.read_text().splitlines()
     assert re.match(r"# \w.{20,98}[.]$", lines[0]), "the first line describes the experiment"
-    assert f"python run.py experiments/{path.name}" in "\n".join(lines[1:4]), "then its command"
+    header = "\n".join(lines[: next(k for k, line in enumerate(lines) if line[:1] != "#")])
+    parts = (f"python run.py experiments/{path.name}", "# Cost: ", "# Score: ")
+    places = [header.find(part) for part in parts]
+    assert -1 < places[0] < places[1] < places[2], "then command, cost and score, in this order"
 
 
 def test_no_path_of_the_machine_that_wrote_it():
