@@ -352,7 +352,7 @@ sys.exit(sweep.run_sweep(Path("small-sweep.yaml"), jobs=2, console=Console(width
         Path("slow").write_text("30")
         process = self.start()
         process.send_signal(number)
-        printed, _ = process.communicate(timeout=30)
+        printed, _ = process.communicate(timeout=120)
         assert process.returncode == 128 + number
         assert "the same command goes on" in printed
         assert [row["state"] for row in results().values()][:2] == ["interrupted"] * 2
