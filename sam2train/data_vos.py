@@ -11,14 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sam2train.data_mask_values import (
-    MaskFacts,
-    MaskValues,
-    Reading,
-    decide,
-    decide_folder,
-    read_facts,
-)
+from sam2train.data_mask_facts import MaskFacts, read_facts
+from sam2train.data_mask_values import MaskValues, Reading, decide, decide_folder
 from sam2train.data_pictures import read_colour_mask, read_id_mask
 from sam2train.data_source import (
     Annotation,

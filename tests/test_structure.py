@@ -21,7 +21,7 @@ GROUPS = {
     "data": {
         *("datasets", "data_source", "data_clips", "data_videos", "data_coco", "data_vos"),
         *("data_sav", "data_synthetic", "data_pictures", "data_report", "data_loader"),
-        *("data_mask_values", "data_mots", "data_mevis", "data_coco_crowds"),
+        *("data_mask_facts", "data_mask_values", "data_mots", "data_mevis", "data_coco_crowds"),
         *("data_rle", "data_fingerprint", "data_mixture", "data_coco_files", "data_coco_objects"),
         *("data_youtube_vis", "data_burst"),
         *("transforms", "prompts", "demo", "demo_videos"),
