@@ -11,7 +11,7 @@ from conftest import make_coco
 from PIL import Image
 
 from sam2train import checkpoint, cli
-from sam2train.files import file_hash
+from sam2train.files import REPOSITORY, file_hash
 
 
 def write_small(root):
@@ -219,3 +219,14 @@ class TestMistakes:
         message = fails(capsys, trained, "--evaluate", run / "checkpoints" / "last.pt")
         assert "w.pt" in message
         assert "model.checkpoint_path has random weights" in message
+
+
+def test_the_demo_scores_as_it_did(tmp_path):
+    """The base on two demo videos, as the first versions scored it (prompts of seed 0, one thread).
+    Other builds of torch and OpenCV round differently: the last digits may move."""
+    words = ["--evaluate", "base", "--run-dir", str(tmp_path / "run"), "evaluation.max_videos=2"]
+    words += ["trainer.device=cpu", "tracking.mode=disabled", "evaluation.num_overlays=0"]
+    assert cli.main([str(REPOSITORY / "experiments" / "coco_point_bbox.yaml"), *words]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["val/num_objects"] == 5
+    assert summary["val/J_and_F"] == pytest.approx(0.64506, abs=2e-3)
