@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Collection
 from pathlib import Path
 
@@ -25,6 +26,11 @@ settings.load_profile("sam2train")
 # The models of the tests are so small that threads mostly wait for each other, on a busy machine
 # for very long.
 torch.set_num_threads(1)
+
+# A shell starts background jobs with SIGINT ignored, `nohup` with SIGHUP; tests send these signals.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 SIZE = (48, 64)  # (H, W) of the frames of make_coco
 SHARED = Path(__file__).parents[2] / "shared" / "data"
