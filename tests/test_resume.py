@@ -156,7 +156,8 @@ def kills(save_every):
     yield from (("saved", at) for at in {*range(0, NUM_STEPS, save_every), NUM_STEPS})
 
 
-@pytest.mark.parametrize(("log_every", "save_every"), [(2, 4), (3, 3), (5, 3)])
+@pytest.mark.parametrize("save_every", [3, 4])
+@pytest.mark.parametrize("log_every", [2, 3, 5])
 def test_rows_after_a_kill_are_those_of_a_run_that_was_never_killed(
     start, tmp_path, log_every, save_every
 ):
