@@ -32,6 +32,7 @@ def save_bad_batch(
         batches: of that step, on the CPU.
         model: with the gradients of the step; its parameters are those before it.
     """
+    batches = [batch.to("cpu") for batch in batches]  # normalised
     found = next(_bad(batches, losses, model), "nothing of it alone: sums overflow")
     content = {
         "step": step,

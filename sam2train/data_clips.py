@@ -6,18 +6,18 @@ import mmap
 import multiprocessing
 import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 
-from sam2train.clips import Clip, Prompt
+from sam2train.clips import Clip, Prompt, normalise_pixels
 from sam2train.data_fingerprint import fingerprint
 from sam2train.data_source import ClipPixels, Video, VideoSource
 from sam2train.errors import UserError
 from sam2train.prompts import PromptGenerator, types_like
-from sam2train.transforms import AugmentConfig, augment, normalise, resize_image, resize_mask
+from sam2train.transforms import AugmentConfig, augment, channels_first, resize_mask
 
 # A process that was killed while it held the lock must not stop the others.
 _PATIENCE = 5.0  # seconds
@@ -143,6 +143,12 @@ class ClipDataset:
         self.epoch = epoch
 
     def __getitem__(self, index: int | tuple[int, int]) -> Clip:
+        clip = self.load_clip(index)
+        return replace(clip, images=normalise_pixels(clip.images))
+
+    def load_clip(self, index: int | tuple[int, int]) -> Clip:
+        """`dataset[index]` with images as uint8, a quarter of the bytes; a batch of such clips is
+        normalised by its `to`."""
         place, rng = locate_clip(index, len(self), self.settings.seed, self.epoch)
         epoch = index[0] if isinstance(index, tuple) else self.epoch
         video, settings = self.video_of(epoch, place), self.settings
@@ -153,15 +159,19 @@ class ClipDataset:
         pixels = self.source.sample_clip(video, indices, size, most, rng)
         if pixels is None:
             objects = sample_objects(video, indices, most, rng)
-            images = [resize_image(self.read_frame(video, t), size) for t in indices]
+            images = [self.read_frame(video, t, size) for t in indices]
             masks = [[self.read_mask(video, t, o, size) for o in objects] for t in indices]
             ignore = stack_ignored([self.read_ignore(video, t, size) for t in indices], size)
             pixels = ClipPixels(np.stack(images), np.stack(masks), objects, ignore)
         return finish_clip(video, indices, pixels, num_padding, settings, rng)
 
-    def read_frame(self, video: Video, frame_idx: int) -> np.ndarray:
-        """(H, W, 3) uint8 at the video's own size."""
-        return self.source.read_frame(video, frame_idx)
+    def read_frame(
+        self, video: Video, frame_idx: int, size: tuple[int, int] | None = None
+    ) -> np.ndarray:
+        """(H, W, 3) uint8 at `size`, or the video's own where none is given."""
+        if size is None:
+            return self.source.read_frame(video, frame_idx)
+        return self.source.read_small_frame(video, frame_idx, size)
 
     def read_mask(
         self,
@@ -177,10 +187,11 @@ class ClipDataset:
             return np.zeros(size, bool)
         mask = self.cache.get(video, frame_idx, object_id, size)
         if mask is None:
-            decoded = {
-                o: resize_mask(mask, size)
-                for o, mask in self.source.read_masks(video, frame_idx, object_id).items()
-            }
+            place = video, frame_idx, object_id
+            if size == video.size:
+                decoded = self.source.read_masks(*place)
+            else:
+                decoded = self.source.read_small_masks(*place, size)
             for other_id, other in decoded.items():
                 self.cache.put(video, frame_idx, other_id, other)
             mask = decoded[object_id]
@@ -317,7 +328,7 @@ def finish_clip(
     settings: ClipSettings,
     rng: np.random.Generator,
 ) -> Clip:
-    """A clip from its frames and masks: augmented, prompted, padded.
+    """A clip from its frames and masks, augmented, prompted and padded; images are uint8.
 
     Args:
         indices: positions of the frames in the video, ascending.
@@ -349,7 +360,7 @@ def finish_clip(
             ignore = np.concatenate([ignore, np.zeros((num_padding, *ignore.shape[1:]), bool)])
         indices = [*indices, *[indices[-1]] * num_padding]
     return Clip(
-        images=normalise(images),
+        images=channels_first(images),
         masks=torch.from_numpy(np.ascontiguousarray(masks)),
         prompts=prompts,
         video_id=video.video_id,

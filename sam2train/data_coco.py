@@ -6,7 +6,7 @@ import codecs
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -26,7 +26,7 @@ from sam2train.data_coco_objects import (
     read_annotations,
     whole_number,
 )
-from sam2train.data_rle import Parts, decode_segmentation
+from sam2train.data_rle import Parts, decode_part, decode_segmentation
 from sam2train.data_source import (
     Annotation,
     Frame,
@@ -38,6 +38,7 @@ from sam2train.data_source import (
 )
 from sam2train.errors import UserError
 from sam2train.files import natural_key, read_json
+from sam2train.transforms import resize_mask
 
 Unlabelled = Literal["absent", "ignore", "auto"]
 # Where the place of a frame in its video is; the file names where an image has none of these.
@@ -122,9 +123,21 @@ class CocoVideos(VideoSource):
         self, video: Video, frame_idx: int, object_id: int | str
     ) -> dict[int | str, np.ndarray]:
         """The mask of one object: each has a segmentation of its own."""
+        return {object_id: self._decode(decode_segmentation, video, frame_idx, object_id)}
+
+    def read_small_masks(
+        self, video: Video, frame_idx: int, object_id: int | str, size: tuple[int, int]
+    ) -> dict[int | str, np.ndarray]:
+        """The same at `size`; only the rectangle around the object is decoded."""
+        part = self._decode(decode_part, video, frame_idx, object_id)
+        return {object_id: resize_mask(part, size)}
+
+    def _decode(
+        self, how: Callable[..., Any], video: Video, frame_idx: int, object_id: int | str
+    ) -> Any:
         annotation = video.frames[frame_idx].annotations[object_id]
         try:
-            return {object_id: decode_segmentation(annotation.segmentation, video.size)}
+            return how(annotation.segmentation, video.size)
         except ValueError as problem:
             raise UserError(
                 f"annotation {annotation.annotation_id} (object {object_id}, "

@@ -65,9 +65,19 @@ class Mixture(VideoSource):
         part, own = self._own(video)
         return part.read_masks(own, frame_idx, object_id)
 
+    def read_small_masks(
+        self, video: Video, frame_idx: int, object_id: int | str, size: tuple[int, int]
+    ) -> dict[int | str, np.ndarray]:
+        part, own = self._own(video)
+        return part.read_small_masks(own, frame_idx, object_id, size)
+
     def read_frame(self, video: Video, frame_idx: int) -> np.ndarray:
         part, own = self._own(video)
         return part.read_frame(own, frame_idx)
+
+    def read_small_frame(self, video: Video, frame_idx: int, size: tuple[int, int]) -> np.ndarray:
+        part, own = self._own(video)
+        return part.read_small_frame(own, frame_idx, size)
 
     def has_mask(self, video: Video, frame_idx: int, object_id: int | str) -> bool:
         part, own = self._own(video)

@@ -33,7 +33,7 @@ from sam2train.metrics import (
 )
 from sam2train.model import SAM2Model
 from sam2train.prompts import PromptGenerator, TypeName
-from sam2train.transforms import normalise, resize_image
+from sam2train.transforms import normalise
 
 # Keeps the random numbers of evaluation prompts apart from those of training clips.
 _PROMPT_STREAM = (1,)
@@ -297,7 +297,7 @@ def track_frames(
                 trackers.append(([p["object_id"] for p in starting], begin(starting, t)))
             if not trackers:
                 continue
-            frame = resize_image(dataset.read_frame(video, t), dataset.image_size)
+            frame = dataset.read_frame(video, t, dataset.image_size)
             with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
                 features = model.encode_images(normalise(frame[None]).to(model.device))
                 outputs = [next(tracker) for _, tracker in trackers]
