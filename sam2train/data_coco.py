@@ -94,7 +94,7 @@ class CocoVideos(VideoSource):
         content = read_coco(path) if content is None else content
         _check_top(path, content)
         found = Findings(notes=list(notes))
-        if _starts_with_mark(path):
+        if starts_with_mark(path):
             found.warnings.append("the file begins with a byte order mark; read without it")
         objects, ignored = split_crowds(content["annotations"], crowds, found)
         content = {**content, "annotations": objects}
@@ -114,7 +114,7 @@ class CocoVideos(VideoSource):
         regions = read_crowds(ignored, images.known, found)
         videos = _make_videos(images, annotations, regions, found)
         if not alone:
-            videos = _find_unlabelled(videos, images, unlabelled_frames, found)
+            videos = find_unlabelled(videos, images.label_key, unlabelled_frames, found)
         found.problems += shared_pictures(videos)
         found.warnings += tracking_warnings(videos)
         super().__init__(path, videos, found.warnings, found.problems, found.notes)
@@ -164,7 +164,8 @@ def _check_top(path: Path, content: Mapping[str, Any]) -> None:
             raise UserError(f"{path}: `{key}` is empty; {_WANTED}")
 
 
-def _starts_with_mark(path: Path) -> bool:
+def starts_with_mark(path: Path) -> bool:
+    """Whether a file begins with a byte order mark."""
     with open(path, "rb") as file:
         return file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
 
@@ -388,13 +389,13 @@ def _make_videos(
 # Frames that nobody looked at
 
 
-def _find_unlabelled(
-    videos: list[Video], images: _Images, how: Unlabelled, found: Findings
+def find_unlabelled(
+    videos: list[Video], label_key: str | None, how: Unlabelled, found: Findings
 ) -> list[Video]:
     """The videos with those frames marked that nobody looked at, as far as the file tells."""
-    if images.label_key is not None:
+    if label_key is not None:
         for video in videos:
-            _tell(video, f"`{images.label_key}`", found)
+            _tell(video, f"`{label_key}`", found)
         return videos
     gaps = [[not (f.annotations or f.ignored) for f in video.frames] for video in videos]
     if how == "ignore":

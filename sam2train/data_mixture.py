@@ -87,6 +87,10 @@ class Mixture(VideoSource):
         part, own = self._own(video)
         return part.read_ignore(own, frame_idx)
 
+    def has_ignored(self, video: Video) -> bool:
+        part, own = self._own(video)
+        return part.has_ignored(own)
+
     def is_trainable(self, video: Video) -> bool:
         part, own = self._own(video)
         return part.is_trainable(own)

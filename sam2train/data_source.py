@@ -209,6 +209,10 @@ class VideoSource:
         annotation = video.frames[frame_idx].annotations.get(object_id)
         return annotation is not None and annotation.area > 0
 
+    def has_ignored(self, video: Video) -> bool:
+        """Whether `read_ignore` may find a pixel on one of the frames."""
+        return any(frame.ignored is not None for frame in video.frames)
+
     def is_trainable(self, video: Video) -> bool:
         """Whether clips of a video have objects."""
         return self.makes_objects or any(video.visible(t) for t in video.labelled)
@@ -310,15 +314,19 @@ def shared_pictures(videos: Sequence[Video]) -> list[str]:
 
 def tracking_warnings(videos: Sequence[Video]) -> list[str]:
     """Warnings about videos from which no tracking can be learned."""
-    without, short = [], []
-    for video in videos:
-        num_shown = Counter(o for t in video.labelled for o in video.visible(t))
-        if not num_shown:
-            without.append(f"video {video.video_id!r}")
-        elif max(num_shown.values()) == 1:
-            short.append(f"video {video.video_id!r}")
-    told = {
-        "no object, so no clip for training": without,
-        "no object is on more than one frame: nothing to track": short,
+    most = [
+        max(Counter(o for t in video.labelled for o in video.visible(t)).values(), default=0)
+        for video in videos
+    ]
+    return video_warnings([video.video_id for video in videos], most)
+
+
+def video_warnings(video_ids: Sequence[int | str], most: Sequence[int]) -> list[str]:
+    """`tracking_warnings`, from the labelled frames that show the object which shows most often."""
+    told = {"no object, so no clip for training": 0}
+    told["no object is on more than one frame: nothing to track"] = 1
+    named = {
+        what: [f"video {v!r}" for v, number in zip(video_ids, most, strict=True) if number == bad]
+        for what, bad in told.items()
     }
-    return [f"{listed(names)}: {what}" for what, names in told.items() if names]
+    return [f"{listed(names)}: {what}" for what, names in named.items() if names]

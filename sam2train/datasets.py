@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +18,7 @@ from sam2train.data_burst import burst_to_coco, is_burst
 from sam2train.data_clips import ClipDataset, clip_settings
 from sam2train.data_coco import CocoVideos, Unlabelled, read_coco
 from sam2train.data_coco_crowds import Crowds
+from sam2train.data_coco_index import read_large_coco
 from sam2train.data_mask_values import MaskValues
 from sam2train.data_mevis import MevisVideos
 from sam2train.data_mixture import Mixture
@@ -73,14 +75,23 @@ def _read_json_videos(path: Path, config: DatasetConfig, layout: str | None = No
 def _json_videos(
     path: Path, image_root: str | Path | None, layout: str | None = None, **settings: Any
 ) -> CocoVideos:
-    content, notes = read_coco(path), []
-    if layout is None:
-        layout = next((name for name, (is_it, _) in _LAYOUTS.items() if is_it(content)), None)
-        if layout is not None:
-            notes.append(f"the file has the layout of {layout}, and is read as such")
-    if layout is not None:
-        content = _LAYOUTS[layout][1](path, content)
-    return CocoVideos(path, image_root, content=content, notes=notes, **settings)
+    content = functools.cache(lambda: read_coco(path))
+
+    def as_coco() -> Mapping[str, Any]:
+        """Nothing where it has another layout."""
+        known = layout or any(is_it(content()) for is_it, _ in _LAYOUTS.values())
+        return {} if known else content()
+
+    def read() -> CocoVideos:
+        kind, notes = layout, []
+        if kind is None:
+            kind = next((name for name, (is_it, _) in _LAYOUTS.items() if is_it(content())), None)
+            if kind is not None:
+                notes.append(f"the file has the layout of {kind}, and is read as such")
+        found = content() if kind is None else _LAYOUTS[kind][1](path, content())
+        return CocoVideos(path, image_root, content=found, notes=notes, **settings)
+
+    return read_large_coco(path, image_root, {"layout": layout, **settings}, read, as_coco)
 
 
 _JSON_KEYS = ("image_root", "unlabelled_frames", "same_object_twice", "crowds")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
@@ -54,7 +55,16 @@ def resize_frame(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     resized = torch.nn.functional.interpolate(
         pixels.permute(2, 0, 1)[None], size=tuple(size), mode="bicubic", antialias=True
     )
-    return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+    return resized[0].permute(1, 2, 0).numpy()
+
+
+def stack_frames(frames: Sequence[np.ndarray]) -> np.ndarray:
+    """(T, H, W, 3) uint8 of frames (H, W, 3); in memory, colours come before rows, as a model and
+    `resize_frame` have them."""
+    stacked = np.empty((len(frames), 3, *frames[0].shape[:2]), np.uint8).transpose(0, 2, 3, 1)
+    for place, frame in zip(stacked, frames, strict=True):
+        place[:] = frame
+    return stacked
 
 
 class MaskPart(NamedTuple):

@@ -254,3 +254,34 @@ def test_a_copy_for_a_process_that_is_not_forked_keeps_nothing():
     copy.put(*KEYS[0], some_masks(1)[0])
     assert copy.get(*KEYS[0], OWN) is None
     assert copy.num_bytes == 0
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_processes_share_the_cache_however_they_are_started(method):
+    """What one has put there is read by the others, without another copy."""
+    context = multiprocessing.get_context(method)
+    cache = MaskCache(TABLE + 6 * 30, CACHED, CLIP_SIZE)
+    masks = some_masks(6)
+    cache.put(*KEYS[5], masks[5])
+    worker = context.Process(target=put_and_get, args=(cache, masks))
+    worker.start()
+    worker.join(60)
+    assert worker.exitcode == 0
+    np.testing.assert_array_equal(cache.get(*KEYS[0], OWN), masks[0])
+    assert cache.num_bytes == TABLE + 2 * 30
+
+
+def put_and_get(cache, masks):
+    np.testing.assert_array_equal(cache.get(*KEYS[5], OWN), masks[5])
+    cache.put(*KEYS[0], masks[0])
+
+
+def test_the_ignore_mask_of_a_frame_is_kept_beside_its_objects():
+    cache = MaskCache(2**16, CACHED, CLIP_SIZE, {video.video_id for video in CACHED})
+    video, masks = CACHED[0], some_masks(3)
+    objects = video.object_ids[:2]
+    for object_id, mask in zip([*objects, None], masks, strict=False):
+        cache.put(video, 1, object_id, mask)
+    for object_id, mask in zip([*objects, None], masks, strict=False):
+        np.testing.assert_array_equal(cache.get(video, 1, object_id, OWN), mask)
+    assert cache.get(video, 0, None, OWN) is None
