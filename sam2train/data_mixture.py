@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sam2train.data_source import ClipPixels, IntensityRange, Video, VideoSource
+from sam2train.data_source import ClipPixels, IntensityRange, Video, VideoSource, shared_pictures
 
 
 class Mixture(VideoSource):
@@ -21,6 +21,9 @@ class Mixture(VideoSource):
         parts: at least one, with videos in each.
         weights: one for each part: how often an epoch visits each of its videos; with 0.5, half of
             them, and the other half in the next epoch.
+
+    Raises:
+        DataError: parts share pictures, so that one's masks lie on the pictures of the other.
     """
 
     mask_hint = "expected at least one object with a pixel in one of the data sets"
@@ -38,7 +41,7 @@ class Mixture(VideoSource):
         self._sources = list(zip(parts, weights, strict=True))
         path = Path(" + ".join(str(part.path) for part in parts))
         warnings = [f"{part.path}: {line}" for part in parts for line in part.warnings]
-        super().__init__(path, videos, warnings)
+        super().__init__(path, videos, warnings, shared_pictures(videos))
 
     def scale_levels(self, wanted: IntensityRange) -> None:
         """See `VideoSource.scale_levels`; each part has chosen its own for "auto" already."""

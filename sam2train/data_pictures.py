@@ -140,6 +140,7 @@ class MaskPicture(NamedTuple):
     values: np.ndarray  # (H, W) palette indices or grey values, uint16; of colours uint32, packed
     palette: np.ndarray | None  # (256,) uint32, packed colours of the indices; None: no palette
     is_colour: bool  # values are R + 256 G + 65536 B
+    is_jpeg: bool = False  # whatever the name of the file says: its values are not exact
 
 
 def pack_grey(values: np.ndarray | int) -> np.ndarray | int:
@@ -186,7 +187,7 @@ def read_mask_picture(path: Path) -> MaskPicture:
     try:
         with Image.open(path) as image:
             image.load()
-            mode, pixels = image.mode, np.asarray(image)
+            mode, pixels, is_jpeg = image.mode, np.asarray(image), image.format in ("JPEG", "MPO")
             if mode == "P":
                 colours = np.zeros((256, 3), np.uint32)
                 given = np.array(image.getpalette("RGB"), np.uint32).reshape(-1, 3)
@@ -200,13 +201,13 @@ def read_mask_picture(path: Path) -> MaskPicture:
             pixels = colours[..., 0]
         elif colours.dtype == np.uint8:
             red, green, blue = np.moveaxis(colours.astype(np.uint32), -1, 0)
-            return MaskPicture(red + 256 * green + 65536 * blue, None, True)
+            return MaskPicture(red + 256 * green + 65536 * blue, None, True, is_jpeg)
     if pixels.ndim != 2 or pixels.dtype.kind not in "bui" or not 0 <= pixels.min() <= MAX_ID:
         raise UserError(
             f"{path}: a picture of mode {mode}; expected a palette or grey PNG whose pixels are "
             f"the ids of objects, up to {MAX_ID}"
         )
-    return MaskPicture(pixels.astype(np.uint16), palette, False)
+    return MaskPicture(pixels.astype(np.uint16), palette, False, is_jpeg)
 
 
 def _to_rgb(image: Image.Image, levels: tuple[float, float] | None) -> np.ndarray:

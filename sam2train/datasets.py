@@ -299,6 +299,7 @@ def build_dataset(
     *,
     training: bool,
     say: Callable[[str], None] = print,
+    known: dict[tuple[str, str], VideoSource] | None = None,
 ) -> ClipDataset:
     """The data set at one of the paths of a section; augmented where it is for training.
 
@@ -306,6 +307,7 @@ def build_dataset(
         path: or the parts of a mixture; the demo data is drawn where it belongs if it is missing.
         say: gets a line for what takes a while, for what was concluded from the files, and for what
             looks odd in the data.
+        known: sources by path and format, which are not read again; new ones are added.
 
     Raises:
         UserError: what is wrong with the data, all of it.
@@ -326,11 +328,11 @@ def build_dataset(
         seed=seed,
     )
     if isinstance(path, str):
-        source = _read_source(config, path, config.dataset_type, training, say)
+        source = _read_source(config, path, config.dataset_type, training, say, known)
     else:
         kinds = [part.dataset_type or config.dataset_type for part in path]
         parts = [
-            _read_source(config, part.path, kind, training, say)
+            _read_source(config, part.path, kind, training, say, known)
             for part, kind in zip(path, kinds, strict=True)
         ]
         source = Mixture(parts, [part.weight for part in path])
@@ -346,13 +348,22 @@ def build_dataset(
 
 
 def _read_source(
-    config: DatasetConfig, path: str, kind: str, training: bool, say: Callable[[str], None]
+    config: DatasetConfig,
+    path: str,
+    kind: str,
+    training: bool,
+    say: Callable[[str], None],
+    known: dict[tuple[str, str], VideoSource] | None,
 ) -> VideoSource:
-    path, known = demo.resolve_data_path(path, say), FORMATS[kind]
+    path = demo.resolve_data_path(path, say)
     # A COCO JSON has real masks: what trains on anything else can be validated on them.
-    if path.suffix == ".json" and not training and not known.takes_json:
-        known = FORMATS["coco"]
-    return known.read(path, config)
+    if path.suffix == ".json" and not training and not FORMATS[kind].takes_json:
+        kind = "coco"
+    known = {} if known is None else known
+    key = str(path.resolve()), kind
+    if key not in known:
+        known[key] = FORMATS[kind].read(path, config)
+    return known[key]
 
 
 def data_paths(path: str | Sequence[DataPart] | None) -> list[str]:
