@@ -404,7 +404,8 @@ def test_a_step_that_is_not_finite_is_kept(experiment, tmp_path, spoil):
         if trainer.step != 2:
             return step(batches)
         found.append({n: p.detach().clone() for n, p in trainer.parameters.items()})
-        clip = dataclasses.replace(trainer.train_data[0], image_keys=None)  # it is spoilt after it got them
+        # It is spoilt after it got its keys.
+        clip = dataclasses.replace(trainer.train_data[0], image_keys=None)
         expected.append(spoil(trainer, clip))
         return step(iter([collate_fn([clip])]))
 
