@@ -31,7 +31,7 @@ PARTS = {
 }
 
 
-def main(words: Sequence[str]) -> int:
+def measure_words(words: Sequence[str]) -> int:
     """Measure, print, and write all values where that is asked for. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m sam2train.speed",
@@ -137,4 +137,4 @@ def _rates(details: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(measure_words(sys.argv[1:]))

@@ -68,8 +68,8 @@ def alternate(
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(-1 if warm_up else 0, rounds):
+        gc.collect()
         for name, run in variants.items():
-            gc.collect()  # what the variant before has left is its own business
             synchronise(device)
             start = time.perf_counter()
             run()

@@ -62,11 +62,13 @@ def measure_loader(
     image_size: int = 512,
     num_frames: int = 8,
     num_objects: int = 3,
+    film_frames: int = 240,
     rounds: int = 5,
 ) -> list[Row]:
     """Seconds of a frame in a batch of one clip, by one process: ours against SAM 2's loader and
     against PIL with torchvision; the place in a film; and the bytes of a batch."""
     files = write_video(folder / "jpegs", size, num_frames, num_objects)
+    film_size = size[0] // 6 * 4, size[1] // 6 * 4  # an even number of pixels, as codecs want
 
     def ours(**options: Any) -> Callable[[], Any]:
         data = COCODataset(
@@ -100,8 +102,12 @@ def measure_loader(
         row("clip, masks cached", "SAM 2"),
         row("clip, augmented", "SAM 2, augmented"),
         _bytes_of_batch(files, image_size, num_frames, variants["SAM 2"]()),
-        _place_in_film(folder / "film", image_size, rounds),
+        _place_in_film(folder / "film", film_size, film_frames, rounds),
     ]
+
+
+def _silent(line: str) -> None:
+    """Where a reader would say what it concluded."""
 
 
 def _check_same(ours: Any, theirs: Any) -> None:
@@ -172,9 +178,8 @@ def _bytes_of_batch(files: VideoFiles, image_size: int, num_frames: int, theirs:
     config = DatasetConfig(
         data_path=str(files.coco), image_size=(image_size, image_size), video_clip_length=num_frames
     )
-    say: Callable[[str], None] = lambda line: None  # noqa: E731
-    data = build_dataset(config, AugmentConfig(), 0, str(files.coco), training=True, say=say)
-    batch = next(load_batches(data, config, 0, start=0, pin_memory=False, say=say))
+    data = build_dataset(config, AugmentConfig(), 0, str(files.coco), training=True, say=_silent)
+    batch = next(load_batches(data, config, 0, start=0, pin_memory=False, say=_silent))
     sizes = [_num_bytes(batch), sum(t.nbytes for t in (theirs.img_batch, theirs.masks))]
     at = f"T = {num_frames}, {image_size} px"
     return Row("loader", "bytes of a batch from a worker", at, *sizes, "B")
@@ -189,10 +194,10 @@ def _num_bytes(value: Any) -> int:
     return sum(_num_bytes(getattr(value, field.name)) for field in fields(value))
 
 
-def _place_in_film(folder: Path, image_size: int, rounds: int) -> Row:
+def _place_in_film(folder: Path, size: tuple[int, int], num_frames: int, rounds: int) -> Row:
     """Seconds of a clip at the end of an mp4 against one at its beginning, each from a data set
     that has read nothing yet."""
-    size, num_frames, stride, length = (720, 1280), 240, 4, 4
+    stride, length = 4, 4  # SA-V labels every fourth frame
     (folder / "masklets").mkdir(parents=True)
     path = folder / "film.mp4"
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 24, size[::-1])
@@ -204,12 +209,11 @@ def _place_in_film(folder: Path, image_size: int, rounds: int) -> Row:
             rows.append([{"size": list(size), "counts": encoded["counts"].decode()}])
     writer.release()
     (folder / "film_manual.json").write_text(json.dumps({"masklet": rows}))
-    config = DatasetConfig(dataset_type="sav", data_path=str(folder), image_size=(image_size,) * 2)
+    config = DatasetConfig(dataset_type="sav", data_path=str(folder))
 
     def read(first: int) -> None:
-        data = build_dataset(
-            config, AugmentConfig(), 0, str(folder), training=False, say=lambda line: None
-        )
+        path = str(folder)
+        data = build_dataset(config, AugmentConfig(), 0, path, training=False, say=_silent)
         (video,) = data.videos
         for t in range(first, first + stride * length, stride):
             data.read_frame(video, t)

@@ -20,13 +20,13 @@ from pycocotools import mask as rle
 from sam2train.clips import Prompt
 from sam2train.data_clips import ClipDataset
 from sam2train.datasets import COCODataset
+from sam2train.demo import JPEG_QUALITY
 from sam2train.evaluate import first_prompts, track_video
 from sam2train.model import SAM2Model
 from sam2train.speed_clock import Row, alternate, gemm_rates, gemms
 from sam2train.speed_reference import build_predictor
 from sam2train.speed_step import build_ours
 
-JPEG_QUALITY = 90
 # Share of pixels on which our masks and the predictor's agree, at least: it stores memories in
 # bfloat16, and takes the masks of a prompted frame through a quarter of the size.
 _SAME_MASKS = 0.97

@@ -1,0 +1,228 @@
+"""The tool that measures speeds: what it compares is the same, what it counts is right."""
+
+import json
+import time
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from tensors import peak_of_tensors
+
+from sam2train import speed, speed_clock, speed_data, speed_step, speed_video
+from sam2train.errors import MachineFault, UserError
+from sam2train.files import REPOSITORY
+
+for needed in ("tensordict", "fvcore", "submitit", "tensorboard"):
+    pytest.importorskip(needed)
+
+CPU = torch.device("cpu")
+DEMO = str(REPOSITORY / "sam2train" / "configs" / "sam2.1_hiera_demo.yaml")
+SMALL = speed_step.StepSize(2, DEMO, 64, 3)
+
+
+def tiny_gemms(device):
+    """Matrices that take no time."""
+    return {
+        f"GEMM {name}": lambda: torch.rand(8, 8) @ torch.rand(8, 8)
+        for name in ("float32", "bfloat16")
+    }
+
+
+@pytest.fixture(autouse=True)
+def no_large_matrices(monkeypatch):
+    for module in (speed_step, speed_video):
+        monkeypatch.setattr(module, "gemms", tiny_gemms)
+
+
+def test_variants_run_in_turn_after_a_round_that_does_not_count():
+    order = []
+    runs = {name: partial(order.append, name) for name in "abc"}
+    seconds = speed_clock.alternate(runs, 2, CPU)
+    assert order == list("abcabcabc")
+    assert {name: len(taken) for name, taken in seconds.items()} == {"a": 2, "b": 2, "c": 2}
+    runs = {"slow": lambda: time.sleep(0.05), "fast": lambda: None}
+    seconds = speed_clock.alternate(runs, 1, CPU, warm_up=False)
+    assert seconds["slow"][0] >= 0.05 > seconds["fast"][0]
+
+
+def test_a_ratio_says_how_many_times_the_other_is_ours():
+    row = speed_clock.Row("step", "a step", "somewhere", 2.0, 5.0, "s")
+    assert row.as_json()["ratio"] == row.ratio == 2.5
+    assert "5.00 s, 2.50 times ours" in speed._line(row)
+
+
+def test_operations_of_products_and_of_fused_attention_forward_and_backward():
+    a, b = torch.rand(3, 5), torch.rand(5, 7)
+    assert speed_clock.count_operations(lambda: a @ b) == 2 * 3 * 5 * 7
+    query = torch.rand(1, 2, 64, 16, requires_grad=True)
+    key, value = (torch.rand(1, 2, 96, 16, requires_grad=True) for _ in range(2))
+
+    def attend():
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+    product = 2 * 2 * 64 * 96 * 16  # over two heads
+    assert speed_clock.count_operations(attend) == 2 * product
+    # Backward: the scores again, and four products of gradients.
+    assert speed_clock.count_operations(lambda: attend().sum().backward()) == (2 + 5) * product
+
+
+def test_the_rate_of_a_machine_is_operations_by_the_median_second():
+    seconds = {"GEMM float32": [0.5, 0.1, 0.2], "something": [1.0]}
+    assert speed_clock.gemm_rates(seconds, CPU) == {"float32": 2 * 2048**3 / 0.2}
+
+
+def test_a_process_of_its_own_has_the_peak_of_a_run(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY / "tests"))
+    assert 200e6 <= speed_clock.in_process(peak_of_tensors, 200) < 215e6
+    with pytest.raises(MachineFault, match=r"a process that measures has failed: TypeError"):
+        speed_clock.in_process(json.loads)
+
+
+def test_steps_of_both_are_compared_on_the_same_loss(monkeypatch):
+    monkeypatch.setattr(speed_step, "has_fast_bf16", lambda device: True)
+    rows = speed_step.measure_steps(CPU, [SMALL], rounds=1)
+    assert [row.what for row in rows] == [
+        "step, dropout as SAM 2's",
+        "step, no dropout",
+        "step, no dropout, bf16",
+    ]
+    for row in rows:
+        assert row.ours > 0
+        assert row.other == rows[0].other > 0
+        # The last frame's memory is not encoded here, and there.
+        assert 0.8 < row.details["operations"] / row.details["other"]["operations"] <= 1
+        assert row.details["loss"] > 1
+    line = speed._line(rows[0])
+    assert "sam2.1_hiera_demo, 64 px, T = 3, 2 objects" in line
+    assert "GFLOP" in line
+
+
+def test_no_comparison_of_different_losses():
+    ours, theirs = (kind(SMALL, CPU) for kind in (speed_step.OurStep, speed_step.TheirStep))
+    batch = speed_step.make_batch(SMALL)
+    assert speed_step.check_same_loss(ours, theirs, batch) > 1
+    with torch.no_grad():
+        next(iter(ours.parameters.values())).mul_(1.5)
+        ours.model.sam2.sam_mask_decoder.iou_prediction_head.layers[-1].bias += 1
+    with pytest.raises(ValueError, match=r"our loss is .*, SAM 2's .*: nothing is compared"):
+        speed_step.check_same_loss(ours, theirs, batch)
+
+
+def test_dropout_of_a_step_is_that_of_its_variant():
+    step, batch = speed_step.OurStep(SMALL, CPU), speed_step.make_batch(SMALL)
+    speed_step.set_dropout(step.model.sam2, 0.5)
+    assert step.loss(batch).item() != step.loss(batch).item()
+    speed_step.set_dropout(step.model.sam2, 0.0)
+    assert step.loss(batch).item() == step.loss(batch).item()
+
+
+def test_memory_is_that_of_the_step_alone(monkeypatch):
+    asked = []
+
+    def peak(function, whose, device, size):
+        asked.append((function.__name__, whose, device, *size))
+        return {"ours": 10, "theirs": 30}[whose] * size[-1]
+
+    monkeypatch.setattr(speed_step, "in_process", peak)
+    whole, frame = speed_step.measure_memory(CPU, SMALL, replace(SMALL, num_objects=1))
+    assert (whole.ours, whole.other) == (30, 90)
+    assert (frame.ours, frame.other) == (10, 30)
+    assert ("step_peak", "theirs", "cpu", 1, DEMO, 64, 6) in asked
+
+
+def test_evaluation_is_compared_on_the_same_masks(tmp_path, monkeypatch):
+    options = {"config_path": DEMO, "image_size": 64, "size": (48, 80), "num_frames": 4}
+    (row,) = speed_video.measure_evaluation(CPU, tmp_path / "a", objects=(2,), rounds=1, **options)
+    assert row.details["agreement"] > 0.98
+    assert row.ours > 0
+    monkeypatch.setattr(speed_video, "_predict", lambda *_: [{1: ~m[1], 2: m[2]} for m in found])
+    found = [{1: torch.zeros(48, 80).bool().numpy(), 2: torch.zeros(48, 80).bool().numpy()}] * 4
+    with pytest.raises(ValueError, match=r"agree with the predictor's on 0.* nothing is compared"):
+        speed_video.measure_evaluation(CPU, tmp_path / "b", objects=(2,), rounds=1, **options)
+
+
+def test_loaders_are_compared_on_the_same_clip(tmp_path):
+    options = {
+        "size": (240, 320),
+        "image_size": 64,
+        "num_frames": 3,
+        "film_frames": 40,
+        "rounds": 1,
+    }
+    rows = speed_data.measure_loader(tmp_path, **options)
+    assert [(row.what, row.beside) for row in rows] == [
+        ("a frame of a clip", "SAM 2"),
+        ("a frame of a clip", "PIL + torchvision"),
+        ("a frame of a clip, masks cached", "SAM 2"),
+        ("a frame of a clip, augmented", "SAM 2, augmented"),
+        ("bytes of a batch from a worker", "SAM 2"),
+        ("a clip at the end of a film", "at its beginning"),
+    ]
+    assert all(row.ours > 0 and row.other > 0 for row in rows)
+    pixels = 3 * 64 * 64
+    assert rows[4].other == pixels * (3 * 4 + 3)  # float32 pictures, bool masks of three objects
+
+    files = speed_video.VideoFiles(tmp_path / "jpegs")
+    theirs = speed_data._their_loader(files, 64, 3, 3)()
+    shifted = replace_masks(theirs, theirs.masks.roll(20, -1))
+    speed_data._check_same(theirs, theirs)
+    with pytest.raises(ValueError, match="nothing is compared"):
+        speed_data._check_same(shifted, theirs)
+
+
+def replace_masks(batch, masks):
+    other = batch.clone()
+    other.masks = masks
+    return other
+
+
+def test_a_large_json_is_read_by_both(tmp_path):
+    (row,) = speed_data.measure_index(tmp_path / "json", num_annotations=450, rounds=1)
+    assert row.at == "450 annotations"
+    content = json.loads((tmp_path / "json" / "annotations.json").read_text())
+    assert len(content["annotations"]) == 450
+    data = speed_data._read(tmp_path / "json" / "annotations.json")
+    assert sum(len(video.object_ids) for video in data.videos) == 30
+
+
+def test_parts_by_name_and_a_file(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def measure(name, device, folder):
+        ran.append(name)
+        if name == "index":
+            raise ValueError("they differ: nothing is compared")
+        return [speed_clock.Row(name, "it", "here", 1e6, 3e6, "B", "the other")]
+
+    monkeypatch.setattr(speed, "_measure", measure)
+    file = tmp_path / "speed.json"
+    assert speed.measure_words(["loader", "step", "--json", str(file), "--device", "cpu"]) == 0
+    assert ran == ["step", "loader"]
+    said = capsys.readouterr().out
+    assert "it (here): 1.0 MB; the other 3.0 MB, 3.00 times ours" in said
+    content = json.loads(file.read_text())
+    assert [row["part"] for row in content["rows"]] == ["step", "loader"]
+    assert content["environment"]["packages"]["sam2"]
+    assert speed.measure_words(["--device", "cpu", "--json", str(file)]) == 1
+    assert ran[2:] == ["step", "memory", "evaluation", "loader", "index"]
+    assert "nothing is compared" in capsys.readouterr().err
+    assert len(json.loads(file.read_text())["rows"]) == 4  # of the parts before
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [(["steps"], "unknown part 'steps'; expected step, memory"), (["--device", "qpu"], "device:")],
+)
+def test_a_users_mistake_is_a_message(words, text, capsys):
+    assert speed.measure_words(words) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_without_sam2s_training_code_the_way_to_it_is_told(monkeypatch):
+    def missing(name):
+        raise ImportError("No module named 'tensordict'")
+
+    monkeypatch.setattr("sam2train.speed_reference.import_module", missing)
+    with pytest.raises(UserError, match=r"No module named 'tensordict'.*pip install sam2==1.1.0"):
+        speed_step.TheirStep(SMALL, CPU)
