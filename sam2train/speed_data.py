@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import statistics
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from pycocotools import mask as rle
 from sam2train.clips import collate_fn
 from sam2train.data_loader import load_batches
 from sam2train.datasets import COCODataset, DatasetConfig, build_dataset
-from sam2train.speed_clock import Row, alternate
+from sam2train.speed_clock import Row, alternate, in_process, peak_of
 from sam2train.speed_reference import import_training
 from sam2train.speed_video import VideoFiles, made_up_frames, write_video
 from sam2train.transforms import MEAN, STD, AugmentConfig
@@ -240,7 +241,7 @@ def measure_index(folder: Path, *, num_annotations: int = 200_000, rounds: int =
     """Seconds until a COCO JSON can be asked for a clip, against `pycocotools.COCO`."""
     from pycocotools.coco import COCO
 
-    path = write_large_json(folder, num_annotations)
+    path = write_large_json(folder / "many", num_annotations)
 
     def theirs() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -250,9 +251,33 @@ def measure_index(folder: Path, *, num_annotations: int = 200_000, rounds: int =
     seconds = alternate(runs, rounds, _CPU, warm_up=False)
     at = f"{num_annotations:,} annotations"
     medians = [statistics.median(seconds[name]) for name in ("ours", "theirs")]
+    few = write_large_json(folder / "few", 200)
+    own = _worker_bytes(path) - _worker_bytes(few)
+    held = in_process(bytes_of_coco, str(path))
     return [
         Row("index", "COCO JSON", at, *medians, "s", "pycocotools", seconds),
+        Row("index", "own memory of a worker", at, own, held, "B", "pycocotools in one process"),
     ]
+
+
+def _worker_bytes(path: Path, num_clips: int = 20) -> int:
+    """Bytes that a process that loads data shares with no other, after some clips."""
+    data = _read(path)
+    config = DatasetConfig(data_path=str(path), num_workers=1)
+    batches = load_batches(data, config, 0, start=0, pin_memory=False, say=_silent)
+    for _ in range(num_clips):
+        next(batches)
+    (worker,) = multiprocessing.active_children()
+    lines = Path(f"/proc/{worker.pid}/smaps_rollup").read_text().splitlines()
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Private_"))
+
+
+def bytes_of_coco(path: str) -> int:
+    """What `pycocotools.COCO` adds to a process at its peak, with the file that it has read."""
+    from pycocotools.coco import COCO
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        return peak_of(lambda: COCO(path), _CPU)
 
 
 def _read(path: Path) -> COCODataset:

@@ -7,11 +7,14 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import make_coco
 from tensors import peak_of_tensors
 
-from sam2train import speed, speed_clock, speed_data, speed_step, speed_video
+from sam2train import speed, speed_clock, speed_data, speed_runs, speed_step, speed_video
 from sam2train.errors import MachineFault, UserError
 from sam2train.files import REPOSITORY
+from sam2train.runlog import RunLog
+from sam2train.sweep_file import grid, load_sweep
 
 for needed in ("tensordict", "fvcore", "submitit", "tensorboard"):
     pytest.importorskip(needed)
@@ -177,13 +180,14 @@ def replace_masks(batch, masks):
     return other
 
 
-def test_a_large_json_is_read_by_both(tmp_path):
-    (row,) = speed_data.measure_index(tmp_path / "json", num_annotations=450, rounds=1)
-    assert row.at == "450 annotations"
-    content = json.loads((tmp_path / "json" / "annotations.json").read_text())
-    assert len(content["annotations"]) == 450
-    data = speed_data._read(tmp_path / "json" / "annotations.json")
-    assert sum(len(video.object_ids) for video in data.videos) == 30
+def test_a_large_json_is_read_by_both(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed_data, "in_process", lambda run, path: run(path))
+    read, worker = speed_data.measure_index(tmp_path, num_annotations=450, rounds=1)
+    assert read.at == worker.at == "450 annotations"
+    assert read.ours > 0
+    path = tmp_path / "many" / "annotations.json"
+    assert len(json.loads(path.read_text())["annotations"]) == 450
+    assert sum(len(video.object_ids) for video in speed_data._read(path).videos) == 30
 
 
 def test_parts_by_name_and_a_file(tmp_path, monkeypatch, capsys):
@@ -226,3 +230,69 @@ def test_without_sam2s_training_code_the_way_to_it_is_told(monkeypatch):
     monkeypatch.setattr("sam2train.speed_reference.import_module", missing)
     with pytest.raises(UserError, match=r"No module named 'tensordict'.*pip install sam2==1.1.0"):
         speed_step.TheirStep(SMALL, CPU)
+
+
+# -- whole runs -----------------------------------------------------------------------------------
+
+
+def test_a_sweep_is_compared_with_as_many_separate_runs(tmp_path, monkeypatch):
+    commands = []
+
+    def run(command, folder, **options):
+        commands.append(command)
+        time.sleep(0.3 if "--jobs" in command else 0.1)
+
+    monkeypatch.setattr(speed_runs, "_run", run)
+    monkeypatch.setattr(speed_runs, "_draw_demo", lambda: None)
+    (row,) = speed_runs.measure_sweep(CPU, tmp_path / "s", num_trials=8, num_steps=3, rounds=2)
+    assert 0.3 <= row.ours < 0.6
+    assert 0.8 <= row.other < 1.6
+    assert "trainer.num_steps=3" in commands[0]
+    sweep = load_sweep(tmp_path / "s" / "rates.yaml")
+    assert len(grid(sweep)) == 8
+
+
+def test_the_start_ends_where_the_first_step_begins(tmp_path, monkeypatch):
+    def run(command, folder, **options):
+        script = command[0].endswith("first_step.py")
+        begun = time.monotonic()
+        time.sleep(0.2 if script else 0.05)
+        return f"something\nfirst step at {begun + 0.1}\n" if script else ""
+
+    monkeypatch.setattr(speed_runs, "_run", run)
+    monkeypatch.setattr(speed_runs, "_draw_demo", lambda: None)
+    start, wrong = speed_runs.measure_start(tmp_path / "start", rounds=2)
+    assert 0.1 <= start.ours < 0.2 > start.other >= 0.05
+    assert len(start.details["ours"]) == 2
+    assert (wrong.what, wrong.beside) == ("until a wrong setting is told", "import torch")
+
+
+def test_a_run_that_fails_is_told_with_its_last_line(tmp_path):
+    assert speed_runs._run(["-c", "print(3)"], tmp_path) == "3\n"
+    with pytest.raises(MachineFault, match=r"ended with 1: ValueError: no such thing"):
+        speed_runs._run(["-c", "raise ValueError('no such thing')"], tmp_path)
+    with pytest.raises(MachineFault, match=r"ended with 0: 3"):
+        speed_runs._run(["-c", "print(3)"], tmp_path, code=2)
+
+
+def test_a_line_of_the_log_is_timed_beside_its_step(tmp_path, monkeypatch):
+    data = make_coco(tmp_path / "data", num_frames=4, size=(64, 64))
+    experiment = tmp_path / "small.yaml"
+    experiment.write_text(
+        f"dataset: {{data_path: {data}, image_size: [64, 64], video_clip_length: 2}}\n"
+        f"model: {{config_path: {DEMO}, image_size: 64}}\n"
+    )
+    monkeypatch.setattr(speed_runs, "EXPERIMENT", str(experiment))
+    monkeypatch.setattr(speed_runs, "_draw_demo", lambda: None)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    log = RunLog.log
+
+    def slow(self, *values, **options):
+        time.sleep(0.2)
+        log(self, *values, **options)
+
+    monkeypatch.setattr(RunLog, "log", slow)
+    (row,) = speed_runs.measure_log(CPU, tmp_path / "run", num_steps=2)
+    assert row.ours >= row.other + 0.2
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if "loss" in line] == [1, 2, 3]
