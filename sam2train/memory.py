@@ -149,13 +149,13 @@ class ImageFeatures:
     """Features of a stack of images, as SAM 2's heads want them."""
 
     levels: list[torch.Tensor]  # each (H_l * W_l, images, C_l), finest first
-    positions: torch.Tensor  # position encoding of the last level, of its shape
+    positions: torch.Tensor  # (H_l * W_l, 1, C_l) position encoding of the last level
     sizes: list[tuple[int, int]]  # (H_l, W_l)
 
     def select(self, images: torch.Tensor) -> ImageFeatures:
         """The features of `images`, an (n,) index; repeats are fine (one for each object)."""
         return ImageFeatures(
-            [level[:, images] for level in self.levels], self.positions[:, images], self.sizes
+            [level[:, images] for level in self.levels], self.positions, self.sizes
         )
 
     def maps(self) -> list[torch.Tensor]:
@@ -214,7 +214,7 @@ def read_memory(
         frame_idx=frame_idx,
         is_init_cond_frame=part.prompted,
         current_vision_feats=features.levels[-1:],
-        current_vision_pos_embeds=[features.positions],
+        current_vision_pos_embeds=[features.positions.expand_as(features.levels[-1])],
         feat_sizes=features.sizes[-1:],
         output_dict=bank.for_sam2(),
         num_frames=num_frames,

@@ -27,6 +27,8 @@ _MAY_CHANGE = (
     "dataset.mask_cache_mb",
     "dataset.num_workers",
     "evaluation.num_overlays",
+    "features.folder",
+    "features.max_gb",
     "trainer.audit",
     "trainer.device",
     "trainer.num_steps",

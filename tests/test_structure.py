@@ -27,7 +27,7 @@ GROUPS = {
         *("transforms", "prompts", "demo", "demo_videos"),
     },
     "model": {
-        *("memory", "model", "model_inputs", "corrections", "pretrained"),
+        *("features", "memory", "model", "model_inputs", "corrections", "pretrained"),
         "pretrained_download",
         *("losses", "optimizer"),
     },
