@@ -88,7 +88,8 @@ def _measure(name: str, device: Any, folder: Path) -> list[Any]:
     if name in ("step", "memory"):
         from sam2train.speed_step import measure_memory, measure_steps
 
-        return measure_steps(device) if name == "step" else measure_memory(device)
+        measure = measure_steps if name == "step" else measure_memory
+        return measure(device, folder)
     if name == "evaluation":
         from sam2train.speed_video import measure_evaluation
 

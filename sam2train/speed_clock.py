@@ -3,6 +3,8 @@ multiplication beside them, operations counted, and the peak memory of a process
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import json
 import statistics
@@ -122,10 +124,11 @@ def count_operations(run: Callable[[], object]) -> int:
 
 
 def peak_of(run: Callable[[], object], device: torch.device) -> int:
-    """Bytes that a run has at its peak above what is held before it begins.
+    """Bytes that a run holds at its peak beyond those from before it begins.
 
-    On CUDA by torch's allocator, to the byte. On CPU by the resident memory of the process: call it
-    in a process of its own (`in_process`), where freed memory of a run before is not taken again.
+    On CUDA by torch's allocator, to the byte. On CPU by the resident memory of the process, where
+    scratch memory counts as well: call it in a process of its own (`in_process`), where little was
+    freed before that a run could take again. Repeated, it differs by 1 to 2 %.
 
     Raises:
         MachineFault: a system without /proc, such as macOS.
@@ -136,6 +139,8 @@ def peak_of(run: Callable[[], object], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
+    with contextlib.suppress(OSError, AttributeError):  # of glibc: memory that was freed goes back
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     except OSError as problem:

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from sam2train.clips import BatchedVideoDatapoint, Clip, collate_fn, empty_prompt
+from sam2train.features import FeaturesConfig
 from sam2train.losses import LossConfig, compute_losses
 from sam2train.machine import choose_device
 from sam2train.model import SAM2Model
@@ -48,26 +50,35 @@ class StepSize:
 
 
 def measure_steps(
-    device: torch.device, sizes: Sequence[StepSize] = (StepSize(1), StepSize(3)), rounds: int = 3
+    device: torch.device,
+    folder: Path,
+    sizes: Sequence[StepSize] = (StepSize(1), StepSize(3)),
+    rounds: int = 3,
 ) -> list[Row]:
-    """Seconds of a step, ours against SAM 2's, at each of the sizes."""
+    """Seconds of a step, ours against SAM 2's, at each of the sizes.
+
+    Args:
+        folder: gets cached features.
+    """
     rows = []
     for size in sizes:
-        rows += _measure_step(size, device, rounds)
+        rows += _measure_step(size, device, folder, rounds)
     return rows
 
 
-def _measure_step(size: StepSize, device: torch.device, rounds: int) -> list[Row]:
+def _measure_step(size: StepSize, device: torch.device, folder: Path, rounds: int) -> list[Row]:
     batch = make_batch(size).to(device)
-    ours, theirs = OurStep(size, device), TheirStep(size, device)
+    cached = with_keys(batch)
+    ours, theirs = OurStep(size, device, folder), TheirStep(size, device)
     loss = check_same_loss(ours, theirs, batch)
     variants: dict[str, tuple[Callable[[], object], str]] = {
         "theirs": (partial(theirs, batch), "float32"),
-        "step, dropout as SAM 2's": (partial(ours, batch, dropout=DROPOUT), "float32"),
-        "step, no dropout": (partial(ours, batch), "float32"),
+        "step, no cache, dropout as SAM 2's": (partial(ours, batch, dropout=DROPOUT), "float32"),
+        "step, features cached, no dropout": (partial(ours, cached), "float32"),
     }
     if has_fast_bf16(device):
-        variants["step, no dropout, bf16"] = (partial(ours, batch, bf16=True), "bfloat16")
+        run = partial(ours, cached, bf16=True)
+        variants["step, features cached, no dropout, bf16"] = (run, "bfloat16")
     runs = {name: run for name, (run, _) in variants.items()}
     seconds = alternate(runs | gemms(device), rounds, device)
     rates = gemm_rates(seconds, device)
@@ -150,11 +161,21 @@ def build_ours(
     return model
 
 
-class OurStep:
-    """Forward, loss, backward, clipping and optimiser step as `Trainer.train_step` has them."""
+def with_keys(batch: BatchedVideoDatapoint) -> BatchedVideoDatapoint:
+    """The same batch for the feature cache: our model then reads what it has encoded before."""
+    return replace(batch, image_keys=[f"frame-{k}" for k in range(len(batch.flat_img_batch))])
 
-    def __init__(self, size: StepSize, device: torch.device):
+
+class OurStep:
+    """Forward, loss, backward, clipping and optimiser step as `Trainer.train_step` has them.
+
+    Args:
+        folder: gets the features of batches that come with keys.
+    """
+
+    def __init__(self, size: StepSize, device: torch.device, folder: Path):
         self.model = build_ours(size.config_path, size.image_size, device).train()
+        self.model.use_feature_cache(FeaturesConfig(folder=str(folder)))
         self.parameters = self.model.trainable_parameters()
         config = OptimizerConfig()
         self.optimizer = build_optimizer(self.parameters, config, self.model.sam2)
@@ -221,24 +242,23 @@ def check_same_loss(ours: OurStep, theirs: TheirStep, batch: BatchedVideoDatapoi
 
 def measure_memory(
     device: torch.device,
+    folder: Path,
     size: StepSize = StepSize(3),
     small: StepSize = StepSize(1, image_size=256),
 ) -> list[Row]:
-    """Peak bytes of a step above weights, optimiser and batch, each in a process of its own; and
-    what a frame more costs, from T and 2 T frames at the `small` size."""
+    """Peak bytes of a step beyond weights and batch, each in a process of its own; and what a frame
+    more costs, from T and 2 T frames at the `small` size."""
 
     def peak(of: StepSize, whose: str) -> int:
-        return in_process(
-            step_peak,
-            whose,
-            str(device),
-            [of.num_objects, of.config_path, of.image_size, of.num_frames],
-        )
+        values = [of.num_objects, of.config_path, of.image_size, of.num_frames]
+        return in_process(step_peak, whose, str(device), str(folder), values)
 
+    theirs = peak(size, "theirs")
     rows = [
-        Row("memory", "peak of a step", str(size), peak(size, "ours"), peak(size, "theirs"), "B")
+        Row("memory", "peak of a step", str(size), peak(size, "ours"), theirs, "B"),
+        Row("memory", "peak, features cached", str(size), peak(size, "cached"), theirs, "B"),
     ]
-    double = StepSize(small.num_objects, small.config_path, small.image_size, 2 * small.num_frames)
+    double = replace(small, num_frames=2 * small.num_frames)
     a_frame = [
         (peak(double, whose) - peak(small, whose)) / small.num_frames
         for whose in ("ours", "theirs")
@@ -246,9 +266,19 @@ def measure_memory(
     return [*rows, Row("memory", "a frame more", str(small), *a_frame, "B")]
 
 
-def step_peak(whose: str, device: str, size: list) -> int:
-    """Peak bytes of the second step: the first fills the optimiser's state and torch's caches."""
+def step_peak(whose: str, device: str, folder: str, size: list) -> int:
+    """Peak bytes of the first step of a process.
+
+    Args:
+        whose: ours, cached (ours with the features in the cache) or theirs.
+    """
     place, size = choose_device(device), StepSize(*size)
     batch = make_batch(size).to(place)
-    step = {"ours": OurStep, "theirs": TheirStep}[whose](size, place)
+    if whose == "theirs":
+        return peak_of(partial(TheirStep(size, place), batch), place)
+    step = OurStep(size, place, Path(folder))
+    if whose == "cached":
+        batch = with_keys(batch)
+        with torch.no_grad():
+            step.model.encode_images(batch.flat_img_batch, batch.image_keys)
     return peak_of(partial(step, batch), place)

@@ -82,27 +82,30 @@ def test_a_process_of_its_own_has_the_peak_of_a_run(monkeypatch):
         speed_clock.in_process(json.loads)
 
 
-def test_steps_of_both_are_compared_on_the_same_loss(monkeypatch):
+def test_steps_of_both_are_compared_on_the_same_loss(tmp_path, monkeypatch):
     monkeypatch.setattr(speed_step, "has_fast_bf16", lambda device: True)
-    rows = speed_step.measure_steps(CPU, [SMALL], rounds=1)
-    assert [row.what for row in rows] == [
-        "step, dropout as SAM 2's",
-        "step, no dropout",
-        "step, no dropout, bf16",
-    ]
+    plain, cached, bf16 = rows = speed_step.measure_steps(CPU, tmp_path, [SMALL], rounds=1)
+    assert plain.what == "step, no cache, dropout as SAM 2's"
+    assert bf16.what == f"{cached.what}, bf16" == "step, features cached, no dropout, bf16"
     for row in rows:
         assert row.ours > 0
         assert row.other == rows[0].other > 0
-        # The last frame's memory is not encoded here, and there.
-        assert 0.8 < row.details["operations"] / row.details["other"]["operations"] <= 1
         assert row.details["loss"] > 1
+    ours, theirs = plain.details["operations"], plain.details["other"]["operations"]
+    # The memory of the last frame, which nobody reads, is encoded by SAM 2 only.
+    assert 0.8 * theirs < ours <= theirs
+    with torch.no_grad():
+        batch = speed_step.make_batch(SMALL)
+        model = speed_step.build_ours(DEMO, 64, CPU)
+        encoder = speed_clock.count_operations(lambda: model.encode_images(batch.flat_img_batch))
+    assert ours - cached.details["operations"] == pytest.approx(encoder, rel=0.01)
     line = speed._line(rows[0])
     assert "sam2.1_hiera_demo, 64 px, T = 3, 2 objects" in line
     assert "GFLOP" in line
 
 
-def test_no_comparison_of_different_losses():
-    ours, theirs = (kind(SMALL, CPU) for kind in (speed_step.OurStep, speed_step.TheirStep))
+def test_no_comparison_of_different_losses(tmp_path):
+    ours, theirs = speed_step.OurStep(SMALL, CPU, tmp_path), speed_step.TheirStep(SMALL, CPU)
     batch = speed_step.make_batch(SMALL)
     assert speed_step.check_same_loss(ours, theirs, batch) > 1
     with torch.no_grad():
@@ -112,33 +115,47 @@ def test_no_comparison_of_different_losses():
         speed_step.check_same_loss(ours, theirs, batch)
 
 
-def test_dropout_of_a_step_is_that_of_its_variant():
-    step, batch = speed_step.OurStep(SMALL, CPU), speed_step.make_batch(SMALL)
+def test_dropout_of_a_step_is_that_of_its_variant(tmp_path):
+    step, batch = speed_step.OurStep(SMALL, CPU, tmp_path), speed_step.make_batch(SMALL)
     speed_step.set_dropout(step.model.sam2, 0.5)
     assert step.loss(batch).item() != step.loss(batch).item()
     speed_step.set_dropout(step.model.sam2, 0.0)
     assert step.loss(batch).item() == step.loss(batch).item()
 
 
-def test_memory_is_that_of_the_step_alone(monkeypatch):
+def test_memory_is_that_of_the_step_alone(tmp_path, monkeypatch):
     asked = []
 
-    def peak(function, whose, device, size):
+    def peak(function, whose, device, folder, size):
         asked.append((function.__name__, whose, device, *size))
-        return {"ours": 10, "theirs": 30}[whose] * size[-1]
+        return {"ours": 10, "cached": 5, "theirs": 30}[whose] * size[-1]
 
     monkeypatch.setattr(speed_step, "in_process", peak)
-    whole, frame = speed_step.measure_memory(CPU, SMALL, replace(SMALL, num_objects=1))
-    assert (whole.ours, whole.other) == (30, 90)
+    small = replace(SMALL, num_objects=1)
+    whole, cached, frame = speed_step.measure_memory(CPU, tmp_path, SMALL, small)
+    assert (whole.ours, cached.ours, whole.other) == (30, 15, 90)
     assert (frame.ours, frame.other) == (10, 30)
     assert ("step_peak", "theirs", "cpu", 1, DEMO, 64, 6) in asked
 
 
+@pytest.mark.parametrize("whose", ["ours", "cached", "theirs"])
+def test_the_peak_is_that_of_one_step(whose, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(speed_step, "peak_of", lambda run, device: ran.append(run) or 7)
+    assert speed_step.step_peak(whose, "cpu", str(tmp_path), [2, DEMO, 64, 3]) == 7
+    (run,) = ran
+    run()
+    assert bool(list(tmp_path.rglob("*.safetensors"))) == (whose == "cached")
+
+
 def test_evaluation_is_compared_on_the_same_masks(tmp_path, monkeypatch):
     options = {"config_path": DEMO, "image_size": 64, "size": (48, 80), "num_frames": 4}
-    (row,) = speed_video.measure_evaluation(CPU, tmp_path / "a", objects=(2,), rounds=1, **options)
-    assert row.details["agreement"] > 0.98
-    assert row.ours > 0
+    rows = speed_video.measure_evaluation(CPU, tmp_path / "a", objects=(2,), rounds=1, **options)
+    assert [row.what for row in rows] == ["a frame", "a frame, features cached"]
+    for row in rows:
+        assert row.details["agreement"] > 0.98
+        assert row.ours > 0
+    assert len(list((tmp_path / "a").rglob("*.safetensors"))) == 4
     monkeypatch.setattr(speed_video, "_predict", lambda *_: [{1: ~m[1], 2: m[2]} for m in found])
     found = [{1: torch.zeros(48, 80).bool().numpy(), 2: torch.zeros(48, 80).bool().numpy()}] * 4
     with pytest.raises(ValueError, match=r"agree with the predictor's on 0.* nothing is compared"):
