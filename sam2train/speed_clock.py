@@ -27,6 +27,10 @@ _GEMM_SIDE = {"cpu": 2048, "cuda": 8192}
 _GEMM = "GEMM "  # with the precision: a variant of `alternate`
 
 
+class Mismatch(MachineFault):
+    """Ours and the other side do not compute the same: their speeds say nothing."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the table: ours beside something else, both measured in this run."""

@@ -22,7 +22,7 @@ from pycocotools import mask as rle
 from sam2train.clips import collate_fn
 from sam2train.data_loader import load_batches
 from sam2train.datasets import COCODataset, DatasetConfig, build_dataset
-from sam2train.speed_clock import Row, alternate, in_process, peak_of
+from sam2train.speed_clock import Mismatch, Row, alternate, in_process, peak_of
 from sam2train.speed_reference import import_training
 from sam2train.speed_video import VideoFiles, made_up_frames, write_video
 from sam2train.transforms import MEAN, STD, AugmentConfig
@@ -112,13 +112,13 @@ def _silent(line: str) -> None:
 
 
 def _check_same(ours: Any, theirs: Any) -> None:
-    """Raise ValueError where two batches do not show the same pictures and masks."""
+    """Raise Mismatch where two batches do not show the same pictures and masks."""
     apart = (ours.img_batch.float() - theirs.img_batch.float()).abs().mean().item()
     # SAM 2's loader shuffles objects; together they cover the same pixels.
     found, expected = ours.masks.any(1), theirs.masks.any(1)
     overlap = ((found & expected).sum() / (found | expected).sum()).item()
     if apart > _SAME_IMAGES or overlap < _SAME_MASKS:
-        raise ValueError(
+        raise Mismatch(
             f"our clip and SAM 2's differ by {apart:.3f} in pictures and overlap by {overlap:.3f} "
             "in masks: nothing is compared"
         )

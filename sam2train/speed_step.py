@@ -19,6 +19,7 @@ from sam2train.machine import choose_device
 from sam2train.model import SAM2Model
 from sam2train.optimizer import OptimizerConfig, build_optimizer
 from sam2train.speed_clock import (
+    Mismatch,
     Row,
     alternate,
     count_operations,
@@ -226,14 +227,14 @@ def check_same_loss(ours: OurStep, theirs: TheirStep, batch: BatchedVideoDatapoi
     """The loss of both on the same weights and batch, without dropout.
 
     Raises:
-        ValueError: they differ by more than rounding: two different things would be compared.
+        Mismatch: they differ by more than rounding: two different things would be compared.
     """
     for sam2 in (ours.model.sam2, theirs.training.model):
         set_dropout(sam2, 0.0)
     with torch.no_grad():
         found, expected = ours.loss(batch).item(), theirs.loss(batch).item()
     if abs(found - expected) > _SAME_LOSS[ours.model.device.type] * abs(expected):
-        raise ValueError(f"our loss is {found:.6g}, SAM 2's {expected:.6g}: nothing is compared")
+        raise Mismatch(f"our loss is {found:.6g}, SAM 2's {expected:.6g}: nothing is compared")
     return found
 
 
@@ -254,23 +255,26 @@ def measure_memory(
         return in_process(step_peak, whose, str(device), str(folder), values)
 
     theirs = peak(size, "theirs")
+    names = {"equal": "peak of a step, dropout as SAM 2's", "ours": "peak, no dropout"}
+    names["cached"] = "peak, features cached, no dropout"
     rows = [
-        Row("memory", "peak of a step", str(size), peak(size, "ours"), theirs, "B"),
-        Row("memory", "peak, features cached", str(size), peak(size, "cached"), theirs, "B"),
+        Row("memory", what, str(size), peak(size, whose), theirs, "B")
+        for whose, what in names.items()
     ]
     double = replace(small, num_frames=2 * small.num_frames)
     a_frame = [
         (peak(double, whose) - peak(small, whose)) / small.num_frames
         for whose in ("ours", "theirs")
     ]
-    return [*rows, Row("memory", "a frame more", str(small), *a_frame, "B")]
+    return [*rows, Row("memory", "a frame more, no dropout", str(small), *a_frame, "B")]
 
 
 def step_peak(whose: str, device: str, folder: str, size: list) -> int:
     """Peak bytes of the first step of a process.
 
     Args:
-        whose: ours, cached (ours with the features in the cache) or theirs.
+        whose: ours, equal (ours with the dropout of SAM 2), cached (ours with the features in the
+            cache) or theirs.
     """
     place, size = choose_device(device), StepSize(*size)
     batch = make_batch(size).to(place)
@@ -281,4 +285,5 @@ def step_peak(whose: str, device: str, folder: str, size: list) -> int:
         batch = with_keys(batch)
         with torch.no_grad():
             step.model.encode_images(batch.flat_img_batch, batch.image_keys)
-    return peak_of(partial(step, batch), place)
+    dropout = DROPOUT if whose == "equal" else 0.0
+    return peak_of(partial(step, batch, dropout=dropout), place)

@@ -24,7 +24,7 @@ from sam2train.demo import JPEG_QUALITY
 from sam2train.evaluate import first_prompts, track_video
 from sam2train.features import FeaturesConfig
 from sam2train.model import SAM2Model
-from sam2train.speed_clock import Row, alternate, gemm_rates, gemms
+from sam2train.speed_clock import Mismatch, Row, alternate, gemm_rates, gemms
 from sam2train.speed_reference import build_predictor
 from sam2train.speed_step import build_ours
 
@@ -155,7 +155,7 @@ def measure_evaluation(
         own = ("a frame", "a frame, features cached")
         agreement = min(_agreement(runs[what](), theirs) for what in own)
         if agreement < _SAME_MASKS:
-            raise ValueError(
+            raise Mismatch(
                 f"our masks agree with the predictor's on {agreement:.4f} of the pixels only: "
                 "nothing is compared"
             )

@@ -14,6 +14,7 @@ from sam2train import speed, speed_clock, speed_data, speed_runs, speed_step, sp
 from sam2train.errors import MachineFault, UserError
 from sam2train.files import REPOSITORY
 from sam2train.runlog import RunLog
+from sam2train.speed_clock import Mismatch
 from sam2train.sweep_file import grid, load_sweep
 
 for needed in ("tensordict", "fvcore", "submitit", "tensorboard"):
@@ -111,7 +112,7 @@ def test_no_comparison_of_different_losses(tmp_path):
     with torch.no_grad():
         next(iter(ours.parameters.values())).mul_(1.5)
         ours.model.sam2.sam_mask_decoder.iou_prediction_head.layers[-1].bias += 1
-    with pytest.raises(ValueError, match=r"our loss is .*, SAM 2's .*: nothing is compared"):
+    with pytest.raises(Mismatch, match=r"our loss is .*, SAM 2's .*: nothing is compared"):
         speed_step.check_same_loss(ours, theirs, batch)
 
 
@@ -128,17 +129,17 @@ def test_memory_is_that_of_the_step_alone(tmp_path, monkeypatch):
 
     def peak(function, whose, device, folder, size):
         asked.append((function.__name__, whose, device, *size))
-        return {"ours": 10, "cached": 5, "theirs": 30}[whose] * size[-1]
+        return {"equal": 20, "ours": 10, "cached": 5, "theirs": 30}[whose] * size[-1]
 
     monkeypatch.setattr(speed_step, "in_process", peak)
     small = replace(SMALL, num_objects=1)
-    whole, cached, frame = speed_step.measure_memory(CPU, tmp_path, SMALL, small)
-    assert (whole.ours, cached.ours, whole.other) == (30, 15, 90)
+    equal, whole, cached, frame = speed_step.measure_memory(CPU, tmp_path, SMALL, small)
+    assert (equal.ours, whole.ours, cached.ours, whole.other) == (60, 30, 15, 90)
     assert (frame.ours, frame.other) == (10, 30)
     assert ("step_peak", "theirs", "cpu", 1, DEMO, 64, 6) in asked
 
 
-@pytest.mark.parametrize("whose", ["ours", "cached", "theirs"])
+@pytest.mark.parametrize("whose", ["equal", "ours", "cached", "theirs"])
 def test_the_peak_is_that_of_one_step(whose, tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(speed_step, "peak_of", lambda run, device: ran.append(run) or 7)
@@ -158,7 +159,7 @@ def test_evaluation_is_compared_on_the_same_masks(tmp_path, monkeypatch):
     assert len(list((tmp_path / "a").rglob("*.safetensors"))) == 4
     monkeypatch.setattr(speed_video, "_predict", lambda *_: [{1: ~m[1], 2: m[2]} for m in found])
     found = [{1: torch.zeros(48, 80).bool().numpy(), 2: torch.zeros(48, 80).bool().numpy()}] * 4
-    with pytest.raises(ValueError, match=r"agree with the predictor's on 0.* nothing is compared"):
+    with pytest.raises(Mismatch, match=r"agree with the predictor's on 0.* nothing is compared"):
         speed_video.measure_evaluation(CPU, tmp_path / "b", objects=(2,), rounds=1, **options)
 
 
@@ -187,7 +188,7 @@ def test_loaders_are_compared_on_the_same_clip(tmp_path):
     theirs = speed_data._their_loader(files, 64, 3, 3)()
     shifted = replace_masks(theirs, theirs.masks.roll(20, -1))
     speed_data._check_same(theirs, theirs)
-    with pytest.raises(ValueError, match="nothing is compared"):
+    with pytest.raises(Mismatch, match="nothing is compared"):
         speed_data._check_same(shifted, theirs)
 
 
@@ -213,7 +214,7 @@ def test_parts_by_name_and_a_file(tmp_path, monkeypatch, capsys):
     def measure(name, device, folder):
         ran.append(name)
         if name == "index":
-            raise ValueError("they differ: nothing is compared")
+            raise Mismatch("they differ: nothing is compared")
         return [speed_clock.Row(name, "it", "here", 1e6, 3e6, "B", "the other")]
 
     monkeypatch.setattr(speed, "_measure", measure)
