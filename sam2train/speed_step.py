@@ -81,9 +81,9 @@ def _measure_step(size: StepSize, device: torch.device, folder: Path, rounds: in
         run = partial(ours, cached, bf16=True)
         variants["step, features cached, no dropout, bf16"] = (run, "bfloat16")
     runs = {name: run for name, (run, _) in variants.items()}
-    seconds = alternate(runs | gemms(device), rounds, device)
+    operations = {name: count_operations(run) for name, run in runs.items()}  # the warm-up, too
+    seconds = alternate(runs | gemms(device), rounds, device, warm_up=False)
     rates = gemm_rates(seconds, device)
-    operations = {name: count_operations(run) for name, run in runs.items()}
 
     def details(name: str) -> dict[str, object]:
         median, precision = statistics.median(seconds[name]), variants[name][1]

@@ -131,8 +131,8 @@ def measure_evaluation(
     config_path: str = "configs/sam2.1_hiera_t.yaml",
     image_size: int = 512,
     size: tuple[int, int] = (480, 854),
-    num_frames: int = 10,
-    rounds: int = 3,
+    num_frames: int = 8,
+    rounds: int = 2,
 ) -> list[Row]:
     """Seconds of a whole video, from the JPEGs to masks of its own size, ours against
     `SAM2VideoPredictor`."""
