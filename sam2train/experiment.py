@@ -54,6 +54,11 @@ class TrainerConfig(Section):
     audit: Literal["stop", "warn"] = Field(
         "stop", description="what a trainable module without gradient at the first step does"
     )
+    activation_checkpointing: bool = Field(
+        False,
+        description="the backward computes each frame again: less than half of the memory, at most "
+        "1.35 times the step",
+    )
     bf16: bool | None = Field(None, description="bfloat16 autocast; null: where CUDA supports it")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     seed: int = Field(
@@ -259,6 +264,7 @@ def build_model(experiment: Experiment, say: Callable[[str], None] = print) -> S
         memory_gradient=config.memory_gradient,
         drop_path_rate=config.drop_path_rate,
         dropout=config.dropout,
+        activation_checkpointing=experiment.trainer.activation_checkpointing,
     ).load()
     model.use_feature_cache(experiment.features, say)
     return model

@@ -96,6 +96,8 @@ class SAM2Model(nn.Module):
         drop_path_rate: chance to skip the deepest block of the image encoder's trunk where that is
             trained, growing with depth; None as the config says.
         dropout: of the memory attention; None as the config says.
+        activation_checkpointing: the backward computes the steps of each frame again, which takes
+            less memory and more time.
         **kwargs: further keys of the SAM 2 config's `model:` node.
     """
 
@@ -112,6 +114,7 @@ class SAM2Model(nn.Module):
         memory_gradient: MemoryGradient = "full",
         drop_path_rate: float | None = None,
         dropout: float | None = None,
+        activation_checkpointing: bool = False,
         **kwargs: Any,
     ):
         super().__init__()
@@ -145,6 +148,7 @@ class SAM2Model(nn.Module):
         self.memory_gradient = memory_gradient
         self.drop_path_rate = drop_path_rate
         self.dropout = dropout
+        self.activation_checkpointing = activation_checkpointing
         self.sam2_options = kwargs
         self.sam2: nn.Module | None = None
         # Temporal rows that hold what no training has reached -> where their values come from.
@@ -262,6 +266,7 @@ class SAM2Model(nn.Module):
         batched_video_datapoint: Any = None,
         *,
         interaction: SimulatedUser | None = None,
+        only_frames: bool = False,
     ) -> dict[str, Any]:
         """Track every object through its clip, from its first prompt on.
 
@@ -278,6 +283,7 @@ class SAM2Model(nn.Module):
             batched_video_datapoint: used instead of the above where given.
             interaction: a simulated user who corrects what comes out, knowing the masks, and counts
                 the clips. The frames then have a prediction for each of its clicks.
+            only_frames: return `frames` alone, which is all that the loss needs.
 
         Returns:
             `pred_masks` (B, T, N, H, W) float32 logits at the image size, `iou_predictions`
@@ -310,7 +316,7 @@ class SAM2Model(nn.Module):
             inputs.prompts, inputs.lengths, interaction and interaction.sample_frames
         )
         features = self.encode_images(inputs.images, inputs.image_keys)
-        outputs = self._track_groups(inputs, groups, features, interaction)
+        outputs = self._track_groups(inputs, groups, features, interaction, only_frames)
         if interaction is not None:
             interaction.num_clips += len(inputs.prompts)
         return outputs
@@ -418,6 +424,7 @@ class SAM2Model(nn.Module):
         groups: Sequence[ObjectGroup],
         features: ImageFeatures,
         interaction: SimulatedUser | None,
+        only_frames: bool,
     ) -> dict[str, Any]:
         """The forward pass after the image encoder: groups of objects, one after the other."""
         image_index = inputs.image_index.to(self.device)
@@ -447,15 +454,20 @@ class SAM2Model(nn.Module):
                 group.prompts,
                 corrections=corrections,
                 memory_gradient=self.memory_gradient,
+                recompute=self.activation_checkpointing and torch.is_grad_enabled(),
             ):
-                frame = torch.full_like(objects, output.frame_idx)
-                places.append(
-                    torch.stack([clip_of_object[objects], frame, slot_of_object[objects]])
-                )
-                outputs.append(output)
+                if not only_frames:
+                    frame = torch.full_like(objects, output.frame_idx)
+                    places.append(
+                        torch.stack([clip_of_object[objects], frame, slot_of_object[objects]])
+                    )
+                    outputs.append(output)
                 frames[output.frame_idx] += [
                     replace(step, objects=objects[step.objects]) for step in output.passes
                 ]
+
+        if only_frames:
+            return {"frames": frames}
 
         def gather(name: str, fill: float, *size: int) -> torch.Tensor:
             shape = (object_valid.shape[0], num_frames, object_valid.shape[1], *size)

@@ -253,7 +253,7 @@ class Trainer:
         for batch in collected:
             batch = batch.to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                outputs = self.model(batch, interaction=self.interaction)
+                outputs = self.model(batch, interaction=self.interaction, only_frames=True)
             # Outside autocast, on float32 logits: dice sums up to 10^6 pixels of an object, and
             # bfloat16 carries 8 significant bits.
             of_batch = sum_losses(

@@ -29,6 +29,7 @@ _MAY_CHANGE = (
     "evaluation.num_overlays",
     "features.folder",
     "features.max_gb",
+    "trainer.activation_checkpointing",
     "trainer.audit",
     "trainer.device",
     "trainer.num_steps",
