@@ -78,6 +78,8 @@ def _measure_step(size: StepSize, device: torch.device, folder: Path, rounds: in
         "step, features cached, no dropout": (partial(ours, cached), "float32"),
     }
     ours.fill_cache(cached)
+    recomputed = partial(ours, cached, recompute=True)
+    variants["step, cached, activation checkpointing"] = (recomputed, "float32")
     if has_fast_bf16(device):
         ours.fill_cache(cached, bf16=True)
         run = partial(ours, cached, bf16=True)
@@ -191,14 +193,20 @@ class OurStep:
     def loss(self, batch: BatchedVideoDatapoint, *, bf16: bool = False) -> torch.Tensor:
         device = self.model.device
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            frames = self.model(batch)["frames"]
+            frames = self.model(batch, only_frames=True)["frames"]
         valid = batch.object_frame_valid
         return compute_losses(frames, batch.masks, LossConfig(), valid)["loss"]
 
     def __call__(
-        self, batch: BatchedVideoDatapoint, *, dropout: float = 0.0, bf16: bool = False
+        self,
+        batch: BatchedVideoDatapoint,
+        *,
+        dropout: float = 0.0,
+        bf16: bool = False,
+        recompute: bool = False,
     ) -> None:
         set_dropout(self.model.sam2, dropout)
+        self.model.activation_checkpointing = recompute
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(batch, bf16=bf16)
         loss.backward()
@@ -264,6 +272,7 @@ def measure_memory(
     theirs = peak(size, "theirs")
     names = {"equal": "peak of a step, dropout as SAM 2's", "ours": "peak, no dropout"}
     names["cached"] = "peak, features cached, no dropout"
+    names["recomputed"] = "peak, cached, activation checkpointing"
     rows = [
         Row("memory", what, str(size), peak(size, whose), theirs, "B")
         for whose, what in names.items()
@@ -281,15 +290,16 @@ def step_peak(whose: str, device: str, folder: str, size: list) -> int:
 
     Args:
         whose: ours, equal (ours with the dropout of SAM 2), cached (ours with the features in the
-            cache) or theirs.
+            cache), recomputed (the same with activation checkpointing) or theirs.
     """
     place, size = choose_device(device), StepSize(*size)
     batch = make_batch(size).to(place)
     if whose == "theirs":
         return peak_of(partial(TheirStep(size, place), batch), place)
     step = OurStep(size, place, Path(folder))
-    if whose == "cached":
+    if whose in ("cached", "recomputed"):
         batch = with_keys(batch)
         step.fill_cache(batch)
     dropout = DROPOUT if whose == "equal" else 0.0
-    return peak_of(partial(step, batch, dropout=dropout), place)
+    recompute = whose == "recomputed"
+    return peak_of(partial(step, batch, dropout=dropout, recompute=recompute), place)

@@ -85,7 +85,9 @@ def test_a_process_of_its_own_has_the_peak_of_a_run(monkeypatch):
 
 def test_steps_of_both_are_compared_on_the_same_loss(tmp_path, monkeypatch):
     monkeypatch.setattr(speed_step, "has_fast_bf16", lambda device: True)
-    plain, cached, bf16 = rows = speed_step.measure_steps(CPU, tmp_path, [SMALL], rounds=1)
+    plain, cached, recomputed, bf16 = rows = speed_step.measure_steps(
+        CPU, tmp_path, [SMALL], rounds=1
+    )
     assert plain.what == "step, no cache, dropout as SAM 2's"
     assert bf16.what == f"{cached.what}, bf16" == "step, features cached, no dropout, bf16"
     for row in rows:
@@ -100,6 +102,7 @@ def test_steps_of_both_are_compared_on_the_same_loss(tmp_path, monkeypatch):
         model = speed_step.build_ours(DEMO, 64, CPU)
         encoder = speed_clock.count_operations(lambda: model.encode_images(batch.flat_img_batch))
     assert ours - cached.details["operations"] == pytest.approx(encoder, rel=0.01)
+    assert recomputed.details["operations"] > 1.2 * cached.details["operations"]
     line = speed._line(rows[0])
     assert "sam2.1_hiera_demo, 64 px, T = 3, 2 objects" in line
     assert "GFLOP" in line
@@ -129,24 +132,27 @@ def test_memory_is_that_of_the_step_alone(tmp_path, monkeypatch):
 
     def peak(function, whose, device, folder, size):
         asked.append((function.__name__, whose, device, *size))
-        return {"equal": 20, "ours": 10, "cached": 5, "theirs": 30}[whose] * size[-1]
+        return {"equal": 20, "ours": 10, "cached": 5, "recomputed": 2, "theirs": 30}[whose] * size[
+            -1
+        ]
 
     monkeypatch.setattr(speed_step, "in_process", peak)
     small = replace(SMALL, num_objects=1)
-    equal, whole, cached, frame = speed_step.measure_memory(CPU, tmp_path, SMALL, small)
+    equal, whole, cached, recomputed, frame = speed_step.measure_memory(CPU, tmp_path, SMALL, small)
     assert (equal.ours, whole.ours, cached.ours, whole.other) == (60, 30, 15, 90)
+    assert recomputed.ours == 6
     assert (frame.ours, frame.other) == (10, 30)
     assert ("step_peak", "theirs", "cpu", 1, DEMO, 64, 6) in asked
 
 
-@pytest.mark.parametrize("whose", ["equal", "ours", "cached", "theirs"])
+@pytest.mark.parametrize("whose", ["equal", "ours", "cached", "recomputed", "theirs"])
 def test_the_peak_is_that_of_one_step(whose, tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(speed_step, "peak_of", lambda run, device: ran.append(run) or 7)
     assert speed_step.step_peak(whose, "cpu", str(tmp_path), [2, DEMO, 64, 3]) == 7
     (run,) = ran
     run()
-    assert bool(list(tmp_path.rglob("*.safetensors"))) == (whose == "cached")
+    assert bool(list(tmp_path.rglob("*.safetensors"))) == (whose in ("cached", "recomputed"))
 
 
 def test_evaluation_is_compared_on_the_same_masks(tmp_path, monkeypatch):
