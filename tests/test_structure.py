@@ -51,6 +51,10 @@ GROUPS = {
         *("results", "results_compare", "ablation", "compare", "figures"),
         *("sweep", "sweep_trials", "sweep_file", "sweep_search"),
     },
+    "speed": {
+        *("speed", "speed_clock", "speed_reference", "speed_step", "speed_video"),
+        *("speed_data", "speed_runs"),
+    },
     "door": {"commands", "cli"},
 }
 HEAVY = {"torch", "torchvision", "sam2", "wandb", "hydra", "cv2", "pandas", "matplotlib", "scipy"}
