@@ -1,4 +1,3 @@
-import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -7,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    SHARED,
     SIZE,
     edit,
     encode,
@@ -17,12 +15,10 @@ from conftest import (
     make_frames,
     moving_masks,
     same,
-    to_pixels,
 )
 from PIL import Image
 
 from sam2train import data_coco_files, data_source
-from sam2train.clips import is_empty
 from sam2train.data_coco import CocoVideos
 from sam2train.errors import UserError
 
@@ -1170,162 +1166,3 @@ def test_many_images_are_indexed_without_decoding_them(coco, monkeypatch):
     assert len(source.videos) == 20
     assert source.warnings == []
     assert calls.total() == 2000
-
-
-# Real files
-
-
-def manifest():
-    path = SHARED / "bad" / "manifest.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-# Where this differs from the verdict proposed in the manifest:
-OURS = {
-    # Two parts of one category may be two objects; guessing would lose their identity.
-    "12_no_track_two_parts": "error",
-    "66_youtube_vis": "valid",
-}
-# What the message says, for each kind of trouble.
-TELLS = {
-    "02_polygon_degenerate": ["a polygon of 4 numbers", "a polygon of 5 numbers"],
-    "04_rle_corrupt": ["annotation 2 (image 2)", "no RLE text"],
-    "05_uncompressed_rle_short": ["annotation 2 (image 2)", "add up to 76432, not 240 x 427"],
-    "06_rle_size_mismatch": ["[120, 213], the frame [240, 427]", "[427, 240], the frame"],
-    "08_image_size_lies": ["image 3, image 4: the file says 1920x1080"],
-    "09_empty_segmentations": ["4 annotations have no pixel"],
-    "12_no_track_two_parts": ["annotations 1 and 2 (image 1)", "`track_id`"],
-    "16_no_images": ["`images` is empty"],
-    "20_order_missing": ["4 problems", "image 3: `order_in_video` is None"],
-    "21_order_strings": ["`order_in_video` is text"],
-    "24_dangling_image_id": ["annotation 5: image_id 999"],
-    "25_duplicate_image_ids": ["image 1: the id is used twice"],
-    "26_duplicate_annotation_ids": ["annotation 1: the id is used twice"],
-    "30_no_video_id": ["no image has a `video_id`"],
-    "32_one_frame_video": ["nothing to track"],
-    "33_missing_file": ["image 4", "frame_999.jpg: no such file"],
-    "34_truncated_jpeg": ["truncated.jpg: is damaged or cut short"],
-    "36_header_only_jpeg": ["header_only.jpg: is damaged or cut short"],
-    "37_html_as_jpg": ["text.jpg: is an HTML page"],
-    "38_lfs_pointer": ["lfs_pointer.jpg: is a Git LFS pointer"],
-    "52_exif_stored": ["image 3: an EXIF orientation, ignored"],
-    "53_exif_shown": ["image 3: an EXIF orientation, applied"],
-    "54_mixed_resolution": ["frames of different sizes (320x180, 427x240)"],
-    "56_windows_paths": ["backslashes in the path"],
-    "57_absolute_paths": ["6 problems", "set dataset.image_root"],
-    "58_path_escapes_root": ["`..` in the path"],
-    "60_json_empty": ["the file is empty"],
-    "61_json_bom": ["a byte order mark"],
-    "62_json_list": ["the top level is a list"],
-    "65_plain_coco_no_video": ["6 problems", "no such file"],
-}
-
-
-@pytest.mark.skipif(not manifest(), reason="needs the awkward files")
-@pytest.mark.parametrize("name", sorted(set(manifest()) - {"frame_dirs", "_versions"}))
-def test_awkward_real_files(name):
-    """Each loads, loads with a warning, or is refused; and what is said names the trouble."""
-    expected = OURS.get(name, manifest()[name]["verdict"])
-    said, verdict = "", "valid"
-    try:
-        dataset = load(SHARED / "bad" / f"{name}.json", image_size=(60, 107), video_clip_length=6)
-        sample = dataset[0]
-    except UserError as error:
-        said, verdict = str(error), "error"
-    else:
-        if dataset.warnings:
-            said, verdict = "\n".join(dataset.warnings), "warn"
-        assert sample.masks.any()
-        assert not any(map(is_empty, sample.prompts))
-    assert verdict == expected, said
-    assert all(part in said for part in TELLS.get(name, [])), said
-    assert verdict == "valid" or name in TELLS
-
-
-FORMATS = ["40_gray_jpg", "41_rgba_png", "42_gray16_png", "44_palette_png", "45_cmyk_jpg"]
-FORMATS += ["48_progressive_jpg", "49_frame_webp", "50_frame_bmp", "52_exif_stored"]
-FORMATS += ["53_exif_shown", "56_windows_paths", "58_path_escapes_root", "61_json_bom"]
-
-
-@pytest.mark.skipif(not manifest(), reason="needs the awkward files")
-@pytest.mark.parametrize("name", FORMATS)
-def test_awkward_formats_show_the_same_picture(name):
-    good, odd = (load(SHARED / "bad" / f"{n}.json") for n in ("00_good", name))
-    a, b = (d.read_frame(d.videos[0], 2).astype(float) for d in (good, odd))
-    assert np.abs(a - b).mean() < 8  # grey loses the colours: 7.4
-
-
-@pytest.mark.skipif(not manifest(), reason="needs the awkward files")
-@pytest.mark.parametrize("name", ["01_polygons", "17_order_gaps", "18_order_shuffled"])
-def test_awkward_annotations_hold_the_same_masks(name):
-    good, odd = (load(SHARED / "bad" / f"{n}.json") for n in ("00_good", name))
-    for t in range(6):
-        a, b = (d.read_mask(d.videos[0], t, 1) for d in (good, odd))
-        assert (a & b).sum() / (a | b).sum() > (0.95 if name == "01_polygons" else 0.9999)
-
-
-@pytest.mark.skipif(not (SHARED / "davis_twoup").exists(), reason="needs the real videos")
-def test_a_real_data_set_of_two_objects():
-    dataset = load(SHARED / "davis_twoup" / "annotations.json", image_size=(64, 64))
-    assert dataset.warnings == []
-    shown = [[len(video.visible(t)) for t in (0, 8, 27, 28)] for video in dataset.videos]
-    assert shown == [[2, 2, 2, 2], [1, 2, 2, 1]]
-    for index in range(len(dataset)):
-        sample = dataset[index]
-        assert sample.masks.any(dim=(0, 2, 3)).all()
-        assert to_pixels(sample.images).std() > 20
-
-
-@pytest.mark.skipif(not (SHARED / "foreign_json").exists(), reason="needs the foreign files")
-def test_foreign_files_are_missing_their_frames_and_say_no_more():
-    """SA-V and CocoVID annotations are understood as they are; scalabel's are refused by name."""
-    folder = SHARED / "foreign_json"
-    for name in ("sav_000001_manual_as_coco", "mmtracking_demo_vis_data_ann"):
-        message = fails(folder / f"{name}.json")
-        problems = message.split("\n  - ")[1:]
-        assert all("no such file" in problem for problem in problems), message
-    assert "`images` is missing" in fails(folder / "scalabel_rles_insseg_rle.json")
-
-
-# Inputs from reports: labelled frames, and for each object the pixels and the frames it is on.
-
-FIRST = {396: range(8), 360: range(8)}
-REPORTS = {
-    "burst_json": ([0, 2, 4, 6], {396: [0, 2, 4, 6], 360: [0, 2, 4, 6]}),
-    "cvat_track_in_attributes": (range(8), {396: range(4), 360: range(4, 8)}),
-    "track_id_per_class": (range(8), {396: range(4), 360: range(4, 8)}),
-    "sparse_all_frames_listed": ([0, 4], {396: [0, 4], 360: [0, 4]}),
-    "tao_frame_index": (range(8), FIRST),
-    "polygon_flat_list": (range(8), FIRST),
-    "polygon_and_stray_point": (range(8), FIRST),
-    "polygon_normalised": (range(8), FIRST),
-    "rle_bytes_repr": (range(8), FIRST),
-    "object_in_two_annotations": (range(8), {324: range(8), 360: range(8)}),
-    "label_studio_upload_paths": (range(8), FIRST),
-}
-
-
-@pytest.mark.skipif(not (SHARED / "reports").exists(), reason="needs the reports")
-@pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize("name", REPORTS)
-def test_reported_inputs_have_their_right_values(name, split):
-    labelled, objects = REPORTS[name]
-    root = SHARED / "reports" / name / "frames" if name == "label_studio_upload_paths" else None
-    dataset = load(SHARED / "reports" / name / f"{split}.json", image_root=root)
-    (video,) = dataset.videos
-    assert video.labelled == list(labelled)
-    assert len(video.frames) == 8
-    assert len(dataset.source.notes) + len(dataset.warnings) > 0
-    found = {}
-    for object_id in video.object_ids:
-        masks = [dataset.read_mask(video, t, object_id) for t in range(8)]
-        shown = [t for t, mask in enumerate(masks) if mask.any()]
-        found[int(masks[shown[0]].sum())] = shown
-    assert found == {area: list(frames) for area, frames in objects.items()}
-
-
-@pytest.mark.skipif(not (SHARED / "reports").exists(), reason="needs the reports")
-def test_reported_inputs_that_are_refused():
-    folder = SHARED / "reports"
-    assert "videos 1 and 2 share 8 pictures" in fails(folder / "file_name_collision/train.json")
-    assert "image_root" in fails(folder / "label_studio_upload_paths/train.json")

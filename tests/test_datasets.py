@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import (
     OBJECT_COLOURS,
-    SHARED,
     SIZE,
     edit,
     encode,
@@ -622,53 +621,3 @@ def test_pasting_is_a_key_of_its_own():
 def test_the_section_of_videos_refuses(raw, message):
     with pytest.raises(ConfigError, match=message):
         video_section(**raw)
-
-
-# Folders from users' reports: for each object its pixels on the first frame that shows it, and how
-# many frames do; labelled frames
-
-EIGHT = list(range(8))
-REPORTED = {
-    "mask_smooth_edges": ("vos", {1: (396, 8)}, EIGHT),
-    "palette_pillow_quantize": ("vos", {1: (396, 4), 2: (360, 8)}, EIGHT),
-    "mask_grey_127_255": ("vos", {127: (396, 8), 255: (360, 8)}, EIGHT),
-    "mask_rgb_colours": ("vos", {1: (396, 8), 2: (360, 8)}, EIGHT),
-    "mots_png_ignore": ("vos", {1003: (360, 8), 2001: (396, 8)}, EIGHT),
-    "cvat_mots_layout": ("vos", {1001: (396, 8), 1002: (360, 8)}, EIGHT),
-    "mask_void_ring": ("vos", {1: (396, 8), 2: (360, 8)}, EIGHT),
-    "list_dots_in_names": ("vos", {1: (396, 8), 2: (360, 8)}, EIGHT),
-    "frame_names_time_stamps": ("vos", {1: (224, 12)}, list(range(12))),
-    "mevis_mask_dict": ("vos", {0: (396, 4), 1: (360, 8)}, EIGHT),
-    "sav_every_5th": ("sav", {0: (224, 8), 1: (224, 8)}, list(range(0, 40, 5))),
-    "sav_trimmed_film": ("sav", {0: (224, 9), 1: (224, 9)}, list(range(0, 34, 4))),
-}
-
-
-@pytest.mark.skipif(not (SHARED / "reports").is_dir(), reason="needs the inputs of users' reports")
-@pytest.mark.parametrize("name", REPORTED)
-def test_reported_folders_have_their_right_values(name):
-    dataset_type, objects, labelled = REPORTED[name]
-    path = SHARED / "reports" / name / "train"
-    path = path / "list.txt" if name == "list_dots_in_names" else path
-    config = DatasetConfig(dataset_type=dataset_type, data_path=str(path))
-    data = build_dataset(config, AugmentConfig(), 0, str(path), training=False)
-    assert len(data.videos) == (3 if name == "list_dots_in_names" else 1)
-    for video in data.videos:
-        assert video.labelled == labelled
-        areas = {
-            object_id: [
-                int(data.read_mask(video, t, object_id).sum())
-                for t in video.labelled
-                if object_id in video.visible(t)
-            ]
-            for object_id in video.object_ids
-        }
-        assert {name: (found[0], len(found)) for name, found in areas.items()} == objects
-
-
-@pytest.mark.skipif(not (SHARED / "reports").is_dir(), reason="needs the inputs of users' reports")
-def test_reported_stacks_are_videos():
-    path = str(SHARED / "reports" / "tiff_stack" / "train")
-    config = DatasetConfig(dataset_type="video", data_path=path)
-    data = build_dataset(config, AugmentConfig(), 0, path, training=False)
-    assert [(v.video_id, len(v.frames)) for v in data.videos] == [("movie0", 8), ("movie1", 8)]

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, edit, encode, make_coco
 from conftest import SIZE as COCO_SIZE
+from conftest import edit, encode, make_coco
 from conftest import load as load_coco
 from test_data_mask_values import NUM_FRAMES, SIZE, TRUTH, _void_ring, write
 from test_losses import predict, random_frames
@@ -307,14 +307,3 @@ def test_sheets_show_them(root):
     with_void = clip_sheet({"a": clip})
     object.__setattr__(clip, "ignore", None)
     assert (clip_sheet({"a": clip}) != with_void).any()
-
-
-@pytest.mark.skipif(not (SHARED / "reports").exists(), reason="needs the inputs of users' reports")
-def test_the_ring_of_the_report():
-    data = ClipDataset(VosVideos(SHARED / "reports/mask_void_ring/train"), clip_settings((64, 96)))
-    (video,) = data.videos
-    for t in range(8):
-        void = data.read_ignore(video, t)[None]
-        truth = data.read_mask(video, t, 1)[None]
-        assert measure(truth | void, truth, ignore=void).J == 1
-        assert 0.5 < measure(truth | void, truth).J < 0.65

@@ -3,39 +3,10 @@
 import json
 from pathlib import Path
 
-import pytest
-
 from sam2train import cli
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
-
-
-@pytest.mark.skipif(not DATA.is_dir(), reason="the real sequences are not here")
-def test_the_main_experiment_trains_on_real_sequences(tmp_path):
-    words = [
-        str(ROOT / "experiments" / "coco_point_bbox.yaml"),
-        f"dataset.data_path={DATA / 'davis_twoup' / 'annotations.json'}",
-        f"dataset.val_path={DATA / 'davis_dev' / 'annotations.json'}",
-        "dataset.num_workers=0",
-        "trainer.num_steps=3",
-        "evaluation.max_frames=5",
-        "tracking.mode=offline",
-        "--run-dir",
-        str(tmp_path / "run"),
-    ]
-    assert cli.main(words) == 0
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["status"] == "finished"
-    assert summary["steps"] == 3
-    assert 0 <= summary["val/J_and_F"] <= 1
-    pictures = {path.name for path in (tmp_path / "run" / "overlays").glob("*.png")}
-    assert pictures == {
-        f"step_{step}_video_{video}.png"
-        for step in ("000000", "000003")
-        for video in ("car-shadow", "dog")
-    }
-    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
 
 
 def test_sam2_tiny_trains_a_step_on_the_cpu(tmp_path):
