@@ -204,3 +204,13 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "POLL", 0.02)
     monkeypatch.setattr(sweep, "LOOK", 0.02)
     return partial(write_sweep, tmp_path)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(content: str | bytes, name: str = "x.yaml") -> Path:
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write

@@ -86,6 +86,12 @@ def test_every_module_is_in_a_group():
     assert sum(len(modules) for modules in GROUPS.values()) == len(modules)
 
 
+def test_every_module_has_its_test_file():
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    tested = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
+    assert not modules - tested
+
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_group_imports_itself_and_those_before_it(group):
     before = list(GROUPS)[: list(GROUPS).index(group) + 1]
