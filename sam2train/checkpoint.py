@@ -233,7 +233,7 @@ def _tensors(value: Any) -> bool:
     )
 
 
-def _numbers(value: Any) -> bool:
+def _named_numbers(value: Any) -> bool:
     return isinstance(value, Mapping) and all(
         isinstance(name, str) and isinstance(one, int | float) for name, one in value.items()
     )
@@ -270,7 +270,7 @@ def _window(value: Any) -> bool:
     return (
         isinstance(value, Mapping)
         and isinstance(value.get("sums"), Mapping)
-        and _numbers(value.get("counts"))
+        and _named_numbers(value.get("counts"))
         and value["sums"].keys() == value["counts"].keys()
         and _count(value.get("lines"))
     )
@@ -282,8 +282,8 @@ _PARTS = {
     "config": _Part("the settings as YAML text", lambda value: isinstance(value, str)),
     "step": _Part("a whole number from 0", _count),
     "best": _Part("a number", lambda v: isinstance(v, int | float) and not math.isnan(v)),
-    "scores": _Part("numbers by name", _numbers),
-    "baseline": _Part("numbers by name", _numbers),
+    "scores": _Part("numbers by name", _named_numbers),
+    "baseline": _Part("numbers by name", _named_numbers),
     "run_id": _Part("a text", lambda value: isinstance(value, str)),
     "optimizer": _Part("None, or state and param_groups", _optimizer),
     "rng": _Part("the states of torch's generators, torch and cuda", _rng),

@@ -5,7 +5,7 @@ import difflib
 import re
 import types
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -103,6 +103,15 @@ class Section(BaseModel):
 
 
 S = TypeVar("S", bound=Section)
+
+
+def one_of(name: Any, known: Collection[str]) -> Any:
+    """The name, for the validator of a field; ValueError for one that is unknown."""
+    if isinstance(name, str) and name in known:
+        return name
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"expected one of {', '.join(known)}{hint}")
 
 
 class _Twice(tuple):
@@ -204,7 +213,7 @@ def apply_overrides(
                     f"cannot set {dotted}: {'.'.join(parents[:depth])} is {quote(inner)}, "
                     "which holds no keys"
                 )
-        spellings = _spellings(section, dotted)
+        spellings = _key_spellings(section, dotted)
         if (first := given.setdefault((*parents, *spellings), leaf)) != leaf and spellings:
             raise UserError(f"{dotted}: given twice, as {first} and {leaf}; keep one")
         for spelling in spellings:
@@ -213,7 +222,7 @@ def apply_overrides(
     return result
 
 
-def _spellings(section: type[Section] | None, dotted: str) -> list[str]:
+def _key_spellings(section: type[Section] | None, dotted: str) -> list[str]:
     """Both spellings of the last part of a dotted key; none where the key is not known."""
     kind: Any = section
     for part in dotted.split("."):

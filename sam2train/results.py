@@ -336,7 +336,7 @@ def _read_run(path: Path) -> dict[str, Any]:
         metrics = load_metrics(path) if has_metrics else _by_step([])
     except UserError as error:
         return {**row, "problem": str(error)}
-    row |= _numbers(config, summary, metrics)
+    row |= _run_numbers(config, summary, metrics)
     places = (folder.config, folder.metrics, folder.summary, folder.scores)
     places += (folder.checkpoints, folder.overlays)
     written = max(place.stat().st_mtime for place in places if place.exists())
@@ -365,7 +365,7 @@ def _read_wandb_run(run: Any) -> dict[str, Any]:
         "sweep": run.sweep_name,
         "status": ended or _WANDB_STATES.get(run.state, run.state),
         "problem": None,
-        **_numbers(config, summary, metrics),
+        **_run_numbers(config, summary, metrics),
         # When it began; W&B writes UTC, with or without saying so.
         "written": datetime.fromisoformat(run.created_at).replace(tzinfo=UTC),
         "commit": run.commit,
@@ -374,7 +374,7 @@ def _read_wandb_run(run: Any) -> dict[str, Any]:
     return row | _settings(config)
 
 
-def _numbers(
+def _run_numbers(
     config: Mapping[str, Any], summary: Mapping[str, Any], metrics: pd.DataFrame
 ) -> dict[str, Any]:
     """Group, seed, progress, scores and parameters, from what both sources have."""

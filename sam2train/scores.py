@@ -382,8 +382,8 @@ def horizon_rows(frames: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     def who(row: Mapping[str, Any]) -> tuple:
         return row["video_id"], row["object_id"]
 
-    held = _grouped((bin_end(row["since_prompt"]), who(row), row["J"]) for row in visible)
-    found = _grouped(
+    held = _by_bin_and_group((bin_end(row["since_prompt"]), who(row), row["J"]) for row in visible)
+    found = _by_bin_and_group(
         (bin_end(row["absence"]), (who(row), row["returned"]), row["J"] > 0.5)
         for row in visible
         if row["absence"] is not None
@@ -439,7 +439,7 @@ def roc(positive: Sequence[float], negative: Sequence[float]) -> tuple[np.ndarra
     return false, true
 
 
-def _grouped(
+def _by_bin_and_group(
     values: Iterable[tuple[int, Hashable, float]],
 ) -> dict[int, dict[Hashable, list[float]]]:
     """(at, group, value) -> at -> group -> values."""

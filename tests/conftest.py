@@ -6,6 +6,8 @@ import json
 import os
 import signal
 from collections.abc import Collection
+from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,9 @@ import torch
 from hypothesis import settings
 from PIL import Image
 from pycocotools import mask as rle
+from torch.utils.data import DataLoader
 
+from sam2train.data_loader import ClipSampler
 from sam2train.datasets import COCODataset
 from sam2train.errors import UserError
 from sam2train.transforms import MEAN, STD
@@ -165,6 +169,18 @@ def same(a, b):
             for key in p
         )
     )
+
+
+def assert_workers_change_nothing(dataset):
+    """Two processes load the clips that none load, in their order, for more than an epoch."""
+    epochs = []
+    for num_workers in (0, 2):
+        sampler = ClipSampler(len(dataset), shuffle=True, seed=3)
+        loader = DataLoader(
+            dataset, 1, sampler=sampler, num_workers=num_workers, collate_fn=itemgetter(0)
+        )
+        epochs.append(list(islice(loader, 6)))
+    assert all(map(same, *epochs))
 
 
 def to_pixels(images):

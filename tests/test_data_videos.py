@@ -1,18 +1,15 @@
 import shutil
 from dataclasses import replace
-from itertools import islice
 
 import numpy as np
 import pytest
 import torch
-from conftest import SIZE, make_frames, same, to_pixels
+from conftest import SIZE, assert_workers_change_nothing, make_frames, same, to_pixels
 from PIL import Image
 from test_data_pictures import level, write_film
-from torch.utils.data import DataLoader
 
 from sam2train.clips import collate_fn, is_empty
 from sam2train.config import build
-from sam2train.data_loader import ClipSampler
 from sam2train.data_pictures import read_image
 from sam2train.data_synthetic import SyntheticConfig
 from sam2train.data_videos import MadeUpVideos, VideoFolders
@@ -338,13 +335,7 @@ def only(clips):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # on one core
 def test_two_workers_load_what_none_load(folder):
-    dataset = load(folder, augment=AugmentConfig(horizontal_flip=0.5))
-    epochs = []
-    for num_workers in (0, 2):
-        sampler = ClipSampler(len(dataset), shuffle=True, seed=3)
-        loader = DataLoader(dataset, 1, sampler=sampler, num_workers=num_workers, collate_fn=only)
-        epochs.append(list(islice(loader, 6)))
-    assert all(map(same, *epochs))
+    assert_workers_change_nothing(load(folder, augment=AugmentConfig(horizontal_flip=0.5)))
 
 
 def test_clips_make_a_batch(folder):

@@ -9,6 +9,7 @@ import torch
 from conftest import (
     OBJECT_COLOURS,
     SIZE,
+    assert_workers_change_nothing,
     edit,
     encode,
     load,
@@ -17,6 +18,7 @@ from conftest import (
     same,
     to_pixels,
 )
+from guide_blocks import VIDEO
 from torch.utils.data import DataLoader
 
 from sam2train import cli, data_coco
@@ -162,13 +164,8 @@ def only(clips):
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # on one core
 def test_two_workers_load_what_none_load(tmp_path):
     path = make_coco(tmp_path, num_videos=3, num_frames=8)
-    dataset = load(path, augment=AugmentConfig(horizontal_flip=0.5, frame_brightness=0.2))
-    epochs = []
-    for num_workers in (0, 2):
-        sampler = ClipSampler(len(dataset), shuffle=True, seed=3)
-        loader = DataLoader(dataset, 1, sampler=sampler, num_workers=num_workers, collate_fn=only)
-        epochs.append(list(islice(loader, 6)))
-    assert all(map(same, *epochs))
+    augment = AugmentConfig(horizontal_flip=0.5, frame_brightness=0.2)
+    assert_workers_change_nothing(load(path, augment=augment))
 
 
 def test_clips_of_a_dataset_make_a_batch(tmp_path):
@@ -544,28 +541,13 @@ def test_the_section_refuses_values_out_of_range(key, value):
         build(DatasetConfig, {"data_path": "a.json", key: value}, "dataset")
 
 
-GUIDE = """\
-dataset:
-  dataset_type: "video"
-  data_path: "/path/to/video/data"
-  image_size: [512, 512]
-  video_clip_length: 5
-  batch_size: 1
-  num_workers: 16
-  shuffle: True
-  prompt_types: ["point"]
-  num_of_pos_points: 1
-  include_center_point: True
-"""
-
-
 def video_section(**raw):
     return build(DatasetConfig, {"dataset_type": "video", "data_path": "videos", **raw}, "dataset")
 
 
 def test_the_guides_block_builds(tmp_path):
     path = tmp_path / "video.yaml"
-    path.write_text(GUIDE)
+    path.write_text(VIDEO)
     config = build(DatasetConfig, load_yaml(path)["dataset"], "dataset")
     assert config.dataset_type == "video"
     assert config.num_of_pos_points == 1

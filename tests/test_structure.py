@@ -186,14 +186,13 @@ def _is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
-def test_no_public_name_has_two_meanings():
-    """Names at the top level of a module, defined there."""
+def test_no_name_has_two_meanings():
+    """Names at the top level of a module, defined there, private ones too."""
     found: dict[str, list[str]] = {}
     for path in PACKAGE.glob("*.py"):
         for node in ast.parse(path.read_text()).body:
             for name in _defined(node):
-                if not name.startswith("_"):
-                    found.setdefault(name, []).append(path.stem)
+                found.setdefault(name, []).append(path.stem)
     assert {"Trainer", "RunFolder", "FORMATS", "PROMPTS", "TRAINED"} <= found.keys()
     assert not {name: rooms for name, rooms in found.items() if len(set(rooms)) > 1}
 
