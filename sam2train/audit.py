@@ -15,7 +15,7 @@ from sam2train.model import SAM2Model
 from sam2train.pretrained import MEMORY, MODULES, match_parameters, selects
 from sam2train.prompts import PROMPTS
 
-# Parameters that SAM 2 reads at times only; see its `SAM2Base`.
+# Parameters that SAM 2 reads in some cases only; see its `SAM2Base`.
 _READ_WHEN = {
     "no_mem_pos_enc": "SAM 2 never reads it",
     "no_mem_embed": "it is read on frames that are prompted by points or boxes only",
@@ -112,7 +112,8 @@ def modules_without_gradient(model: SAM2Model, experiment: Experiment) -> list[W
 
 
 def _drawn(experiment: Experiment) -> set[str]:
-    """The parameters that are read in some steps of an experiment, by what is drawn."""
+    """The parameters that only some steps of an experiment read, which depends on the prompts and
+    the objects that are drawn."""
     model = experiment.model
     drawn = {
         "mask_downsample" if PROMPTS[name].gives_mask else "no_mem_embed"

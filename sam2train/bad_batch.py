@@ -43,7 +43,7 @@ def not_finite(
         text += f"Bad first was {found}; {path} has the clips. "
         save()
         text += f"{folder.last} is the state before this step. "
-    except OSError as problem:  # the bad step is what must be told
+    except OSError as problem:  # the error of the step matters more than this one
         text += f"It could not be kept ({problem}). "
     return FloatingPointError(text + "Lower optimizer.learning_rate or look at these clips")
 
@@ -92,7 +92,7 @@ def _bad(
     losses: Mapping[str, torch.Tensor],
     model: nn.Module,
 ) -> Iterator[str]:
-    """What is not finite, in the order in which one makes the next bad."""
+    """What is not finite, causes before their effects."""
     for kind, tensors in (
         ("parameter", model.named_parameters()),
         ("buffer", model.named_buffers()),

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: written whole or not at all, proved before they are used, read without
+"""Checkpoints on disk: written whole or not at all, checked before they are used, read without
 executing anything."""
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def save(path: Path, content: Mapping[str, Any], previous: Path | None = None) -
                 torch.save({"format": FORMAT, **content}, writer)
             except Exception:
                 if writer.fault is not None:
-                    raise writer.fault from None  # torch tells of an incomplete zip
+                    # torch's own error only says that the zip is incomplete
+                    raise writer.fault from None
                 raise
             _seal(file)
             file.flush()
@@ -57,7 +58,8 @@ def save(path: Path, content: Mapping[str, Any], previous: Path | None = None) -
 
 
 class _Writer:
-    """The file for torch, which makes faults of its own of the disk's; keeps the first."""
+    """The file that torch writes to. It keeps the first error of the disk: torch raises another
+    one."""
 
     def __init__(self, file: BinaryIO):
         self.file = file

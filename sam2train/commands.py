@@ -407,7 +407,7 @@ COMMANDS: tuple[type[Command], ...] = (
 
 
 def _console() -> Console:
-    """A console that leaves it to the caller what a closed pipe means; rich would exit."""
+    """A console that raises where its pipe is closed: rich would end the program."""
     from rich.console import Console
 
     class PlainConsole(Console):

@@ -145,7 +145,8 @@ def _parse_value(text: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes of a quoted path
             value = ast.literal_eval(text)
-        # `1,2` and `{1, 2}` are Python too, but nobody who writes them means a tuple or a set.
+        # `1,2` and `{1, 2}` are Python, too, but a user who writes them does not mean a tuple or a
+        # set.
         if _is_plain(value) and (not isinstance(value, tuple) or text[0] == "("):
             return value
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -255,8 +256,8 @@ def build(section: type[S], raw: Mapping[str, Any], source: str) -> S:
         return section.model_validate(raw)
     except ValidationError as error:
         # A union reports each of its branches: as one field they give one and the same line.
-        # A default that follows from other fields cannot fail but with them. For pydantic a list
-        # with a wrong item is too short as well; the message on the item says it all.
+        # A default that is computed from other fields fails only where they fail. pydantic also
+        # reports a list with a wrong item as too short; the message on the item is enough.
         found = error.errors(include_url=False)
         parents = {e["loc"][:end] for e in found for end in range(len(e["loc"]))}
         errors = [
@@ -284,7 +285,8 @@ def _branches(kind: Any) -> list[Any]:
 
 
 def _convert(value: Any, kind: Any) -> Any:
-    """`value` as the declared type `kind` has it, or `value` itself: pydantic judges the result."""
+    """`value` as the declared type `kind` has it, or `value` itself where it cannot be converted;
+    pydantic then checks the result."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return _convert(value, args[0])

@@ -177,7 +177,7 @@ def _with_videos(
         homes.append(str(name.parent))
         kinds.setdefault(homes[-1], set()).add(re.sub(r"\d+", "", name.stem))
     mixed = [folder for folder, of_folder in kinds.items() if len(of_folder) > 1]
-    # CVAT's export has no order; who writes an order and no video left the video out.
+    # CVAT's export has no order. In a file with an order and without videos the videos are missing.
     if mixed or any(entry.get(key) is not None for key in _ORDER_KEYS for entry in entries):
         found.problems.append(
             "no image has a `video_id`, though objects are on several images by their ids; what is "
@@ -430,7 +430,8 @@ def _label_distance(gaps: Sequence[bool]) -> int | None:
     """n, where every n-th frame and no other is annotated; None where it is not so.
 
     Of the places for annotated frames at least half are taken, and there are two at least that go
-    to the end of the video: objects that leave and return by chance hardly do so in step.
+    to the end of the video: objects that leave and return by chance seldom do so at a regular
+    distance.
     """
     shown = [t for t, missing in enumerate(gaps) if not missing]
     if len(shown) < 2:

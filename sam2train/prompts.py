@@ -1,6 +1,6 @@
 """Prompts drawn from ground-truth masks: points, bounding boxes, masks.
 
-A prompt type is one class here and one line in `PROMPTS`; nothing else knows it by name. What the
+A prompt type is one class here and one line in `PROMPTS`; no other module uses its name. What the
 decoder gets is what the class puts into the fields of a `Prompt`.
 """
 

@@ -184,7 +184,8 @@ def load_wandb(project: str, api: Any = None) -> pd.DataFrame:
 
     api = api or _wandb_api()
     try:
-        found = list(api.runs(project, lazy=False))  # lazily, each run would ask once more
+        # loaded lazily, each run would need a request of its own
+        found = list(api.runs(project, lazy=False))
     except (ValueError, OSError, wandb.Error) as error:
         raise UserError(f"W&B project {project}: {error}; expected entity/project") from error
     if not found:
@@ -386,7 +387,7 @@ def _run_numbers(
         scores["scored"] = int(curve.index[-1])
     settings = {name: value for name, value in config.items() if _of_the_group(name)}
     text = json.dumps(settings, sort_keys=True, default=str)
-    # The summary learns its numbers at the end of a run, the metrics know them all along.
+    # The summary gets its numbers at the end of a run, the metrics have them during it.
     seconds = metrics["seconds"].max() if "seconds" in metrics else 0
     of_prompts = config.get("evaluation.seed")
     return {
