@@ -136,8 +136,7 @@ def settings_in_order(values: Iterable[Any]) -> list[Any]:
     def place(value: Any) -> tuple:
         if not isinstance(value, str):
             return 0, value
-        # imported here: it imports torch, which takes seconds
-        from sam2train.prompts import PROMPTS
+        from sam2train.prompts import PROMPTS  # here, because it imports torch
 
         types = list(PROMPTS)
         words = value.split("+")

@@ -158,12 +158,12 @@ def load_last(folder: RunFolder, say: Callable[[str], None]) -> tuple[dict[str, 
         content = load(previous)
     except UserError as second:
         raise UserError(
-            f"{fault}\nand the one before is no help: {second}\n"
+            f"{fault}\nand the checkpoint before it cannot be used: {second}\n"
             "no checkpoint of this run is whole; start again in another folder"
         ) from None
     if last.exists():
         os.replace(last, folder.damaged)
-    say(f"{fault}\ngoing on from the one before, {previous}, of step {content['step']}")
+    say(f"{fault}\ngoing on from the checkpoint before, {previous}, of step {content['step']}")
     return content, previous
 
 

@@ -221,7 +221,7 @@ class _Images:
                     )
                 truth[image_id] = known and _TRUTH[plain]
             if not any(truth.values()):
-                found.notes.append(f"`{key}` is true on no frame, and left out of account")
+                found.notes.append(f"`{key}` is true on no frame, and is ignored")
                 continue
             self.label_key = key
             for image_id, value in truth.items():

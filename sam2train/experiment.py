@@ -94,7 +94,7 @@ class Experiment(Section):
             check_prompts(self.dataset, self.evaluation.prompt_types or ())
         except ValueError as problem:
             raise ValueError(
-                f"evaluation.prompt_types takes the numbers of dataset: {problem}"
+                f"evaluation.prompt_types uses the numbers of points in dataset: {problem}"
             ) from None
         return self
 

@@ -89,7 +89,7 @@ def _explain_files(error: OSError) -> str:
         errno.EROFS: "this disk can only be read; name another folder with --run-dir",
         errno.EACCES: "you may not do that there; change the permissions or name another folder",
         errno.EPERM: "you may not do that there; change the permissions or name another folder",
-        errno.ENOENT: "it is not there, or not any more; was the folder removed meanwhile?",
+        errno.ENOENT: "it does not exist; was the folder removed during the run?",
         errno.EMFILE: "too many files are open; raise the limit with `ulimit -n`, or lower "
         "dataset.num_workers",
         errno.EFBIG: "files may not be that large here; see `ulimit -f`",

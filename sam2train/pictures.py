@@ -229,7 +229,7 @@ def draw_errors(
 def pick_frames(num_frames: int, prompted: Iterable[int], max_frames: int) -> list[int]:
     """At most `max_frames` ascending indices, even, with the prompted frames and the last one.
 
-    Where not all of these fit, the first prompted frame is kept, then the last frame.
+    Where not all of these fit, the first prompted frame is kept first, then the last frame.
     """
     prompted, last = sorted(prompted), num_frames - 1
     picked = np.linspace(0, last, min(num_frames, max_frames), dtype=int).tolist()

@@ -184,8 +184,7 @@ def load_wandb(project: str, api: Any = None) -> pd.DataFrame:
 
     api = api or _wandb_api()
     try:
-        # loaded lazily, each run would need a request of its own
-        found = list(api.runs(project, lazy=False))
+        found = list(api.runs(project, lazy=False))  # lazily, each run would need a request
     except (ValueError, OSError, wandb.Error) as error:
         raise UserError(f"W&B project {project}: {error}; expected entity/project") from error
     if not found:
@@ -265,7 +264,7 @@ def failures(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs that did not end well: path, status, step, num_steps, and what to do about it."""
     ways_out = {
         "interrupted": "saved; `--resume` goes on with it",
-        "crashed": "killed without a word; `--resume` goes on from its last checkpoint",
+        "crashed": "killed, without an error message; `--resume` goes on from its last checkpoint",
         "failed": "stopped by an error that stands at the end of its output",
     }
     shown = runs[~runs["status"].isin(["finished", "running"])]

@@ -43,9 +43,8 @@ def choose_mode(config: TrackingConfig) -> tuple[Mode, str]:
     """The W&B mode of a run and, in words, why.
 
     The first of these that is set decides: `tracking.mode`, WANDB_MODE, what `wandb offline` or
-    `wandb
-    disabled` wrote in this folder, credentials. Online without usable credentials becomes offline:
-    W&B would ask for a key on the terminal and wait for ever.
+    `wandb disabled` wrote in this folder, credentials. Online without usable credentials becomes
+    offline: W&B would ask for a key on the terminal and wait for ever.
     """
     mode, reason = config.mode, f"tracking.mode is {config.mode}"
     if mode is None and (named := os.environ.get("WANDB_MODE")):

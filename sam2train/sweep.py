@@ -444,7 +444,7 @@ def _show_results(sweep: Sweep, trials: Sequence[Trial], folder: Path, console: 
             shown.add_row(str(rank), *cells)
         console.print(shown)
         if num:
-            say(console, "the best was chosen by these scores: its lead is an optimistic one")
+            say(console, "the best was chosen by these scores, so its lead is probably too large")
     elif any(trial.state == "finished" and not trial.diverged for trial in trials):
         say(console, f"no trial logged {metric}; `metric: name:` takes names of metrics.jsonl")
     if early := [trial.name for trial in trials if trial.state == "stopped"]:

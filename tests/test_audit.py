@@ -210,7 +210,7 @@ def test_data_without_anything_to_track_stop_the_run(experiment, tmp_path):
                 "model": {"trainable_modules": ["memory_attention", "mask_downsample"]},
                 "dataset": {"prompt_types": ["point"]},
             },
-            "mask_downsample got no gradient: it is read for prompts that are masks only",
+            "mask_downsample got no gradient: only mask prompts read it",
         ),
         (
             {

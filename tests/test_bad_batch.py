@@ -62,7 +62,7 @@ def test_a_step_that_is_not_finite_is_kept(experiment, tmp_path, spoil):
 
     found, expected = [], []
     trainer.train_step = third_is_bad
-    with pytest.raises(FloatingPointError, match="Bad first was") as caught:
+    with pytest.raises(FloatingPointError, match="The first bad value") as caught:
         trainer.run()
     assert expected[0] in str(caught.value)
     kept = torch.load(tmp_path / "run" / "bad_batch_3.pt", weights_only=True)
