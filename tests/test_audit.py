@@ -65,7 +65,7 @@ def test_counts_and_norms_by_hand():
         ("memory_attention", {}, 1, "video_clip_length is 1"),
         ("obj_ptr_tpos_proj", {"max_obj_ptrs_in_encoder": 0}, 3, "no object pointers"),
         ("no_mem_pos_enc", {}, 3, "never reads it"),
-        ("mask_downsample", {}, 3, "prompts that are masks"),
+        ("mask_downsample", {}, 3, "only mask prompts read it"),
     ],
 )
 def test_what_is_said_of_a_module_without_gradient(trainable, settings, num_frames, reason):
@@ -217,7 +217,7 @@ def test_data_without_anything_to_track_stop_the_run(experiment, tmp_path):
                 "model": {"trainable_modules": ["no_mem_embed"]},
                 "dataset": {"prompt_types": ["mask"]},
             },
-            "points or boxes only",
+            "prompted by points or boxes read it",
         ),
     ],
 )

@@ -105,7 +105,7 @@ def test_resume_auto_starts_and_then_goes_on(experiment, tmp_path, capsys):
     # Killed while it renamed the two.
     (run_dir / "checkpoints" / "last.pt").unlink()
     assert cli.main([*command, "trainer.num_steps=2"]) == 0
-    assert "going on from the one before" in capsys.readouterr().out
+    assert "going on from the checkpoint before" in capsys.readouterr().out
     # Without a folder: the newest run, unless it is finished.
     command = [str(experiment), "trainer.num_steps=0", "--resume", "auto"]
     assert cli.main(command) == 0
