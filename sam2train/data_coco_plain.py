@@ -20,8 +20,8 @@ from sam2train.data_pictures import read_header
 from sam2train.machine import num_cores
 
 # Keys that say more of a frame or an annotation than is read here.
-_LABELS = {"is_annotated", "is_labelled", "is_labeled", "labelled", "labeled"}
-_LABELS |= {"is_vid_train_frame", "is_key_frame", "is_keyframe"}
+_LABEL_WORDS = {"is_annotated", "is_labelled", "is_labeled", "labelled", "labeled"}
+_LABEL_WORDS |= {"is_vid_train_frame", "is_key_frame", "is_keyframe"}
 _PLACES = ("order_in_video", "frame_id", "frame_index", "frame_number")
 _CHUNK = 1 << 16  # characters of RLE text at a time: what is worked out of them fits the caches
 
@@ -36,7 +36,7 @@ def plain_index(content: Mapping[str, Any], root: Path) -> VideoIndex | None:
     object and frame; None for any other file. No frame is called unlabelled in it.
     """
     try:
-        return _read(content, root)
+        return _read_columns(content, root)
     except (
         _NotPlainError,
         KeyError,
@@ -60,9 +60,9 @@ def _column(entries: Sequence[Mapping[str, Any]], key: str, *kinds: type) -> lis
     return found
 
 
-def _read(content: Mapping[str, Any], root: Path) -> VideoIndex:
+def _read_columns(content: Mapping[str, Any], root: Path) -> VideoIndex:
     images, annotations = content["images"], content["annotations"]
-    order, columns, video_ids, sizes, key = _read_images(images, root)
+    order, columns, video_ids, sizes, key = _image_columns(images, root)
     num_frames, num_all = len(images), len(annotations)
 
     raw_ids = np.array(_column(images, "id", int), np.int64)
@@ -146,12 +146,12 @@ def _read(content: Mapping[str, Any], root: Path) -> VideoIndex:
     return VideoIndex(columns, texts | {"warnings": [], "notes": notes, "levels": {}})
 
 
-def _read_images(
+def _image_columns(
     images: Sequence[Mapping[str, Any]], root: Path
 ) -> tuple[np.ndarray, dict[str, np.ndarray], list, list[list[int]], str]:
     """Images of the file in the order of frames, with columns, ids and sizes of the videos."""
     keys = set().union(*images)
-    _need(not keys & _LABELS)
+    _need(not keys & _LABEL_WORDS)
     key = next((key for key in _PLACES if key in keys), None)
     _need(key is not None)
     owners, places = _column(images, "video_id", int, str), _column(images, key, int)
@@ -204,7 +204,9 @@ def _check_pictures(
     chosen = {*firsts, *range(0, len(files), len(files) // _HEADS + 1)}
     with ThreadPoolExecutor(8) as pool:  # waits for the disk
         chunks = [sorted(chosen)[start : start + 64] for start in range(0, len(chosen), 64)]
-        good = pool.map(lambda chunk: all(_is_plain(files[k], sizes[k]) for k in chunk), chunks)
+        good = pool.map(
+            lambda chunk: all(_is_plain_file(files[k], sizes[k]) for k in chunk), chunks
+        )
         _need(all(good))
     return [(found.st_size, found.st_mtime_ns) for found in stats]
 
@@ -212,7 +214,7 @@ def _check_pictures(
 _HEADS = 2000
 
 
-def _is_plain(path: str, size: tuple[int, int]) -> bool:
+def _is_plain_file(path: str, size: tuple[int, int]) -> bool:
     """Whether a file is a picture of 8 bits of this size (H, W) that is not turned."""
     with open(path, "rb") as file:
         head = file.read(4096)
