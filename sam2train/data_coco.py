@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import math
 import re
 from collections import Counter
@@ -16,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from sam2train.data_coco_crowds import Crowds, read_crowds, split_crowds
-from sam2train.data_coco_files import Roots, image_names, image_roots, locate
+from sam2train.data_coco_files import Roots, image_names, image_roots, locate, starts_with_mark
 from sam2train.data_coco_objects import (
     ID_WANTED,
     Findings,
@@ -26,6 +25,7 @@ from sam2train.data_coco_objects import (
     read_annotations,
     whole_number,
 )
+from sam2train.data_label_studio import TASKS
 from sam2train.data_rle import Parts, decode_part, decode_segmentation
 from sam2train.data_source import (
     Annotation,
@@ -38,6 +38,7 @@ from sam2train.data_source import (
 )
 from sam2train.errors import UserError
 from sam2train.files import natural_key, read_json
+from sam2train.machine import watched
 from sam2train.transforms import resize_mask
 
 Unlabelled = Literal["absent", "ignore", "auto"]
@@ -151,23 +152,19 @@ class CocoVideos(VideoSource):
 
 
 def read_coco(path: Path) -> dict[str, Any]:
-    """The content of a JSON of videos."""
-    return read_json(path, _WANTED)
+    """The content of a JSON of videos; a list at its top stands under `tasks`."""
+    return read_json(path, _WANTED, key_of_list=TASKS)
 
 
 def _check_top(path: Path, content: Mapping[str, Any]) -> None:
+    if content.keys() == {TASKS}:
+        raise UserError(f"{path}: the top level is a list, not an object; {_WANTED}")
     for key in ("images", "annotations"):
         entries = content.get(key)
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise UserError(f"{path}: `{key}` is missing or no list of mappings; {_WANTED}")
-        if not entries:
-            raise UserError(f"{path}: `{key}` is empty; {_WANTED}")
-
-
-def starts_with_mark(path: Path) -> bool:
-    """Whether a file begins with a byte order mark."""
-    with open(path, "rb") as file:
-        return file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+        good = isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)
+        if not (good and entries):
+            fault = "is empty" if good else "is missing or no list of mappings"
+            raise UserError(f"{path}: `{key}` {fault}; {_WANTED}")
 
 
 def _with_videos(
@@ -254,7 +251,8 @@ class _Images:
 
 def _read_images(entries: Sequence[Mapping[str, Any]], roots: Roots, found: Findings) -> _Images:
     with ThreadPoolExecutor(8) as pool:  # finding files and reading headers waits for the disk
-        located = list(pool.map(lambda entry: locate(entry, roots), entries))
+        places = pool.map(lambda entry: locate(entry, roots), entries)
+        located = list(watched(places, "pictures", len(entries)))
     images = _Images({}, {}, {}, set())
     shortened: dict[Path, str] = {}  # file -> the path in the JSON that led to it
     told: dict[str, list[str]] = {}  # warning -> the images it is about

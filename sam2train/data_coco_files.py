@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from sam2train.data_coco_objects import has_tracks
 from sam2train.data_pictures import Header, read_header
+from sam2train.data_videos import frame_key
 from sam2train.errors import UserError
 
 # Folders beside a JSON that hold its frames, where the names do not say it.
@@ -52,6 +56,61 @@ def image_names(entry: Mapping[str, Any]) -> list[str]:
     """The paths that an entry gives, `path` before `file_name`."""
     names = (entry.get(key) for key in ("path", "file_name"))
     return [name for name in names if isinstance(name, str) and name]
+
+
+def name_videos(
+    images: Sequence[Mapping[str, Any]], annotations: Sequence[Mapping[str, Any]]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The images of a file that says nothing of videos, with `video_id` and `order_in_video`, and a
+    note.
+
+    Frames of a video are the pictures of one folder whose `name`s differ in their last number, in
+    the order of these numbers. They are left as they are, for videos of one frame, where objects
+    have no ids and the categories cannot tell objects apart either: one is twice on an image, or
+    none is on two images of a video.
+    """
+    names = {image["id"]: PurePath(PureWindowsPath(image["name"]).as_posix()) for image in images}
+    plain = {i: name.with_name(_UPLOAD.sub("", name.name)) for i, name in names.items()}
+    if all(plain[i] != names[i] for i in names) and len({*plain.values()}) == len(names):
+        names = plain  # each upload has a random part of its own
+    groups: dict[tuple[str, str], list[Any]] = {}
+    for i, name in names.items():
+        group = str(name.parent), _LAST_NUMBER.sub(r"\1", name.stem)
+        groups.setdefault(group, []).append(i)
+    if not has_tracks(annotations):
+        owner = {i: group for group, members in groups.items() for i in members}
+        times = Counter((a["image_id"], a.get("category_id")) for a in annotations)
+        frames = Counter((owner[i], category) for i, category in times)
+        if max(times.values(), default=0) > 1 or max(frames.values(), default=0) < 2:
+            return [dict(image) for image in images], []
+    folders = {folder for folder, _ in groups}
+    places: dict[Any, dict[str, Any]] = {}
+    for (folder, prefix), members in groups.items():
+        own = prefix.rstrip("_-. ")
+        alone = len(folders) == len(groups)  # a folder each
+        video_id = (folder if folder != "." else own or "video") if alone else f"{folder}/{own}"
+        if video_id in {known["video_id"] for known in places.values()}:
+            video_id = f"{folder}/{prefix}"
+        key = frame_key([names[i].stem for i in members])
+        members.sort(key=lambda i: (key(names[i].stem), names[i].name))
+        for place, i in enumerate(members):
+            places[i] = {"video_id": video_id, "order_in_video": place}
+    note = (
+        "frames of a video are the pictures of one folder whose names differ in their last number, "
+        f"in this order: {len(groups)} videos of {len(images)} frames"
+    )
+    return [{**image, **places[image["id"]]} for image in images], [note]
+
+
+# Label Studio puts 8 random digits before the name of an upload.
+_UPLOAD = re.compile(r"^[0-9a-f]{8}-(?=.)")
+_LAST_NUMBER = re.compile(r"^(.*?)[0-9]+(?:\.[0-9]+)?$")
+
+
+def starts_with_mark(path: Path) -> bool:
+    """Whether a file begins with a byte order mark."""
+    with open(path, "rb") as file:
+        return file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
 
 
 def is_absolute(name: str) -> bool:
@@ -99,7 +158,7 @@ def _candidates(names: list[str], roots: Roots) -> Iterator[Located]:
     """Files that the names may mean, the likeliest first."""
     spellings = {}
     for name in names:
-        for spelling, remarks in _path_spellings(name):
+        for spelling, remarks in path_spellings(name):
             spellings.setdefault(spelling, remarks)
     for spelling, remarks in spellings.items():
         if ".." in PurePath(spelling).parts:
@@ -120,7 +179,7 @@ def _candidates(names: list[str], roots: Roots) -> Iterator[Located]:
             yield Located(root / short, "", (*remarks, "without the hash of the upload"), True)
 
 
-def _path_spellings(name: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+def path_spellings(name: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     """A path as it is written, and as Windows or a web server reads it; with what was done."""
     yield name, ()
     folders = PureWindowsPath(name).as_posix()

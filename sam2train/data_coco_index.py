@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from sam2train.data_coco import CocoVideos, Unlabelled, find_unlabelled, starts_with_mark
+from sam2train.data_coco import CocoVideos, Unlabelled, find_unlabelled
+from sam2train.data_coco_files import starts_with_mark
 from sam2train.data_coco_objects import Findings
 from sam2train.data_coco_plain import plain_index
 from sam2train.data_index import (

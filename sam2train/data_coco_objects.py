@@ -20,6 +20,7 @@ from sam2train.data_rle import (
     segmentation_area,
 )
 from sam2train.data_source import Annotation, listed
+from sam2train.machine import watched
 
 ID_WANTED = "expected a whole number or text"
 # Where the id of an object is, the first that an annotation has. CVAT and others keep their own
@@ -414,7 +415,7 @@ def _read_masks(entries: list[_Entry], found: Findings) -> list[_Entry]:
         )
     told: dict[str, list[str]] = {}  # remark -> the annotations it is about
     good = []
-    for entry in entries:
+    for entry in watched(entries, "masks", len(entries)):
         raw = entry.raw.get("segmentation")
         try:
             if in_shares and polygon_corners(raw):

@@ -21,6 +21,7 @@ from sam2train.data_source import (
 from sam2train.data_videos import index_frames, list_pictures
 from sam2train.errors import UserError
 from sam2train.files import read_json
+from sam2train.machine import watched
 
 _EXPRESSIONS, _RLES, _JPEGS = "meta_expressions.json", "mask_dict.json", "JPEGImages"
 
@@ -54,11 +55,11 @@ class MevisVideos(VideoSource):
         problems: list[str] = []
         videos: dict[str, Video] = {}
         with ThreadPoolExecutor(8) as pool:
-            for name, entry in entries.items():
+            for name, entry in watched(entries.items(), "videos", len(entries)):
                 if video := _index_video(path / _JPEGS / name, entry, pool, problems):
                     videos[name] = replace(video, video_id=name)
         owners, left_out = _owners(masks, entries, videos, problems)
-        for name, object_ids in owners.items():
+        for name, object_ids in watched(owners.items(), "masks of videos", len(owners)):
             for object_id in object_ids:
                 _add_object(videos[name], object_id, masks[object_id], path / _RLES, problems)
         indexed = [replace(video, object_ids=_appearing(video)) for video in videos.values()]

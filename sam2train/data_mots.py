@@ -9,6 +9,7 @@ from sam2train.data_source import Video, shared_pictures, tracking_warnings
 from sam2train.data_videos import list_pictures, subfolders
 from sam2train.data_vos import MaskReport, VosVideos, index_folder
 from sam2train.errors import UserError
+from sam2train.machine import watched
 
 _FRAMES = ("images", "image_02", "img1")  # CVAT, KITTI MOTS, MOTSChallenge
 _MASKS = "instances"
@@ -40,7 +41,7 @@ class MotsVideos(VosVideos):
         report = MaskReport()
         videos: list[Video] = []
         with ThreadPoolExecutor(8) as pool:  # Pillow decodes outside Python's lock
-            for name, frames, masks in places:
+            for name, frames, masks in watched(places, "videos", len(places)):
                 if not masks.is_dir():
                     report.problems.append(f"{masks}: no such folder; expected masks of {frames}")
                 elif video := index_folder(frames, masks, pool, report, "auto", name):

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import combinations
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from sam2train.clips import BatchedVideoDatapoint
@@ -24,7 +22,7 @@ from sam2train.data_source import DataError, Video, VideoSource, listed
 from sam2train.datasets import DataPart, DatasetConfig, build_dataset, data_paths
 from sam2train.errors import UserError
 from sam2train.files import natural_key, resolve_path
-from sam2train.machine import cell, num_cores, say
+from sam2train.machine import cell, num_cores, say, watched, watching
 from sam2train.transforms import AugmentConfig
 
 if TYPE_CHECKING:
@@ -119,14 +117,12 @@ def check_data(config: DatasetConfig, console: Console | None = None) -> DataRep
         if path is None:
             continue
         report = SplitReport(" + ".join(data_paths(path)))
-        waiting = nullcontext()
-        if console is not None and console.is_terminal:
-            waiting = console.status(f"indexing {name}")
-        with waiting:
+        with watching(console, f"indexing {name}"):
             source = _index(config, path, name == "training", report, known)
         videos[name] = [] if source is None else source.videos
         if source is not None and id(source) not in decoded:
-            decoded[id(source)] = _decode_frames(source, name, console)
+            with watching(console, f"reading {name}"):
+                decoded[id(source)] = _decode_frames(source)
         pictures[name], errors, warnings = decoded[id(source)] if source else ({}, [], [])
         report.errors += errors
         report.warnings += warnings
@@ -182,7 +178,7 @@ def _index(
 
 
 def _decode_frames(
-    source: VideoSource, name: str, console: Console | None
+    source: VideoSource,
 ) -> tuple[dict[bytes, Path], list[str], list[str]]:
     """Digest -> file of all frames, with the errors of broken files and warnings of copies."""
     errors, warnings = [], []
@@ -192,12 +188,8 @@ def _decode_frames(
         for t, frame in enumerate(video.frames):
             uses.setdefault(frame.path, {})[frame.page] = (video, t)
     with ThreadPoolExecutor(num_cores()) as pool:
-        found: Iterable[bytes | str] = pool.map(
-            lambda path: _decode_file(source, path, uses[path].values()), uses
-        )
-        if console is not None and console.is_terminal:
-            found = track(found, f"reading {name}", len(uses), console=console, transient=True)
-        found = list(found)
+        digests = pool.map(lambda path: _decode_file(source, path, uses[path].values()), uses)
+        found = list(watched(digests, "files", len(uses)))
     files: dict[bytes, Path] = {}
     copies = []
     for path, digest in zip(uses, found, strict=True):

@@ -61,6 +61,12 @@ def decode_part(segmentation: Any, size: tuple[int, int]) -> MaskPart:
     return MaskPart(columns.T, (top, left), size)
 
 
+def encode_mask(mask: np.ndarray) -> dict[str, Any]:
+    """The compressed RLE of a mask (H, W) bool, as JSON files have it."""
+    counts = rle.encode(np.asfortranarray(mask.view(np.uint8)))["counts"]
+    return {"size": list(mask.shape), "counts": counts.decode()}
+
+
 def segmentation_area(segmentation: Any, size: tuple[int, int]) -> int:
     """Pixels of a segmentation; only `Parts` are decoded. Raises ValueError as
     `decode_segmentation`."""
@@ -338,5 +344,4 @@ def _fill_shapes(shapes: list[tuple[list, list[list]]], size: tuple[int, int]) -
         for hole in holes:
             filled &= ~rle.decode(rle.merge(rle.frPyObjects([hole], *size))).astype(bool)
         mask |= filled
-    counts = rle.encode(np.asfortranarray(mask.view(np.uint8)))["counts"]
-    return _checked(_parse_text(counts, size), size)
+    return _checked(_parse_text(encode_mask(mask)["counts"].encode(), size), size)

@@ -26,6 +26,7 @@ from sam2train.data_videos import index_frames, list_pictures
 from sam2train.data_vos import VosVideos, find_masks, read_list
 from sam2train.errors import UserError
 from sam2train.files import natural_key, read_json
+from sam2train.machine import watched
 from sam2train.transforms import resize_mask
 
 MAX_FRAMES = 10**7  # of a film, for counts that are none
@@ -88,7 +89,7 @@ class SavVideos(VideoSource):
         videos, automatic = [], []
         strides: dict[str, list[str]] = {}
         with ThreadPoolExecutor(8) as pool:
-            for name in names:
+            for name in watched(names, "videos", len(names)):
                 if name not in annotations:
                     problems.append(
                         f"{name}: no {name}_manual.json below {root}, but {path} lists it"

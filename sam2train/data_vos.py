@@ -31,6 +31,7 @@ from sam2train.data_videos import (
 )
 from sam2train.errors import UserError
 from sam2train.files import natural_key
+from sam2train.machine import watched
 
 # Frames and masks; the second pair is that of SA-V's validation and test sets.
 _PICTURES = "|".join(re.escape(suffix) for suffix in sorted(PICTURE_SUFFIXES))
@@ -108,7 +109,7 @@ class VosVideos(VideoSource):
 
         videos, unlabelled = [], []
         with ThreadPoolExecutor(8) as pool:  # Pillow decodes outside Python's lock
-            for name in names:
+            for name in watched(names, "videos", len(names)):
                 folder, masks = frames_root / name, masks_root / name
                 if not folder.is_dir():
                     problems.append(f"{folder}: no such folder, but {path} lists it")

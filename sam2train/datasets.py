@@ -18,6 +18,8 @@ from sam2train.data_clips import ClipDataset, clip_settings
 from sam2train.data_coco import CocoVideos, Unlabelled, read_coco
 from sam2train.data_coco_crowds import Crowds
 from sam2train.data_coco_index import read_large_coco
+from sam2train.data_cvat import cvat_file, cvat_to_coco
+from sam2train.data_label_studio import is_label_studio, label_studio_to_coco
 from sam2train.data_mask_values import MaskValues
 from sam2train.data_mevis import MevisVideos
 from sam2train.data_mixture import Mixture
@@ -56,19 +58,28 @@ class Format:
 _LAYOUTS = {
     "youtube_vis": (is_youtube_vis, youtube_vis_to_coco),
     "burst": (is_burst, burst_to_coco),
+    "label_studio": (is_label_studio, label_studio_to_coco),
 }
 
 
 def _read_json_videos(path: Path, config: DatasetConfig, layout: str | None = None) -> CocoVideos:
     """The videos of a JSON file, in the given layout or the one that its content shows."""
-    return _json_videos(
-        path,
-        config.image_root,
-        layout,
-        unlabelled_frames=config.unlabelled_frames,
-        same_object_twice=config.same_object_twice,
-        crowds=config.crowds,
-    )
+    if layout is None and cvat_file(path) is not None:
+        return _read_cvat(path, config)
+    return _json_videos(path, config.image_root, layout, **_coco_settings(config))
+
+
+def _coco_settings(config: DatasetConfig) -> dict[str, Any]:
+    keys = ("unlabelled_frames", "same_object_twice", "crowds")
+    return {key: getattr(config, key) for key in keys}
+
+
+def _read_cvat(path: Path, config: DatasetConfig) -> CocoVideos:
+    """The videos of CVAT's XML, or of the folder that its export unpacks to."""
+    path = cvat_file(path) or path
+    content, notes = cvat_to_coco(path, config.image_root)
+    settings = _coco_settings(config)
+    return CocoVideos(path, config.image_root, content=content, notes=notes, **settings)
 
 
 def _json_videos(
@@ -88,6 +99,7 @@ def _json_videos(
             if kind is not None:
                 notes.append(f"the file has the layout of {kind}, and is read as such")
         found = content() if kind is None else _LAYOUTS[kind][1](path, content())
+        notes += found.get("notes", []) if kind is not None else []
         return CocoVideos(path, image_root, content=found, notes=notes, **settings)
 
     return read_large_coco(path, image_root, {"layout": layout, **settings}, read, as_coco)
@@ -107,7 +119,7 @@ FORMATS = {
     ),
     "vos": Format(
         "JPEGImages and Annotations as DAVIS has them",
-        lambda path, config: read_folders(path, config.mask_values),
+        lambda path, config: read_folders(path, config),
         keys=("mask_values",),
     ),
     "sav": Format(
@@ -131,19 +143,27 @@ FORMATS = {
         keys=_JSON_KEYS,
         takes_json=True,
     ),
+    "cvat": Format("CVAT's XML for images or for video", _read_cvat, keys=_JSON_KEYS),
+    "label_studio": Format(
+        "Label Studio's export JSON",
+        lambda path, config: _read_json_videos(path, config, "label_studio"),
+        keys=_JSON_KEYS,
+        takes_json=True,
+    ),
 }
 
 
-def read_folders(path: Path, mask_values: MaskValues = "auto") -> VideoSource:
-    """Folders of mask pictures; what lies there as MOTS or MeViS have it is read as such, and a
-    note says so."""
+def read_folders(path: Path, config: DatasetConfig) -> VideoSource:
+    """Folders of mask pictures; what lies there as MOTS, MeViS or CVAT have it is read as such, and
+    a note says so."""
     if find_masks(path) is None:
-        for name, known in (("mots", MotsVideos), ("mevis", MevisVideos)):
-            if known.recognise(path):
-                source = known(path)
+        others = [("mots", MotsVideos.recognise), ("mevis", MevisVideos.recognise)]
+        for name, recognise in [*others, ("cvat", cvat_file)]:
+            if recognise(path):
+                source = FORMATS[name].read(path, config)
                 source.notes.insert(0, f"read as dataset_type: {name}, whose files lie here")
                 return source
-    return VosVideos(path, mask_values)
+    return VosVideos(path, config.mask_values)
 
 
 class DataPart(Section):
@@ -347,7 +367,8 @@ def _read_source(
 ) -> VideoSource:
     path = demo.resolve_data_path(path, say)
     # A COCO JSON has real masks: what trains on anything else can be validated on them.
-    if path.suffix == ".json" and not training and not FORMATS[kind].takes_json:
+    takes = (".json",) if FORMATS[kind].takes_json else (".xml",) if kind == "cvat" else ()
+    if path.suffix in {".json", ".xml"} - {*takes} and not training:
         kind = "coco"
     known = {} if known is None else known
     key = str(path.resolve()), kind

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from sam2train.checkpoint import Loaded, load_checkpoint
@@ -29,7 +28,7 @@ from sam2train.evaluate import (
 )
 from sam2train.experiment import Experiment, base_hash, build_model, uses_bf16
 from sam2train.files import replacing, write_rows, write_text
-from sam2train.machine import cell, say
+from sam2train.machine import cell, count_bar, say
 from sam2train.metrics import BASE, COPY, TRAINED
 from sam2train.model import SAM2Model
 from sam2train.run_folder import RunFolder
@@ -276,11 +275,7 @@ class Evaluation:
     def progress(self, passes: int) -> Iterator[Callable[..., None]]:
         """A bar over the videos of all passes; the function it gives counts one video."""
         videos = len(self.data.videos[: self.experiment.evaluation.max_videos])
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=None))
-        columns += (MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(
-            *columns, console=self.console, transient=True, disable=not self.console.is_terminal
-        ) as progress:
+        with count_bar(self.console) as progress:
             task = progress.add_task("", total=passes * videos)
             yield lambda label: progress.update(task, advance=1, description=label)
 

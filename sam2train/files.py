@@ -108,21 +108,17 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[
     write_text(path, text.getvalue())
 
 
-def read_json(path: Path, expected: str, *, optional: bool = False) -> dict[str, Any]:
-    """The object in a JSON file (UTF-8, with or without a byte order mark).
+def read_regular_file(path: Path, expected: str) -> bytes:
+    """The bytes of a file that has some.
 
     Args:
         expected: what the message asks for, such as "expected a COCO dataset".
-        optional: a file that is not there gives an empty object.
 
     Raises:
-        UserError: no file, one that cannot be read, or one that holds something else.
+        UserError: no file, an empty one, or one that cannot be read.
     """
-    path = Path(path)
     try:
         if not path.exists():
-            if optional:
-                return {}
             raise UserError(f"{path}: no such file; {expected}")
         if not path.is_file():  # opening a pipe would wait until another program writes into it
             what = "is a folder" if path.is_dir() else "is no regular file"
@@ -132,6 +128,27 @@ def read_json(path: Path, expected: str, *, optional: bool = False) -> dict[str,
         raise UserError(f"{path}: cannot be read ({problem.strerror}); {expected}") from None
     if not raw.strip():
         raise UserError(f"{path}: the file is empty; {expected}")
+    return raw
+
+
+def read_json(
+    path: Path, expected: str, *, optional: bool = False, key_of_list: str | None = None
+) -> dict[str, Any]:
+    """The object in a JSON file (UTF-8, with or without a byte order mark).
+
+    Args:
+        key_of_list: where the file holds a list, the object returned has it under this key; None
+            refuses a list.
+        expected: what the message asks for, such as "expected a COCO dataset".
+        optional: a file that is not there gives an empty object.
+
+    Raises:
+        UserError: no file, one that cannot be read, or one that holds something else.
+    """
+    path = Path(path)
+    if optional and not path.exists():
+        return {}
+    raw = read_regular_file(path, expected)
     try:
         content = _parse_json(raw)
     except UnicodeDecodeError as problem:
@@ -142,6 +159,8 @@ def read_json(path: Path, expected: str, *, optional: bool = False) -> dict[str,
         raise UserError(f"{path}: the file is not valid JSON ({fault}); {expected}") from None
     except ValueError as problem:
         raise UserError(f"{path}: the file is not valid JSON ({problem}); {expected}") from None
+    if isinstance(content, list) and key_of_list is not None:
+        return {key_of_list: content}
     if not isinstance(content, dict):
         kind = "null" if content is None else f"a {type(content).__name__}"
         raise UserError(f"{path}: the top level is {kind}, not an object; {expected}")

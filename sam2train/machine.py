@@ -9,11 +9,12 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from sam2train.errors import UserError
 from sam2train.files import printable
@@ -21,8 +22,10 @@ from sam2train.files import printable
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
+    from rich.progress import Progress
     from rich.text import Text
 
+T = TypeVar("T")
 _PACKAGES = ("torch", "torchvision", "sam2", "numpy", "opencv-python", "pycocotools", "wandb")
 
 
@@ -210,3 +213,58 @@ def cell(text: object, style: str = "") -> Text:
     from rich.text import Text
 
     return Text(printable(text), style)
+
+
+def count_bar(console: Console) -> Progress:
+    """A bar with how many are done of how many; nothing of it on a console that is no terminal, or
+    after it has ended."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=None))
+    columns += (MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+_watcher: ContextVar[tuple[Progress, str] | None] = ContextVar("watcher", default=None)
+
+
+@contextlib.contextmanager
+def watching(console: Console | None, what: str) -> Iterator[None]:
+    """Show a bar for each `watched` in the block, under the name `what`; None shows nothing."""
+    if console is None:
+        yield
+        return
+    with count_bar(console) as bar:
+        task = bar.add_task(what, total=None)
+        before = _watcher.set((bar, what))
+        try:
+            yield
+        finally:
+            _watcher.reset(before)
+            bar.remove_task(task)
+
+
+def watched(items: Iterable[T], what: str, number: int) -> Iterator[T]:
+    """The items, counted on the bar of the block of `watching` that this is in, if there is one.
+
+    A reader of data does not know who waits for it, and how its items are counted is no part of its
+    result: so the bar comes from around it and not as an argument.
+    """
+    watcher = _watcher.get()
+    if watcher is None:
+        yield from items
+        return
+    bar, name = watcher
+    task = bar.add_task(f"{name}: {what}", total=number)
+    try:
+        for item in items:
+            yield item
+            bar.advance(task)
+    finally:
+        bar.remove_task(task)

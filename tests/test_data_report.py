@@ -284,3 +284,34 @@ def test_one_split_for_both_is_warned_of():
     assert shared_split_warning(build(test_path=None)) is None
     assert shared_split_warning(build(test_path="a/test.json")) is None
     assert "too high" in shared_split_warning(build(test_path="a/../a/val.json"))
+
+
+# Progress
+
+
+@pytest.mark.parametrize("kind", ["coco", "vos", "sav"])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_sees_how_many_are_indexed_and_read_of_how_many(tmp_path, kind, terminal):
+    if kind == "coco":
+        path, wanted = make_coco(tmp_path), {"pictures": 6, "masks": 12, "files": 6}
+    elif kind == "vos":
+        make_vos(tmp_path)
+        path = tmp_path
+        wanted = {"videos": len(list((tmp_path / "JPEGImages").iterdir()))}
+        wanted["files"] = len(list((tmp_path / "JPEGImages").rglob("*.*")))
+    else:
+        make_frames(tmp_path / "sav_1", [f"{t:05d}.jpg" for t in range(10)])
+        path, wanted = tmp_path, {"videos": 1, "files": 10}
+        write_json(tmp_path / "sav_1_manual.json")
+    raw = {"dataset_type": kind, "data_path": str(path), "video_clip_length": 4}
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=terminal, width=120)
+    check_data(build(DatasetConfig, raw, "dataset"), console)
+    shown = text.getvalue()
+    if not terminal:
+        assert shown == ""
+        return
+    for what, number in wanted.items():
+        assert f"training: {what}" in shown
+        assert f"0/{number}" in shown or f"{number}/{number}" in shown
+    assert "indexing training" in shown

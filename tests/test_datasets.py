@@ -442,7 +442,8 @@ def test_a_format_from_outside_is_a_class_and_a_line(arrays):
         assert (to_pixels(clip.images)[clip.masks.any(1).numpy()] == OBJECT_COLOURS[0]).all()
     with pytest.raises(ConfigError, match='image_root is for dataset_type "coco" or '):
         build(DatasetConfig, raw | {"image_root": "frames"}, "dataset")
-    with pytest.raises(ConfigError, match=r"got \"array\"; .*burst, arrays; did you mean arrays\?"):
+    did_you_mean = r"got \"array\"; .*label_studio, arrays; did you mean arrays\?"
+    with pytest.raises(ConfigError, match=did_you_mean):
         build(DatasetConfig, raw | {"dataset_type": "array"}, "dataset")
 
 
