@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 import re
 from collections import Counter
@@ -15,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from sam2train.data_coco_crowds import Crowds, read_crowds, split_crowds
-from sam2train.data_coco_files import Roots, image_names, image_roots, locate, starts_with_mark
+from sam2train.data_coco_files import Roots, image_names, image_roots, locate
 from sam2train.data_coco_objects import (
     ID_WANTED,
     Findings,
@@ -37,7 +38,7 @@ from sam2train.data_source import (
     tracking_warnings,
 )
 from sam2train.errors import UserError
-from sam2train.files import natural_key, read_json
+from sam2train.files import json_object, natural_key, read_regular_file
 from sam2train.machine import watched
 from sam2train.transforms import resize_mask
 
@@ -71,6 +72,7 @@ class CocoVideos(VideoSource):
         crowds: what annotations with `iscrowd` are; those with `ignore` are regions that no loss
             and no score counts.
         content: of the file, where it is read already or made from another format.
+        warnings, notes: of who did that.
 
     Raises:
         UserError: all problems of the file at once.
@@ -90,13 +92,12 @@ class CocoVideos(VideoSource):
         same_object_twice: Literal["unite", "error"] = "unite",
         crowds: Crowds = "auto",
         content: Mapping[str, Any] | None = None,
+        warnings: Sequence[str] = (),
         notes: Sequence[str] = (),
     ):
-        content = read_coco(path) if content is None else content
+        found = Findings(warnings=list(warnings), notes=list(notes))
+        content = read_coco(path, found.warnings) if content is None else content
         _check_top(path, content)
-        found = Findings(notes=list(notes))
-        if starts_with_mark(path):
-            found.warnings.append("the file begins with a byte order mark; read without it")
         objects, ignored = split_crowds(content["annotations"], crowds, found)
         content = {**content, "annotations": objects}
         roots = image_roots(path, image_root)
@@ -151,9 +152,12 @@ class CocoVideos(VideoSource):
         return None if ignored is None else decode_segmentation(ignored, video.size)
 
 
-def read_coco(path: Path) -> dict[str, Any]:
+def read_coco(path: Path, warnings: list[str]) -> dict[str, Any]:
     """The content of a JSON of videos; a list at its top stands under `tasks`."""
-    return read_json(path, _WANTED, key_of_list=TASKS)
+    raw = read_regular_file(path, _WANTED)
+    if raw.startswith(codecs.BOM_UTF8):
+        warnings.append("the file begins with a byte order mark; read without it")
+    return json_object(raw, path, _WANTED, key_of_list=TASKS)
 
 
 def _check_top(path: Path, content: Mapping[str, Any]) -> None:

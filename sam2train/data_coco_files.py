@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -105,12 +104,6 @@ def name_videos(
 # Label Studio puts 8 random digits before the name of an upload.
 _UPLOAD = re.compile(r"^[0-9a-f]{8}-(?=.)")
 _LAST_NUMBER = re.compile(r"^(.*?)[0-9]+(?:\.[0-9]+)?$")
-
-
-def starts_with_mark(path: Path) -> bool:
-    """Whether a file begins with a byte order mark."""
-    with open(path, "rb") as file:
-        return file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
 
 
 def is_absolute(name: str) -> bool:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from sam2train.data_coco import CocoVideos, Unlabelled, find_unlabelled
-from sam2train.data_coco_files import starts_with_mark
 from sam2train.data_coco_objects import Findings
 from sam2train.data_coco_plain import plain_index
 from sam2train.data_index import (
@@ -86,8 +85,7 @@ def read_large_coco(
     collects = gc.isenabled()
     gc.disable()  # a million annotations stay alive until the index is made
     try:
-        is_other = root is not None or starts_with_mark(path)
-        index = None if is_other else plain_index(content(), path.parent)
+        index = plain_index(content(), path.parent) if root is None else None
         if index is not None:
             index = _with_findings(index, settings["unlabelled_frames"])
         else:

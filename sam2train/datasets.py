@@ -85,12 +85,13 @@ def _read_cvat(path: Path, config: DatasetConfig) -> CocoVideos:
 def _json_videos(
     path: Path, image_root: str | Path | None, layout: str | None = None, **settings: Any
 ) -> CocoVideos:
-    content = functools.cache(lambda: read_coco(path))
+    warnings: list[str] = []
+    content = functools.cache(lambda: read_coco(path, warnings))
 
     def as_coco() -> Mapping[str, Any]:
-        """Nothing where it has another layout."""
+        """Nothing where it has another layout, or something to tell."""
         known = layout or any(is_it(content()) for is_it, _ in _LAYOUTS.values())
-        return {} if known else content()
+        return {} if known or warnings else content()
 
     def read() -> CocoVideos:
         kind, notes = layout, []
@@ -100,7 +101,8 @@ def _json_videos(
                 notes.append(f"the file has the layout of {kind}, and is read as such")
         found = content() if kind is None else _LAYOUTS[kind][1](path, content())
         notes += found.get("notes", []) if kind is not None else []
-        return CocoVideos(path, image_root, content=found, notes=notes, **settings)
+        told = {"warnings": warnings, "notes": notes}
+        return CocoVideos(path, image_root, content=found, **told, **settings)
 
     return read_large_coco(path, image_root, {"layout": layout, **settings}, read, as_coco)
 

@@ -131,14 +131,10 @@ def read_regular_file(path: Path, expected: str) -> bytes:
     return raw
 
 
-def read_json(
-    path: Path, expected: str, *, optional: bool = False, key_of_list: str | None = None
-) -> dict[str, Any]:
+def read_json(path: Path, expected: str, *, optional: bool = False) -> dict[str, Any]:
     """The object in a JSON file (UTF-8, with or without a byte order mark).
 
     Args:
-        key_of_list: where the file holds a list, the object returned has it under this key; None
-            refuses a list.
         expected: what the message asks for, such as "expected a COCO dataset".
         optional: a file that is not there gives an empty object.
 
@@ -146,9 +142,21 @@ def read_json(
         UserError: no file, one that cannot be read, or one that holds something else.
     """
     path = Path(path)
-    if optional and not path.exists():
-        return {}
-    raw = read_regular_file(path, expected)
+    with contextlib.suppress(OSError):  # which reading it says, too
+        if optional and not path.exists():
+            return {}
+    return json_object(read_regular_file(path, expected), path, expected)
+
+
+def json_object(
+    raw: bytes, path: Path, expected: str, *, key_of_list: str | None = None
+) -> dict[str, Any]:
+    """The object in the bytes of a JSON file; see `read_json`.
+
+    Args:
+        key_of_list: where the file holds a list, the object returned has it under this key; None
+            refuses a list.
+    """
     try:
         content = _parse_json(raw)
     except UnicodeDecodeError as problem:

@@ -548,7 +548,9 @@ def test_files_that_are_none(tmp_path):
 
 def test_a_byte_order_mark_is_read(coco):
     coco.write_bytes(b"\xef\xbb\xbf" + coco.read_bytes())
-    assert load(coco)[0].masks.any()
+    dataset = load(coco)
+    assert dataset[0].masks.any()
+    assert [w for w in dataset.warnings if "byte order mark" in w]
 
 
 def test_many_images_are_indexed_without_decoding_them(coco, monkeypatch):

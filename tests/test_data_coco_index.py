@@ -95,8 +95,8 @@ CAREFUL = [crowd, polygons, names_as_ids, labels, restarted, twice]
 @pytest.mark.parametrize("change", QUICK + CAREFUL)
 def test_an_index_has_what_the_file_has(packed, tmp_path, change):
     path = edit(make_coco(tmp_path, num_videos=3), change)
-    expected = CocoVideos(path, content=read_coco(path))
-    assert (plain_index(read_coco(path), tmp_path) is not None) == (change in QUICK)
+    expected = CocoVideos(path, content=read_coco(path, []))
+    assert (plain_index(read_coco(path, []), tmp_path) is not None) == (change in QUICK)
     for _ in range(2):  # made, and then read
         found = load(path).source
         assert isinstance(found, IndexedVideos)
@@ -128,7 +128,7 @@ def same_picture(content):
 def test_what_is_wrong_with_a_large_file_is_said_in_the_same_words(packed, tmp_path, change):
     path = edit(make_coco(tmp_path, num_videos=2), change)
     with pytest.raises(UserError) as expected:
-        CocoVideos(path, content=read_coco(path))
+        CocoVideos(path, content=read_coco(path, []))
     with pytest.raises(UserError) as found:
         load(path)
     assert str(found.value) == str(expected.value)
@@ -173,8 +173,8 @@ def test_a_large_json_is_read_as_a_small_one(tmp_path, monkeypatch):
     monkeypatch.setattr("sam2train.files._LARGE_JSON", 0)
     for content in ({"b": [1, 2.5, "\u00e9\ud800", None, True], "a": {}}, {"a": float("inf")}):
         path.write_text(json.dumps(content))
-        assert read_coco(path) == content
-        assert list(read_coco(path)) == list(content)
+        assert read_coco(path, []) == content
+        assert list(read_coco(path, [])) == list(content)
     path.write_text('{"a": ')
     with pytest.raises(UserError, match="not valid JSON"):
-        read_coco(path)
+        read_coco(path, [])
