@@ -50,14 +50,17 @@ class MaskFacts:
         return MaskFacts(self.path, self.size, "colour", *map(packed, counts))
 
 
-def read_facts(path: Path) -> MaskFacts:
+def read_facts(path: Path, raw: bytes | None = None) -> MaskFacts:
     """What a mask picture holds.
+
+    Args:
+        raw: the bytes of the file, where they are read already.
 
     Raises:
         UserError: missing, damaged, no picture, a JPEG of ids, or one with more colours than masks
             have.
     """
-    picture = read_mask_picture(path)
+    picture = read_mask_picture(path, raw)
     values = picture.values
     if picture.is_jpeg and not picture.is_colour and 0 < values.max() <= _SMALL_IDS:
         raise UserError(

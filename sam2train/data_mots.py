@@ -5,11 +5,12 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from sam2train.data_facts_cache import FactsCache
 from sam2train.data_source import Video, shared_pictures, tracking_warnings
 from sam2train.data_videos import list_pictures, subfolders
 from sam2train.data_vos import MaskReport, VosVideos, index_folder
 from sam2train.errors import UserError
-from sam2train.machine import watched
+from sam2train.machine import num_cores, watched
 
 _FRAMES = ("images", "image_02", "img1")  # CVAT, KITTI MOTS, MOTSChallenge
 _MASKS = "instances"
@@ -38,14 +39,15 @@ class MotsVideos(VosVideos):
                 f"{path}: {what}; expected {_FRAMES[0]}/*.jpg and {_MASKS}/*.png of the same names "
                 f"(or {_FRAMES[0]}/<video>/ and {_MASKS}/<video>/), as in CVAT's export MOTS PNG"
             )
-        report = MaskReport()
+        report = MaskReport(FactsCache(path))
         videos: list[Video] = []
-        with ThreadPoolExecutor(8) as pool:  # Pillow decodes outside Python's lock
+        with ThreadPoolExecutor(max(8, num_cores())) as pool:  # see `VosVideos`
             for name, frames, masks in watched(places, "videos", len(places)):
                 if not masks.is_dir():
                     report.problems.append(f"{masks}: no such folder; expected masks of {frames}")
                 elif video := index_folder(frames, masks, pool, report, "auto", name):
                     videos.append(video)
+        report.facts.write()
         for video in videos:
             wrong = [o for o in video.object_ids if not 1000 <= int(o) < 10000]
             if wrong:

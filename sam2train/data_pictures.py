@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import threading
@@ -177,15 +178,18 @@ def read_colour_mask(path: Path) -> np.ndarray:
     return picture.palette[picture.values]
 
 
-def read_mask_picture(path: Path) -> MaskPicture:
+def read_mask_picture(path: Path, raw: bytes | None = None) -> MaskPicture:
     """A mask of indices, grey values or colours.
+
+    Args:
+        raw: the bytes of the file, where they are read already.
 
     Raises:
         UserError: missing, truncated, no picture, or one that holds neither.
     """
     palette = None
     try:
-        with Image.open(path) as image:
+        with Image.open(path if raw is None else io.BytesIO(raw)) as image:
             image.load()
             mode, pixels, is_jpeg = image.mode, np.asarray(image), image.format in ("JPEG", "MPO")
             if mode == "P":

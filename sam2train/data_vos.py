@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sam2train.data_mask_facts import MaskFacts, read_facts
+from sam2train.data_facts_cache import FactsCache
+from sam2train.data_mask_facts import MaskFacts
 from sam2train.data_mask_values import MaskValues, Reading, decide, decide_folder
 from sam2train.data_pictures import read_colour_mask, read_id_mask
 from sam2train.data_source import (
@@ -31,7 +32,7 @@ from sam2train.data_videos import (
 )
 from sam2train.errors import UserError
 from sam2train.files import natural_key
-from sam2train.machine import watched
+from sam2train.machine import num_cores, watched
 
 # Frames and masks; the second pair is that of SA-V's validation and test sets.
 _PICTURES = "|".join(re.escape(suffix) for suffix in sorted(PICTURE_SUFFIXES))
@@ -88,7 +89,7 @@ class VosVideos(VideoSource):
                 "Annotations/<video>/*.png, or a list of its videos such as "
                 "ImageSets/2017/train.txt"
             )
-        report = MaskReport()
+        report = MaskReport(FactsCache(path))
         problems, warnings = report.problems, report.warnings
         frames_root, names = found[0], None
         if path.is_file():
@@ -108,7 +109,8 @@ class VosVideos(VideoSource):
             raise UserError(f"{masks_root}: no such folder; expected the masks of {frames_root}")
 
         videos, unlabelled = [], []
-        with ThreadPoolExecutor(8) as pool:  # Pillow decodes outside Python's lock
+        # Pillow decodes outside Python's lock; 8 at least, as reading also waits for the disk.
+        with ThreadPoolExecutor(max(8, num_cores())) as pool:
             for name in watched(names, "videos", len(names)):
                 folder, masks = frames_root / name, masks_root / name
                 if not folder.is_dir():
@@ -117,6 +119,7 @@ class VosVideos(VideoSource):
                     unlabelled.append(name)
                 elif video := index_folder(folder, masks, pool, report, mask_values, name):
                     videos.append(video)
+        report.facts.write()
         if unlabelled:
             warnings.append(f"{listed(unlabelled)}: no masks in {masks_root}, left out")
         if not videos and not problems:
@@ -254,6 +257,7 @@ def _mask_files(folder: Path, problems: list[str]) -> Iterator[tuple[Path, int |
 class MaskReport:
     """What was found in the masks of a data set."""
 
+    facts: FactsCache
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     readings: dict[str, list[str]] = field(default_factory=dict)  # what was concluded -> videos
@@ -283,7 +287,7 @@ def index_folder(
         return None
     video = index_frames(folder, pictures, pool, report.problems, name)
     files = list(_mask_files(masks, report.problems))
-    found = list(pool.map(_try_facts, (path for path, _ in files)))
+    found = list(pool.map(lambda file: _try_facts(file[0], report.facts), files))
     report.problems += [fault for fault in found if isinstance(fault, str)]
     if video is None:
         return None
@@ -362,10 +366,10 @@ def _in_order(object_id: int | str) -> tuple[str | int, ...]:
     return natural_key(str(object_id))
 
 
-def _try_facts(path: Path) -> MaskFacts | str:
+def _try_facts(path: Path, facts: FactsCache) -> MaskFacts | str:
     """What a mask holds, or what is wrong with the file."""
     try:
-        return read_facts(path)
+        return facts.read(path)
     except UserError as problem:
         return str(problem)
 

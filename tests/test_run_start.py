@@ -16,7 +16,7 @@ from test_data_label_studio import both, make_tasks
 from test_data_vos import make_vos
 from test_data_youtube_vis import make_youtube_vis
 
-from sam2train import data_coco_files, data_coco_plain, data_videos, data_vos
+from sam2train import data_coco_files, data_coco_plain, data_facts_cache, data_videos
 from sam2train.trainer import Trainer
 
 _counts: list[list[str]] = []  # of the blocks of `opened` that are open
@@ -53,7 +53,7 @@ def headers(monkeypatch):
 
     for module in (data_coco_files, data_coco_plain, data_videos):
         monkeypatch.setattr(module, "read_header", counted(module.read_header))
-    monkeypatch.setattr(data_vos, "read_facts", counted(data_vos.read_facts))
+    monkeypatch.setattr(data_facts_cache, "read_facts", counted(data_facts_cache.read_facts))
     return found
 
 

@@ -24,7 +24,7 @@ GROUPS = {
         *("data_mask_facts", "data_mask_values", "data_mots", "data_mevis", "data_coco_crowds"),
         *("data_rle", "data_fingerprint", "data_mixture", "data_coco_files", "data_coco_objects"),
         *("data_youtube_vis", "data_burst", "data_index", "data_coco_plain", "data_coco_index"),
-        *("data_mask_cache", "data_cvat", "data_label_studio"),
+        *("data_mask_cache", "data_cvat", "data_label_studio", "data_facts_cache"),
         *("transforms", "prompts", "demo", "demo_videos"),
     },
     "model": {
