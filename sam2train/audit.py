@@ -3,19 +3,20 @@ temporal rows stay untrained."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 
 from sam2train.clips import BatchedVideoDatapoint, is_empty
+from sam2train.errors import UserError
 from sam2train.experiment import Experiment, read_rows, untrained_rows
 from sam2train.model import SAM2Model
 from sam2train.pretrained import MEMORY, MODULES, match_parameters, selects
 from sam2train.prompts import PROMPTS
 
 # Parameters that SAM 2 reads at times only; see its `SAM2Base`.
-_RESTING = {
+_READ_WHEN = {
     "no_mem_pos_enc": "SAM 2 never reads it",
     "no_mem_embed": "it is read on frames that are prompted by points or boxes only",
     "mask_downsample": "it is read for prompts that are masks only",
@@ -24,6 +25,38 @@ _RESTING = {
 }
 _AT_THE_PROMPT = {"no_mem_pos_enc", "no_mem_embed", "mask_downsample"}  # no part of the memory
 _POINTERS = {"obj_ptr_proj", "obj_ptr_tpos_proj", "no_obj_ptr"}
+
+
+def audit_step(
+    model: SAM2Model,
+    experiment: Experiment,
+    batches: Sequence[BatchedVideoDatapoint],
+    say: Callable[[str], None],
+    *,
+    may_wait: bool,
+) -> dict[str, float]:
+    """`audit_gradients` of a step; {} where a later step decides.
+
+    Args:
+        batches: of the step.
+        say: gets a warning for each listed module without gradient that does not stop the run.
+        may_wait: whether later steps have other clips. Clips whose objects show on the last frame
+            alone give the memory no gradient, and then say nothing.
+
+    Raises:
+        UserError: a module of `model.trainable_modules` without gradient, where `trainer.audit`
+            is `stop`.
+    """
+    tracked = any(map(has_tracked_frame, batches))
+    if may_wait and experiment.dataset.video_clip_length > 1 and not tracked:
+        return {}
+    found = modules_without_gradient(model, experiment)
+    if experiment.trainer.audit == "stop" and not all(entry.may_come for entry in found):
+        text = ". ".join(entry.text for entry in found if not entry.may_come)
+        raise UserError(f"model.trainable_modules: {text}. trainer.audit=warn goes on without")
+    for entry in found:
+        say(f"warning: model.trainable_modules: {entry.text}")
+    return audit_gradients(model)
 
 
 def audit_gradients(model: SAM2Model) -> dict[str, float]:
@@ -40,23 +73,24 @@ def audit_gradients(model: SAM2Model) -> dict[str, float]:
     return record
 
 
-class Idle(NamedTuple):
+class WithoutGradient(NamedTuple):
     """An entry of `model.trainable_modules`, or a part of `memory`, that got no gradient at all."""
 
     text: str  # what to say of it
     may_come: bool  # another step of this experiment may give it one
 
 
-def idle_modules(model: SAM2Model, experiment: Experiment) -> list[Idle]:
+def modules_without_gradient(model: SAM2Model, experiment: Experiment) -> list[WithoutGradient]:
     """The entries of `model.trainable_modules` without any gradient, and why.
 
-    A single tensor may rest for a step (the embedding of absence does while nothing is absent);
-    what the experiment lists may not, unless it hangs on what is drawn. `memory` is looked at part
-    by part: one that rests is no news there, and one that the settings switch off stops nothing.
+    A single tensor of a module may be without gradient in a step: the embedding of absent objects
+    is, while no object is absent. A whole module that the experiment lists may be only where the
+    settings let some steps not use it. The name `memory` is checked part by part: a part that some
+    steps do not use is not reported, and one that the settings switch off does not stop the run.
     """
     parameters = model.trainable_parameters()
     drawn = _drawn(experiment)
-    idle = []
+    found = []
     for entry in model.trainable_modules:
         names = match_parameters(model.sam2, [entry], MODULES)
         parts = {entry: names}
@@ -73,8 +107,8 @@ def idle_modules(model: SAM2Model, experiment: Experiment) -> list[Idle]:
                 may_come = tops <= _POINTERS and experiment.model.max_obj_ptrs_in_encoder == 0
                 part = f"{part} (of `{entry}`)"
             text = f"{part} got no gradient: {'; '.join(_reasons(tops, experiment))}"
-            idle.append(Idle(text, may_come))
-    return idle
+            found.append(WithoutGradient(text, may_come))
+    return found
 
 
 def _drawn(experiment: Experiment) -> set[str]:
@@ -98,7 +132,7 @@ def _reasons(tops: set[str], experiment: Experiment) -> Sequence[str]:
     config = experiment.model
     found = []
     if tops <= _AT_THE_PROMPT:
-        return list(dict.fromkeys(_RESTING[top] for top in sorted(tops)))
+        return list(dict.fromkeys(_READ_WHEN[top] for top in sorted(tops)))
     if experiment.dataset.video_clip_length < 2:
         found.append(
             "dataset.video_clip_length is 1, and the memory is learnt through later frames"
@@ -109,7 +143,7 @@ def _reasons(tops: set[str], experiment: Experiment) -> Sequence[str]:
         found.append("model.max_obj_ptrs_in_encoder is 0, which leaves no object pointers")
     if config.memory_gradient == "detached" and "memory_attention" not in tops:
         found.append("model.memory_gradient is `detached`, so that what writes it learns nothing")
-    found += dict.fromkeys(_RESTING[top] for top in sorted(tops & _RESTING.keys()))
+    found += dict.fromkeys(_READ_WHEN[top] for top in sorted(tops & _READ_WHEN.keys()))
     return found or ["no frame after a prompt was there to learn from"]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,40 @@ from torch import nn
 
 from sam2train.clips import BatchedVideoDatapoint
 from sam2train.files import replacing
+from sam2train.run_folder import RunFolder
+
+
+def not_finite(
+    folder: RunFolder,
+    step: int,
+    batches: Sequence[BatchedVideoDatapoint],
+    scalars: Mapping[str, torch.Tensor],
+    model: nn.Module,
+    save: Callable[[], None],
+) -> FloatingPointError:
+    """What to raise after a step that is not finite: names the step, its clips, what was bad first,
+    and the two files that keep the batches and the state before the step.
+
+    Args:
+        step, batches, model: see `save_bad_batch`.
+        scalars: `loss` and `loss/<term>` of the step, and `grad_norm`.
+        save: writes the state before the step as the last checkpoint.
+    """
+    path = folder.bad_batch(step)
+    names = [name for batch in batches for name in batch.names]
+    text = (
+        f"step {step}: loss {scalars['loss'].item():.3g} or gradient norm "
+        f"{scalars['grad_norm'].item():.3g} is not finite, on {'; '.join(names)}. "
+    )
+    try:
+        losses = {n: v for n, v in scalars.items() if n.startswith("loss")}
+        found = save_bad_batch(path, step, batches, losses, model)
+        text += f"Bad first was {found}; {path} has the clips. "
+        save()
+        text += f"{folder.last} is the state before this step. "
+    except OSError as problem:  # the bad step is what must be told
+        text += f"It could not be kept ({problem}). "
+    return FloatingPointError(text + "Lower optimizer.learning_rate or look at these clips")
 
 
 def save_bad_batch(

@@ -165,6 +165,15 @@ def load_last(folder: RunFolder, say: Callable[[str], None]) -> tuple[dict[str, 
     return content, previous
 
 
+def load_to_resume(path: Path, say: Callable[[str], None]) -> tuple[dict[str, Any], Path]:
+    """What a run goes on from, and the file that it is from: `path`, or, where that is a run's last
+    checkpoint and damaged, what `load_last` finds."""
+    folder = RunFolder.of_checkpoint(path)
+    if path == folder.last:
+        return load_last(folder, say)
+    return load(path), path
+
+
 def _format_of(content: Mapping[str, Any]) -> int | None:
     """The number of the format, None for files that are not of this program."""
     number = content.get("format")
@@ -327,6 +336,26 @@ def restore_optimizer(
                     f"{path}: optimizer.state[{place}].{name} is {tuple(value.shape)}, and the "
                     f"parameter {tuple(parameter.shape)}; take another checkpoint of the run"
                 )
+
+
+def rng_states() -> dict[str, Any]:
+    """Of torch's generators: what dropout draws from."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def restore_rng(states: Mapping[str, Any], path: Path) -> None:
+    """Set torch's generators to `rng_states` of the checkpoint at `path`; UserError if they are
+    not."""
+    try:
+        torch.set_rng_state(states["torch"])
+        if torch.cuda.is_available():  # another machine may have fewer devices
+            torch.cuda.set_rng_state_all(states["cuda"][: torch.cuda.device_count()])
+    except (RuntimeError, TypeError) as problem:
+        raise UserError(
+            f"{path}: rng is not the state of torch's generators ({problem}); take another "
+            "checkpoint of the run"
+        ) from None
 
 
 def apply_weights(

@@ -251,7 +251,7 @@ class Download(FileCommand):
 
     def run(self) -> int:
         experiment = self.experiment()
-        from sam2train.pretrained import fetch_checkpoint
+        from sam2train.pretrained_download import fetch_checkpoint
 
         model = experiment.model
         fetch_checkpoint(model.checkpoint_path, model.config_path, _console())

@@ -35,7 +35,6 @@ from sam2train.run_folder import RUNS
 from sam2train.sweep_file import Sweep, check_values, grid, in_grid, load_sweep, show_value
 from sam2train.sweep_search import examples, trials_to_stop
 from sam2train.sweep_trials import (
-    LOG,
     RECORD,
     Trial,
     claim,
@@ -180,7 +179,7 @@ class _LocalSweep:
             trial.start(self.sweep.command(trial.values), environment, lock)
         except OSError as error:  # the others still run
             trial.state, trial.problem = "failed", f"{trial.folder}: cannot start: {error}"
-            _say_failure(trial, self.console)
+            trial.say_failure(self.console)
         self._keep()
         self._say(trial)
 
@@ -214,7 +213,7 @@ class _LocalSweep:
         self._keep()
         self._say(trial)
         if trial.state == "failed":
-            _say_failure(trial, self.console)
+            trial.say_failure(self.console)
 
     def _look(self) -> None:
         """Read what the running trials wrote; end those that hyperband gives up."""
@@ -267,7 +266,7 @@ class _LocalSweep:
             self._set_up(trial)
             trial.recall(self.sweep.config.metric.name)
             if trial.problem:
-                _say_failure(trial, self.console)
+                trial.say_failure(self.console)
 
     def _moving(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The settings by dotted name that can change a result, without those that are varied."""
@@ -329,8 +328,8 @@ def _live_table(sweep: Sweep, trials: Sequence[Trial], total: int, jobs: int, ro
     title = cell(title + (f"; about {left} left" if left else ""), "table.title")
     table = Table(title=title, title_justify="left")
     table.add_column("trial")
-    for name in _varying(sweep):
-        table.add_column(cell(_short_names(sweep)[name]), overflow="fold")
+    for name in sweep.varying:
+        table.add_column(cell(sweep.short_names[name]), overflow="fold")
     for heading in ("state", "step", sweep.config.metric.name, "left"):
         table.add_column(cell(heading), justify="right")
     order = {"running": 0, "failed": 1, "interrupted": 1, "finished": 2, "stopped": 2}
@@ -341,54 +340,37 @@ def _live_table(sweep: Sweep, trials: Sequence[Trial], total: int, jobs: int, ro
         style = _STYLES.get(trial.state, "dim")
         table.add_row(
             trial.name,
-            *(cell(show_value(trial.values.get(name))) for name in _varying(sweep)),
+            *(cell(show_value(trial.values.get(name))) for name in sweep.varying),
             cell(trial.state, style),
             f"{trial.step}/{trial.num_steps}",
             "" if trial.score is None else f"{trial.score:.3f}",
-            _show_seconds(_left(trial)) if trial.state == "running" else "",
+            _show_seconds(trial.seconds_left) if trial.state == "running" else "",
         )
     return table
 
 
 def _trial_line(sweep: Sweep, trial: Trial) -> str:
     """One trial in one line, for a log."""
-    names = _short_names(sweep)
-    values = " ".join(f"{names[n]}={show_value(trial.values.get(n))}" for n in _varying(sweep))
+    names = sweep.short_names
+    values = " ".join(f"{names[n]}={show_value(trial.values.get(n))}" for n in sweep.varying)
     score = "" if trial.score is None else f"  {sweep.config.metric.name} {trial.score:.3f}"
     after = f"  {_show_seconds(trial.seconds)}" if trial.state != "running" else ""
     return f"trial {trial.name}  {values}  {trial.state}{score}{after}"
 
 
-def _varying(sweep: Sweep) -> list[str]:
-    """The parameters that are no constants; all of them if every one is."""
-    names = [name for name, spec in sweep.specs.items() if spec.distribution != "constant"]
-    return names or list(sweep.specs)
-
-
-def _short_names(sweep: Sweep) -> dict[str, str]:
-    """Dotted name -> its last part, where that says which one is meant."""
-    leaves = [name.split(".")[-1] for name in sweep.specs]
-    clear = len({*leaves}) == len(leaves)
-    return dict(zip(sweep.specs, leaves if clear else sweep.specs, strict=True))
-
-
 def _time_left(trials: Sequence[Trial], total: int, jobs: int) -> str:
     """For the whole sweep, from what finished trials took and running ones take; "" if unknown."""
     known = [trial.seconds for trial in trials if trial.state == "finished"]
-    running = [left for trial in trials if trial.state == "running" and (left := _left(trial))]
+    running = [
+        left for trial in trials if trial.state == "running" and (left := trial.seconds_left)
+    ]
     known = known or [
-        t.seconds + (_left(t) or 0) for t in trials if t.state == "running" and _left(t)
+        t.seconds + (t.seconds_left or 0) for t in trials if t.state == "running" and t.seconds_left
     ]
     if not known:
         return ""
     waiting = total - sum(trial.over or trial.state == "running" for trial in trials)
     return _show_seconds((sum(running) + waiting * sum(known) / len(known)) / jobs)
-
-
-def _left(trial: Trial) -> float | None:
-    if not trial.step:
-        return None
-    return trial.seconds / trial.step * (trial.num_steps - trial.step)
 
 
 def _show_seconds(seconds: float | None) -> str:
@@ -421,7 +403,7 @@ def _ranking(sweep: Sweep, trials: Sequence[Trial]) -> pd.DataFrame:
     """
     import pandas as pd
 
-    names = [name for name in _varying(sweep) if name != _SEED]
+    names = [name for name in sweep.varying if name != _SEED]
     groups: dict[str, list[dict[str, Any]]] = {}  # the values -> their runs
     shown: dict[str, dict[str, str]] = {}
     for trial in trials:
@@ -451,8 +433,8 @@ def _show_results(sweep: Sweep, trials: Sequence[Trial], folder: Path, console: 
         num = int(table["p"].notna().sum())
         title = f"{metric}, mean and 95 % interval"
         shown = Table(title=cell(title, "table.title"), title_justify="left")
-        names = [name for name in _varying(sweep) if name != _SEED]
-        headings = ["", *(_short_names(sweep)[name] for name in names), "score", "to the best"]
+        names = [name for name in sweep.varying if name != _SEED]
+        headings = ["", *(sweep.short_names[name] for name in names), "score", "to the best"]
         for heading in headings + [f"p, Holm of {num}"] * (num > 0):
             shown.add_column(cell(heading))
         for rank, row in enumerate(table.to_dict("records"), start=1):
@@ -471,15 +453,5 @@ def _show_results(sweep: Sweep, trials: Sequence[Trial], folder: Path, console: 
         say(console, f"the last {metric} is no finite number, not ranked: {', '.join(broken)}")
     for trial in trials:
         if trial.state == "failed":
-            _say_failure(trial, console)
+            trial.say_failure(console)
     say(console, f"wrote {folder / 'results.csv'}; the runs: python run.py --runs {folder}")
-
-
-def _say_failure(trial: Trial, console: Console) -> None:
-    """What is wrong with a failed trial, or what it printed last, and where all of it stands."""
-    if trial.problem:
-        say(console, f"trial {trial.name} failed: {trial.problem}")
-    if words := trial.last_words():
-        say(console, f"trial {trial.name} failed; its log {trial.folder / LOG} ends:")
-    for line in words:
-        say(console, f"  {line}")

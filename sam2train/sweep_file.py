@@ -82,6 +82,19 @@ class Sweep:
         return self.path.stem
 
     @property
+    def varying(self) -> list[str]:
+        """The parameters that are no constants; all of them if every one is."""
+        names = [name for name, spec in self.specs.items() if spec.distribution != "constant"]
+        return names or list(self.specs)
+
+    @property
+    def short_names(self) -> dict[str, str]:
+        """Dotted name -> its last part, where that says which one is meant."""
+        leaves = [name.split(".")[-1] for name in self.specs]
+        clear = len({*leaves}) == len(leaves)
+        return dict(zip(self.specs, leaves if clear else self.specs, strict=True))
+
+    @property
     def _words(self) -> tuple[str, ...]:
         """What follows run.py in each trial, macros as they stand in the file."""
         command = self.config.command

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Console
 
 from sam2train.errors import UserError
 from sam2train.files import read_json, write_text
-from sam2train.machine import STOP_SIGNALS, num_cores
+from sam2train.machine import STOP_SIGNALS, num_cores, say
 from sam2train.results import load_metrics
 from sam2train.run_folder import RunFolder
 
@@ -166,6 +167,20 @@ class Trial:
             self.state = "finished"
         elif self.state in ("running", "finished"):  # the sweep was killed with it
             self.state = "interrupted"
+
+    @property
+    def seconds_left(self) -> float | None:
+        """By the time that its steps took so far; None before the first."""
+        return self.seconds / self.step * (self.num_steps - self.step) if self.step else None
+
+    def say_failure(self, console: Console) -> None:
+        """Print what is wrong with it, or what it printed last, and where all of it stands."""
+        if self.problem:
+            say(console, f"trial {self.name} failed: {self.problem}")
+        if words := self.last_words():
+            say(console, f"trial {self.name} failed; its log {self.folder / LOG} ends:")
+        for line in words:
+            say(console, f"  {line}")
 
     def last_words(self, most: int = 6) -> list[str]:
         """The last lines of the trial's log."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_model import loss_of, make_clip, make_model
 
-from sam2train.audit import audit_gradients, has_tracked_frame, idle_modules
+from sam2train.audit import audit_gradients, has_tracked_frame, modules_without_gradient
 from sam2train.clips import collate_fn
 from sam2train.experiment import Experiment
 
@@ -62,26 +62,26 @@ def test_counts_and_norms_by_hand():
 def test_what_is_said_of_a_module_without_gradient(trainable, settings, num_frames, reason):
     model = make_model([trainable, "mask_decoder"], **settings)
     loss_of(model, make_clip(("point", 0), num_frames=num_frames)).backward()
-    (idle,) = idle_modules(model, make_experiment(model, clip_length=num_frames))
-    assert idle.text.startswith(f"{trainable} got no gradient")
-    assert reason in idle.text
-    assert not idle.may_come
+    (found,) = modules_without_gradient(model, make_experiment(model, clip_length=num_frames))
+    assert found.text.startswith(f"{trainable} got no gradient")
+    assert reason in found.text
+    assert not found.may_come
 
 
 def test_a_parameter_that_another_prompt_reads_may_get_its_gradient_later():
     model = make_model(["no_mem_embed", "mask_decoder"])
     loss_of(model, make_clip(("mask", 0), num_frames=3)).backward()
-    (idle,) = idle_modules(model, make_experiment(model, prompt="point"))
-    assert "prompted by points or boxes" in idle.text
-    assert idle.may_come
-    (idle,) = idle_modules(model, make_experiment(model, prompt="mask"))
-    assert not idle.may_come
+    (found,) = modules_without_gradient(model, make_experiment(model, prompt="point"))
+    assert "prompted by points or boxes" in found.text
+    assert found.may_come
+    (found,) = modules_without_gradient(model, make_experiment(model, prompt="mask"))
+    assert not found.may_come
 
 
 def test_nothing_is_said_of_modules_that_learn():
     model = make_model(["memory_attention", "memory_encoder", "obj_ptr_proj"])
     loss_of(model, make_clip(("point", 0), num_frames=3)).backward()
-    assert idle_modules(model, make_experiment(model)) == []
+    assert modules_without_gradient(model, make_experiment(model)) == []
 
 
 def test_a_batch_has_a_tracked_frame_where_one_follows_a_prompt():

@@ -10,7 +10,7 @@ import torch
 from conftest import make_coco
 from rich.console import Console
 
-from sam2train import checkpoint, eval_checkpoint, runlog, trainer
+from sam2train import checkpoint, eval_checkpoint, runlog, trainer, trainer_scores
 from sam2train.experiment import Experiment
 from sam2train.machine import Interrupted
 from sam2train.metrics import TRAINED
@@ -66,7 +66,9 @@ def start(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "build_model", SmallModel)
     monkeypatch.setattr(eval_checkpoint, "score", score_by_step)
     monkeypatch.setattr(runlog, "describe_environment", lambda device: {})
-    monkeypatch.setattr(trainer, "scores_table", lambda title, rows: title)  # a bootstrap each
+    monkeypatch.setattr(
+        trainer_scores, "scores_table", lambda title, rows: title
+    )  # a bootstrap each
 
     def build(run_dir, resume=None, console=None, **periods):
         settings = {
@@ -106,19 +108,21 @@ def kill(run, place, at):
     N` between two frames of the N-th scoring of that step: it saves first. At the others the
     process ends: with an error (`step`, `evaluated`, `saved`), or at once (`SIGKILL`).
     """
-    step, evaluate, save, score = run.train_step, run.evaluate, run.save, run._heed_signal
+    step, evaluate, save = run.train_step, run.evaluate, run.save
     scorings = []
 
     def in_scoring(*arguments, **how):
         scorings.append(run.step)
         if place == f"signal {scorings.count(at)}" and run.step == at:
             run.stop.received = signal.SIGTERM
-        return score(*arguments, **how)
+        return score_by_step(*arguments, **how)
 
     def in_step(batches):
         if run.step == at and place == "signal":
             run.stop.received = signal.SIGTERM
         elif run.step == at and place in ("step", "SIGKILL"):
+            if place == "SIGKILL":
+                run.runlog.summary = lambda values: None
             raise Killed
         return step(batches)
 
@@ -135,11 +139,10 @@ def kill(run, place, at):
             raise Killed
 
     run.train_step, run.evaluate, run.save = in_step, in_evaluation, in_save
-    run._heed_signal = in_scoring
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eval_checkpoint, "score", in_scoring)
         if place == "SIGKILL":
             patch.setattr(RunLog, "__exit__", lambda *_: None)
-            patch.setattr(run, "_summarise", lambda status: None)
         with suppress(Killed, Interrupted):
             run.run()
 

@@ -28,6 +28,7 @@ GROUPS = {
     },
     "model": {
         *("memory", "model", "model_inputs", "corrections", "pretrained"),
+        "pretrained_download",
         *("losses", "optimizer"),
     },
     "scores": {
@@ -36,7 +37,15 @@ GROUPS = {
     },
     "runs": {
         *("experiment", "run_folder", "runlog", "runlog_wandb", "checkpoint", "audit"),
-        *("bad_batch", "trainer", "training_run", "eval_checkpoint", "eval_prompts", "export"),
+        *(
+            "bad_batch",
+            "trainer",
+            "trainer_scores",
+            "training_run",
+            "eval_checkpoint",
+            "eval_prompts",
+            "export",
+        ),
     },
     "reports": {
         *("results", "results_compare", "ablation", "compare", "figures"),
