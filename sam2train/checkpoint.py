@@ -253,6 +253,7 @@ def _optimizer(value: Any) -> bool:
     return value is None or (
         isinstance(value, Mapping)
         and isinstance(value.get("state"), Mapping)
+        and all(isinstance(of_one, Mapping) for of_one in value["state"].values())
         and isinstance(value.get("param_groups"), list)
     )
 

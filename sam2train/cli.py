@@ -124,7 +124,7 @@ def parse(words: Sequence[str]) -> Command:
         return _build(command, given)
 
     # A FILE may have "=" in its name; a setting always has one.
-    file = next((word for word in others if "=" not in word or Path(word).is_file()), None)
+    file = next((word for word in others if "=" not in word or os.path.isfile(word)), None)
     if file is None:
         _check_options(command or _by_file("experiment"), given)
         raise UserError("no experiment given; for example experiments/coco_point_bbox.yaml")
@@ -171,7 +171,7 @@ def _detach(words: Sequence[str], flags: Sequence[str]) -> list[str]:
     kept, last = [], []
     for word, following in zip_longest(words, words[1:], fillvalue=""):
         own = following.endswith((".yaml", ".yml")) or (
-            "=" in following and not Path(following).exists()
+            "=" in following and not os.path.exists(following)
         )
         (last if word in flags and own else kept).append(word)
     return kept + last

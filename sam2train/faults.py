@@ -83,7 +83,10 @@ def _explain_files(error: OSError) -> str:
     where = f"{os.fspath(error.filename)}: " if isinstance(error.filename, str) else ""
     reason = error.strerror or str(error) or type(error).__name__
     ways_out = {
-        errno.ENOSPC: f"the disk is full{_free(error.filename)}; make room",
+        errno.ENOSPC: f"the disk is full{_free(error.filename)}; make room"
+        if where
+        else "a disk or /dev/shm is full, where processes that load data keep locks and batches: "
+        "make room there (docker run --shm-size), or set dataset.num_workers=0",
         errno.EDQUOT: "your quota of this disk is used up; free some",
         errno.EROFS: "this disk can only be read; name another folder with --run-dir",
         errno.EACCES: "you may not do that there; change the permissions or name another folder",

@@ -8,10 +8,8 @@ an object is absent, and how well the object score tells presence from absence: 
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import numpy as np
 from rich.table import Table
 
 from sam2train.data_clips import ClipDataset
+from sam2train.errors import UserError
 from sam2train.evaluate import (
     DrawPrompts,
     EvaluationConfig,
@@ -32,6 +31,7 @@ from sam2train.evaluate import (
 from sam2train.files import write_rows
 from sam2train.machine import cell
 from sam2train.metrics import BASE, COPY, mean_scores
+from sam2train.run_files import Say, read_table
 from sam2train.stats import Interval, paired_bootstrap
 
 LABELS = {BASE: "untouched base checkpoint", COPY: "copy the first mask"}
@@ -258,43 +258,23 @@ class RowsFile:
         columns: Sequence[str],
         last_step: int | None = None,
         *,
-        say: Callable[[str], None] = print,
+        say: Say = print,
     ):
         self.path, self.columns = path, tuple(columns)
         self.rows: list[Mapping[str, Any]] = []
         if last_step is None or not path.is_file():
             return
-        text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "\ufffd")
         try:
-            found = list(csv.DictReader(io.StringIO(text, newline="")))
-        except csv.Error:  # a field of more than 131,072 characters
-            found = [{}]
-        whole = [row for row in found if _is_whole(row)]
-        self.rows = [row for row in whole if int(row["step"]) <= last_step]
-        if broken := len(found) - len(whole):
-            say(
-                f"{path}: {broken} of {len(found)} rows are not as this run wrote them, with "
-                f"{', '.join(columns)}; left out"
-            )
+            _, rows = read_table(path, columns, say)
+        except UserError as problem:
+            say(f"{problem}; its rows are left out")
+            return
+        self.rows = [row for row in rows if int(row["step"]) <= last_step]
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows and write the file."""
         self.rows += rows
         write_rows(self.path, self.rows, self.columns)
-
-
-_TEXTS = {"split", "model", "metric", "video_id", "object_id", "frame_policy", "void", "prompt"}
-
-
-def _is_whole(row: Mapping[str | None, Any]) -> bool:
-    """Whether a row that was read has a cell for each heading, and numbers where they belong."""
-    if None in row or None in row.values() or not (row.get("step") or "").isdecimal():
-        return False
-    try:
-        [float(cell) for name, cell in row.items() if name not in _TEXTS and cell != ""]
-    except ValueError:
-        return False
-    return True
 
 
 def frame_rows(tracked: TrackedVideo) -> list[dict[str, Any]]:

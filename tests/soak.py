@@ -313,8 +313,9 @@ def written(run_dir: Path) -> dict[str, Any]:
 
 
 def wandb_rows(folder: Path) -> dict[str, dict[str, Any]]:
-    """The rows of all parts of a run in W&B's offline folders, by step and the names in them; of
-    those that were sent twice, the last."""
+    """The rows of numbers of all parts of a run in W&B's offline folders, by step and the names in
+    them; of those that were sent twice, the last. Pictures that were drawn less than two seconds
+    before a SIGKILL may be missing there, and lie in overlays/."""
     rows: dict[str, dict[str, Any]] = {}
     # The same second may have two folders, which then differ by the time of their files.
     for part in sorted(
@@ -326,21 +327,12 @@ def wandb_rows(folder: Path) -> dict[str, dict[str, Any]]:
             record = json.loads(line)
             if record.get("type") != "history":
                 continue
-            row = _row(record["history"])
-            step = row.get("trainer/global_step")
-            rows[f"step {step}: {' '.join(sorted(row))}"] = row
+            item = record["history"]["item"]
+            if any(name.endswith("._type") for name in item):
+                continue  # pictures and tables
+            row = {name: value for name, value in item.items() if name not in TIMED}
+            rows[f"step {row['trainer/global_step']}: {' '.join(sorted(row))}"] = row
     return rows
-
-
-def _row(history: dict[str, Any]) -> dict[str, Any]:
-    # Of pictures and tables: that they came. The names of their files count W&B's own steps.
-    media = {name.removesuffix("_type") for name in history["item"] if name.endswith("._type")}
-    return {
-        name: value
-        for name, value in history["item"].items()
-        if name not in TIMED and not name.startswith("tables/")
-        if name.endswith("._type") or not name.startswith(tuple(media))
-    }
 
 
 def differences(one: Any, other: Any, where: str = "") -> list[str]:

@@ -26,6 +26,7 @@ from test_data_youtube_vis import make_youtube_vis
 from sam2train import checkpoint, cli
 from sam2train.commands import COMMANDS
 from sam2train.compare import compare_runs, show_runs
+from sam2train.config import to_yaml
 from sam2train.config_yaml import load_yaml
 from sam2train.data_clips import ClipDataset, clip_settings
 from sam2train.data_rle import decode_segmentation, run_lengths, segmentation_area
@@ -446,12 +447,16 @@ class Vos(Kind):
     num = 40
 
     def prepare(self) -> None:
-        self.base = make_vos(self.folder / "base", names=("bear",))
+        base = make_vos(self.folder / "base", names=("bear",))
+        files = [path for path in base.rglob("*") if path.is_file()]
+        self.files = {path.relative_to(base): path.read_bytes() for path in files}
 
     def write(self, rng: random.Random) -> None:
         root = self.folder / "mutated"
         shutil.rmtree(root, ignore_errors=True)
-        shutil.copytree(self.base, root)
+        for name, data in self.files.items():  # from memory: a link may lead out of the folder
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(data)
         self.written.append(root)
         for _ in range(rng.choices((1, 2, 3), (6, 2, 1))[0]):
             path = rng.choice(sorted(root.rglob("*")))
@@ -499,8 +504,8 @@ class Runs(Kind):
 
     def prepare(self) -> None:
         self.files = {}
-        config = (ROOT / "experiments" / "coco_point_bbox.yaml").read_bytes()
-        self.files["config.yaml"] = config
+        experiment = load_experiment(ROOT / "experiments" / "coco_point_bbox.yaml")
+        self.files["config.yaml"] = to_yaml(experiment).encode()
         score = dict.fromkeys(SCORE_COLUMNS, 1.0) | {"split": "val", "model": "trained"}
         lines, rows = [], [",".join(SCORE_COLUMNS)]
         for step in (0, 5, 10):
