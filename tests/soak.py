@@ -552,11 +552,11 @@ def _full_shm(trainings: Trainings, run_dir: Path, rng: random.Random) -> Outcom
         subprocess.run(command.format(size), shell=True, check=True)
 
     run = trainings.start("plain", run_dir, prepare=prepare)
-    wrong, text = _ended(run, (0,), "")
-    return [
-        *wrong,
-        *([] if wrong else differences(trainings.reference("plain"), written(run_dir))),
-    ], text
+    # Without room for a lock, which takes 32 bytes on a page of its own, there are no workers.
+    wrong, text = _ended(run, (0, 1), "/dev/shm is full")
+    if RunFolder(run_dir).last.is_file():
+        return _goes_on(trainings, run_dir, (wrong, text))
+    return wrong, text
 
 
 def _no_memory(trainings: Trainings, run_dir: Path, rng: random.Random) -> Outcome:
