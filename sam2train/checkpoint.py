@@ -298,6 +298,7 @@ _PARTS = {
         ),
         since_format_1=False,
     ),
+    "left_out": _Part("counts by text", _numbers, since_format_1=False),
     "untrained_rows": _Part(
         "a list of row numbers",
         lambda value: isinstance(value, list | tuple) and all(map(_count, value)),

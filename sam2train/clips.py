@@ -73,6 +73,7 @@ class Clip:
     frame_size: tuple[int, int]  # (H, W) of the source frames
     # (T, H, W) bool: pixels without a label, which no loss counts; None where there are none
     ignore: torch.Tensor | None = None
+    left_out: tuple[str, ...] = ()  # what was wrong with the clips in whose place this one is
 
     def __getitem__(self, name: str) -> Any:
         names = self.__dataclass_fields__
@@ -109,6 +110,7 @@ class BatchedVideoDatapoint:
     dict_key: str = "sam2train"
     # (T, B, H, W) bool: pixels without a label; None: no clip has any
     ignore: torch.Tensor | None = None
+    left_out: tuple[str, ...] = ()  # of all its clips
 
     @property
     def num_frames(self) -> int:

@@ -9,8 +9,9 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -21,11 +22,14 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from sam2train.clips import BatchedVideoDatapoint, Clip, collate_fn
 from sam2train.data_clips import ClipDataset
 from sam2train.datasets import DatasetConfig
-from sam2train.errors import MachineFault
+from sam2train.errors import MachineFault, UserError
 from sam2train.machine import leave_group, num_cores
 
 # Seconds; a clip is some pictures, and a slow network disk gives them in a few.
 CLIP_TIMEOUT = 300.0
+
+
+_TRIES = 20  # clips that are drawn, one after the other, in the place of one that cannot be read
 
 
 class ClipSampler:
@@ -79,7 +83,7 @@ def load_batches(
     # More processes than cores only wait for each other; the clips are the same.
     workers = min(config.num_workers, num_cores())
     loader = DataLoader(
-        _Clips(data),
+        _Clips(data, config.on_bad_sample == "skip"),
         batch_size=config.batch_size,
         sampler=ClipSampler(len(data), shuffle=config.shuffle, seed=seed, start=start),
         num_workers=workers,
@@ -92,6 +96,45 @@ def load_batches(
         timeout=2 * CLIP_TIMEOUT * config.batch_size if workers else 0,
     )
     return _unwrap(iter(loader), workers, say)
+
+
+class LeftOut:
+    """Counts the clips that could not be read, under `on_bad_sample: skip`.
+
+    Args:
+        counts: what was wrong -> how often, of the steps before those that `add` is told of.
+        say: gets a line on each kind of fault when it comes first.
+    """
+
+    def __init__(self, counts: Mapping[str, int], say: Callable[[str], None]):
+        self.counts, self.say = Counter(counts), say
+
+    def add(self, problems: Sequence[str], num_clips: int, config: DatasetConfig) -> None:
+        """Count the faults of a step.
+
+        Args:
+            num_clips: that were used so far, or that an epoch has if these are more: a share of
+                the first few says little.
+
+        Raises:
+            UserError: the share of clips that were left out is above `max_bad_fraction`.
+        """
+        for problem in problems:
+            if problem not in self.counts:
+                self.say(f"left out, and another clip drawn: {problem}")
+            self.counts[problem] += 1
+        total = self.counts.total()
+        if total > config.max_bad_fraction * num_clips:
+            shown = "\n  - ".join(list(self.counts)[:_SHOWN])
+            more = f"\n  and {len(self.counts) - _SHOWN} more" if len(self.counts) > _SHOWN else ""
+            raise UserError(
+                f"{total} of {num_clips} clips could not be read, more than "
+                f"dataset.max_bad_fraction={config.max_bad_fraction:g} allows; mend the files, or "
+                f"raise it\n  - {shown}{more}"
+            )
+
+
+_SHOWN = 12  # faults in a message
 
 
 def _begin_worker(number: int) -> None:
@@ -167,8 +210,8 @@ class _Failure:
 class _Clips(Dataset):
     """The clips of a data set, or what went wrong with them."""
 
-    def __init__(self, dataset: ClipDataset):
-        self.dataset = dataset
+    def __init__(self, dataset: ClipDataset, may_skip: bool):
+        self.dataset, self.may_skip = dataset, may_skip
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -176,9 +219,26 @@ class _Clips(Dataset):
     def __getitem__(self, place: tuple[int, int]) -> Clip | _Failure:
         try:
             with _time_limit(self.dataset, place):
-                return self.dataset[place]
+                return self._load(place)
         except Exception as error:
             return _Failure.of(error)
+
+    def _load(self, place: tuple[int, int]) -> Clip:
+        """The clip, or in the place of one that cannot be read another one, which depends on the
+        seed and the place alone."""
+        epoch, index = place
+        rng = np.random.default_rng([self.dataset.settings.seed, epoch, index, 1])
+        left_out: list[str] = []
+        while True:
+            try:
+                clip = self.dataset[place]
+            except UserError as problem:
+                if not self.may_skip or len(left_out) == _TRIES:
+                    raise
+                left_out.append(str(problem))
+                place = epoch, int(rng.integers(len(self.dataset)))
+                continue
+            return replace(clip, left_out=tuple(left_out)) if left_out else clip
 
 
 @contextlib.contextmanager
@@ -209,7 +269,8 @@ def _collate(clips: Sequence[Clip | _Failure]) -> BatchedVideoDatapoint | _Failu
     try:
         if failed := [clip for clip in clips if isinstance(clip, _Failure)]:
             return failed[0]
-        batch = collate_fn(clips)
+        left_out = tuple(problem for clip in clips for problem in clip.left_out)
+        batch = replace(collate_fn(clips), left_out=left_out)
         return batch if get_worker_info() is None else _share(batch)
     except Exception as error:
         return _Failure.of(error)

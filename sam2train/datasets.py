@@ -237,6 +237,17 @@ class DatasetConfig(Section):
     mask_cache_mb: int = Field(
         256, ge=0, description="decoded masks kept in memory, of one data set in all processes"
     )
+    on_bad_sample: Literal["error", "skip"] = Field(
+        "error",
+        description="a frame or mask that cannot be read while training: error stops and names it; "
+        "skip draws another clip, tells and counts. What is scored always stops",
+    )
+    max_bad_fraction: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="skip: the share of clips, of an epoch at least, beyond which training stops",
+    )
     synthetic: SyntheticConfig = Field(
         default_factory=SyntheticConfig, description="video: the made-up objects"
     )

@@ -18,7 +18,7 @@ from sam2train.clips import BatchedVideoDatapoint
 from sam2train.config import to_yaml
 from sam2train.config_yaml import read_yaml
 from sam2train.corrections import SimulatedUser
-from sam2train.data_loader import load_batches
+from sam2train.data_loader import LeftOut, load_batches
 from sam2train.data_report import shared_video_warnings
 from sam2train.datasets import build_dataset
 from sam2train.errors import UserError
@@ -114,6 +114,8 @@ class Trainer:
             resume=content and content.get("window"),
             console=console,
         )
+        before = content.get("left_out", {}) if content else {}
+        self.left_out = LeftOut(before, self.runlog.say)
         self.scores = TrainerScores(
             experiment,
             self.folder,
@@ -284,8 +286,17 @@ class Trainer:
                 partial(self._save_before, *before),
             )
         self.optimizer.step()
+        self._count_left_out(collected)
         lr = max(group["lr"] for group in self.optimizer.param_groups)
         return {**scalars, "grad_norm": grad_norm, "lr": lr}
+
+    def _count_left_out(self, batches: list[BatchedVideoDatapoint]) -> None:
+        """Count the clips of a step that could not be read; UserError where they are too many."""
+        problems = [problem for batch in batches for problem in batch.left_out]
+        if problems:
+            dataset = self.experiment.dataset
+            used = self.num_clips + dataset.batch_size * len(batches)
+            self.left_out.add(problems, max(used, len(self.train_data)), dataset)
 
     def evaluate(self) -> None:
         """Score the validation videos; keep the weights whose score is the highest so far."""
@@ -333,6 +344,7 @@ class Trainer:
                 "run_id": self.run_id,
                 "data": self.fingerprints,
                 "audited": self.audited,
+                "left_out": dict(self.left_out.counts),
                 # best.pt is for use, last.pt for going on.
                 "optimizer": self.optimizer.state_dict() if path == self.folder.last else None,
                 "rng": rng or checkpoint.rng_states(),
@@ -358,4 +370,6 @@ class Trainer:
 
     def _summarise(self, status: str) -> None:
         counts = {"steps": self.step, "seconds": self.runlog.seconds, "status": status}
+        if self.left_out.counts:
+            counts["clips_left_out"] = self.left_out.counts.total()
         self.runlog.summary(self.scores.summary() | counts)
