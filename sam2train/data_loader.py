@@ -3,16 +3,13 @@ as it was."""
 
 from __future__ import annotations
 
-import contextlib
 import pickle
-import signal
 import sys
-import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -23,7 +20,7 @@ from sam2train.clips import BatchedVideoDatapoint, Clip, collate_fn
 from sam2train.data_clips import ClipDataset
 from sam2train.datasets import DatasetConfig
 from sam2train.errors import MachineFault, UserError
-from sam2train.machine import leave_group, num_cores
+from sam2train.machine import leave_group, num_cores, time_limit
 
 # Seconds; a clip is some pictures, and a slow network disk gives them in a few.
 CLIP_TIMEOUT = 300.0
@@ -218,10 +215,17 @@ class _Clips(Dataset):
 
     def __getitem__(self, place: tuple[int, int]) -> Clip | _Failure:
         try:
-            with _time_limit(self.dataset, place):
+            with time_limit(CLIP_TIMEOUT, lambda: self._late(place)):
                 return self._load(place)
         except Exception as error:
             return _Failure.of(error)
+
+    def _late(self, place: tuple[int, int]) -> str:
+        video = self.dataset.video_of(*place)
+        return (
+            f"a clip of video {video.video_id} was not loaded after {CLIP_TIMEOUT:g} s; does the "
+            f"disk with {video.frames[0].path.parent} answer?"
+        )
 
     def _load(self, place: tuple[int, int]) -> Clip:
         """The clip, or in the place of one that cannot be read another one, which depends on the
@@ -239,30 +243,6 @@ class _Clips(Dataset):
                 place = epoch, int(rng.integers(len(self.dataset)))
                 continue
             return replace(clip, left_out=tuple(left_out)) if left_out else clip
-
-
-@contextlib.contextmanager
-def _time_limit(dataset: ClipDataset, place: tuple[int, int]) -> Iterator[None]:
-    """Raise MachineFault with the video's id where a clip takes too long, such as on a network
-    disk that does not answer."""
-    if not hasattr(signal, "setitimer") or threading.current_thread() != threading.main_thread():
-        yield
-        return
-
-    def give_up(number: int, frame: FrameType | None) -> None:
-        video = dataset.video_of(*place)
-        raise MachineFault(
-            f"a clip of video {video.video_id} was not loaded after {CLIP_TIMEOUT:g} s; does the "
-            f"disk with {video.frames[0].path.parent} answer?"
-        )
-
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, CLIP_TIMEOUT)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def _collate(clips: Sequence[Clip | _Failure]) -> BatchedVideoDatapoint | _Failure | bytes:

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sam2train.errors import UserError
+from sam2train.files import check_regular
 
 _EXIF_ORIENTATION = 0x0112
 MAX_ID = 65535  # of an object in a picture of ids
@@ -33,7 +34,7 @@ def read_header(path: Path) -> Header:
         UserError: missing, unreadable or no picture.
     """
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             width, height = image.size
             # Pillow turns a TIFF itself. For a PNG without the tag, getexif() decodes the whole
             # picture in search of one at its end.
@@ -45,6 +46,12 @@ def read_header(path: Path) -> Header:
     return Header((height, width), shown, 2 <= orientation <= 8)
 
 
+def _open(path: Path) -> Image.Image:
+    """The picture in a file. Opening a pipe or a device would wait for whoever writes there."""
+    check_regular(path)
+    return Image.open(path)
+
+
 def count_pages(path: Path) -> int:
     """Pictures in a TIFF: the pages of a stack, if all have one size; 1 for any other file.
 
@@ -54,7 +61,7 @@ def count_pages(path: Path) -> int:
     if path.suffix.lower() not in STACK_SUFFIXES:
         return 1
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             sizes = set()
             for page in range(image.n_frames):
                 image.seek(page)
@@ -75,7 +82,7 @@ def read_levels(path: Path, page: int | None = None) -> np.ndarray | None:
         UserError: missing, truncated or no picture.
     """
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             if not _is_deep(image):
                 return None
             image.seek(page or 0)
@@ -107,7 +114,7 @@ def read_image(
         UserError: missing, truncated, no picture, or of another size.
     """
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             if page is not None:
                 image.seek(page)
             image.load()  # raises for a truncated file, of which OpenCV returns half a picture
@@ -174,7 +181,7 @@ def read_mask_picture(path: Path) -> MaskPicture:
     """
     palette = None
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             image.load()
             mode, pixels = image.mode, np.asarray(image)
             if mode == "P":
@@ -215,6 +222,8 @@ def _to_rgb(image: Image.Image, levels: tuple[float, float] | None) -> np.ndarra
 
 
 def _why_unreadable(path: Path, problem: Exception) -> str:
+    if isinstance(problem, UserError):
+        return str(problem)
     if not path.exists():
         return f"{path}: no such file"
     try:
@@ -260,6 +269,7 @@ class Film:
         if (process, opened) != (os.getpid(), path) or position > frame_idx:
             # A decoder with threads of its own cannot be closed in a forked process: it would wait
             # for threads that exist in its parent only.
+            check_regular(path)
             one_thread = [cv2.CAP_PROP_N_THREADS, 1]
             capture, position = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, one_thread), 0
         while position < frame_idx and capture.grab():
@@ -281,6 +291,7 @@ def read_film_header(path: Path) -> tuple[tuple[int, int], int]:
     Raises:
         UserError: OpenCV cannot read the film.
     """
+    check_regular(path)
     capture = cv2.VideoCapture(str(path))
     good, first = capture.read()
     num_frames = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))

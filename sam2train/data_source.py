@@ -283,6 +283,28 @@ def shared_pictures(videos: Sequence[Video]) -> list[str]:
     ]
 
 
+def files_outside(videos: Sequence[Video], roots: Sequence[Path], *, every: bool) -> list[Path]:
+    """The files of frames and masks that do not lie in one of the folders once links are followed.
+
+    Args:
+        every: follow a link in the place of each file, which asks the disk once for each of them;
+            else those of folders, and of the first frame of a video.
+    """
+    resolve = cache(Path.resolve)  # of folders: the disk is asked once for each
+    inside = [root.resolve() for root in roots]
+    found: dict[Path, None] = {}
+    for video in videos:
+        for place, frame in enumerate(video.frames):
+            masks = [*(one.segmentation for one in frame.annotations.values()), frame.ignored]
+            files = {frame.path, *(mask.path for mask in masks if hasattr(mask, "path"))}
+            for path in files:
+                follow = every or place == 0
+                real = path.resolve() if follow else resolve(path.parent) / path.name
+                if not any(real.is_relative_to(root) for root in inside):
+                    found[path] = None
+    return list(found)
+
+
 def tracking_warnings(videos: Sequence[Video]) -> list[str]:
     """Warnings about videos from which no tracking can be learned."""
     without, short = [], []

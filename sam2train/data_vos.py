@@ -30,7 +30,7 @@ from sam2train.data_videos import (
     subfolders,
 )
 from sam2train.errors import UserError
-from sam2train.files import name_fault, natural_key, shorten
+from sam2train.files import check_regular, name_fault, natural_key, shorten
 
 # Frames and masks; the second pair is that of SA-V's validation and test sets.
 _PICTURES = "|".join(re.escape(suffix) for suffix in sorted(PICTURE_SUFFIXES))
@@ -87,6 +87,8 @@ class VosVideos(VideoSource):
                 "Annotations/<video>/*.png, or a list of its videos such as "
                 "ImageSets/2017/train.txt"
             )
+        if not path.is_dir():
+            check_regular(path)
         report = MaskReport()
         problems, warnings = report.problems, report.warnings
         frames_root, names = found[0], None
@@ -168,6 +170,7 @@ def read_list(path: Path, root: Path | None = None) -> list[str]:
     Raises:
         UserError: no text, or a name that leads out of the root.
     """
+    check_regular(path)
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as problem:

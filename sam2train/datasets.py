@@ -22,7 +22,7 @@ from sam2train.data_mevis import MevisVideos
 from sam2train.data_mixture import Mixture
 from sam2train.data_mots import MotsVideos
 from sam2train.data_sav import read_sav
-from sam2train.data_source import VideoSource
+from sam2train.data_source import DataError, VideoSource, files_outside, listed
 from sam2train.data_synthetic import SyntheticConfig
 from sam2train.data_videos import MadeUpVideos
 from sam2train.data_vos import VosVideos, find_masks
@@ -237,6 +237,11 @@ class DatasetConfig(Section):
     mask_cache_mb: int = Field(
         256, ge=0, description="decoded masks kept in memory, of one data set in all processes"
     )
+    restrict_to_root: bool = Field(
+        False,
+        description="refuse frames and masks that lie outside of the data's folder and image_root, "
+        "links included; false tells of them",
+    )
     on_bad_sample: Literal["error", "skip"] = Field(
         "error",
         description="a frame or mask that cannot be read while training: error stops and names it; "
@@ -352,7 +357,32 @@ def _read_source(
     # A COCO JSON has real masks: what trains on anything else can be validated on them.
     if path.suffix == ".json" and not training and not known.takes_json:
         known = FORMATS["coco"]
-    return known.read(path, config)
+    source = known.read(path, config)
+    _check_root(source, path, config)
+    return source
+
+
+def _check_root(source: VideoSource, path: Path, config: DatasetConfig) -> None:
+    """Refuse files outside the data's folder, or tell of them, as `restrict_to_root` says.
+
+    The folder is that of the path, or of the file; of a list of videos, the one with the frames and
+    masks. dataset.image_root is another.
+    """
+    above = find_masks(path) if path.suffix == ".txt" else None
+    root = above[0].parent if above else path if path.is_dir() else path.parent
+    roots = [root, *([Path(config.image_root)] if config.image_root else [])]
+    restrict = config.restrict_to_root
+    found = files_outside(source.videos, roots, every=restrict)
+    if not found:
+        return
+    where = " and ".join(map(str, roots))
+    if restrict:
+        lies = [f"{file}: lies outside of {where}, at {file.resolve()}" for file in found]
+        raise DataError(source, [f"{one}; dataset.restrict_to_root refuses it" for one in lies])
+    source.notes.append(
+        f"{listed([str(file) for file in found])}: outside of {where}; dataset.restrict_to_root "
+        "refuses such files"
+    )
 
 
 def data_paths(path: str | Sequence[DataPart] | None) -> list[str]:

@@ -176,6 +176,14 @@ def read_json(path: Path, expected: str, *, optional: bool = False) -> dict[str,
     return content
 
 
+def check_regular(path: Path) -> None:
+    """UserError for a folder, a pipe or a device where a file is to be read: opening a pipe would
+    wait for whoever writes into it. One that is not there passes; reading it says so."""
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "a pipe or a device"
+        raise UserError(f"{path}: is {what}; expected a file")
+
+
 def natural_key(name: str) -> tuple[str | int, ...]:
     """Sorts as people count: frame_2 before frame_10. Upper and lower case are one."""
     parts = re.split(r"([0-9]+)", name.casefold())
