@@ -181,7 +181,7 @@ def check_regular(path: Path) -> None:
     wait for whoever writes into it. One that is not there passes; reading it says so."""
     if path.exists() and not path.is_file():
         what = "a folder" if path.is_dir() else "a pipe or a device"
-        raise UserError(f"{path}: is {what}; expected a file")
+        raise UserError(f"{path}: cannot be read, it is {what}; expected a file")
 
 
 def natural_key(name: str) -> tuple[str | int, ...]:

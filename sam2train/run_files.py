@@ -16,6 +16,7 @@ from sam2train.files import read_json, shorten
 Say = Callable[[str], None]
 STATUSES = ("running", "finished", "interrupted", "failed")
 _SHOWN = 5  # oddities of a file
+_MOST_SECONDS = 10**10  # some 300 years
 _MOST = 2**53  # whole numbers up to here are floats, too
 # Columns of tables that hold words.
 TEXTS = {
@@ -52,7 +53,7 @@ def read_metrics(path: Path, say: Say, say_value: Say | None = None) -> list[dic
             if number < len(lines) or text.endswith("\n"):
                 odd.append(f"line {number} is no row with a `step`")
             continue
-        strange = [name for name, value in row.items() if not _is_number(value)]
+        strange = [name for name, value in row.items() if not _is_value(name, value)]
         values += [f"line {number}: {name} is {_shown(row[name])}" for name in strange]
         rows.append(row | dict.fromkeys(strange))
     for found, tell in ((odd, say), (values, say_value or say)):
@@ -85,7 +86,7 @@ def _read_text(path: Path) -> str:
 def parse_row(line: str) -> dict[str, Any] | None:
     """The row in a line of `metrics.jsonl`; None for what a run does not write."""
     row = _read_row(line)
-    return row if row and all(map(_is_number, row.values())) else None
+    return row if row and all(_is_value(*item) for item in row.items()) else None
 
 
 def _read_row(line: str) -> dict[str, Any] | None:
@@ -101,6 +102,11 @@ def _read_row(line: str) -> dict[str, Any] | None:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < _MOST
+
+
+def _is_value(name: str, value: Any) -> bool:
+    """Whether a run writes such a value: a number, and no time that no run takes."""
+    return _is_number(value) and (name != "seconds" or value is None or 0 <= value < _MOST_SECONDS)
 
 
 def _is_number(value: Any) -> bool:
@@ -150,9 +156,7 @@ def _fits(name: str, value: Any) -> bool:
         return value in STATUSES
     if name == "steps":
         return _is_count(value)
-    if name == "seconds" or "/" in name:
-        return _is_number(value)
-    return True
+    return _is_value(name, value) if name == "seconds" or "/" in name else True
 
 
 def _summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:

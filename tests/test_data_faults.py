@@ -101,13 +101,13 @@ def test_a_pipe_in_the_place_of_a_file_is_an_error_and_not_a_hang(tmp_path, soon
 def test_a_list_of_videos_that_is_a_pipe(tmp_path, soon, kind):
     path, _ = make(kind, tmp_path / "data", 1)
     os.mkfifo(path / "list.txt")
-    with pytest.raises(UserError, match=r"list\.txt: is a pipe or a device"):
+    with pytest.raises(UserError, match=r"list\.txt: .* is a pipe or a device"):
         read(kind, path / "list.txt")
 
 
 def test_a_film_that_is_a_pipe(tmp_path, soon):
     os.mkfifo(tmp_path / "a.mp4")
-    with pytest.raises(UserError, match=r"a\.mp4: is a pipe"):
+    with pytest.raises(UserError, match=r"a\.mp4: .* is a pipe"):
         read_film_header(tmp_path / "a.mp4")
 
 

@@ -193,6 +193,8 @@ class TestStatus:
             ("summary.json", '{"status": 7, "steps": "x"}', "status is 7; steps is 'x'"),
             ("summary.json", '{"seconds": {}, "best/J_and_F": []}', "seconds is {}"),
             ("summary.json", '{"steps": 1' + "0" * 400 + "}", "steps is a number beyond 2**53"),
+            ("summary.json", '{"seconds": 1e300}', "seconds is 1e+300"),
+            ("metrics.jsonl", 'ROWS{"step": 20, "seconds": -1}\n', "seconds is -1"),
             ("environment.json", '{"a": ', "not valid JSON"),
             ("environment.json", '{"code": 1.5}', "`code` and `device`"),
             ("metrics.jsonl", '{"loss": 1}\nROWS', "line 1 is no row"),
