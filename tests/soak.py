@@ -223,6 +223,7 @@ class Training:
         except BaseException:
             traceback.print_exc()
         finally:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # as run.py does
             with suppress(Exception):
                 atexit._run_exitfuncs()
                 sys.stdout.flush()
@@ -392,14 +393,19 @@ def kill_and_compare(trainings: Trainings, rng: random.Random, number: int) -> N
     wrong = [] if code == 0 else [f"it ended with {code}"]
     if not wrong:
         wrong = differences(whole, written(run_dir))
-    if "Traceback" in text:
-        wrong.append("a traceback")
+    wrong += _tracebacks(text)
     if wrong:
         trainings.table.rows[part]["accepted"] -= 1
         log = "\n".join([*story, *wrong, "", text[-6000:]])
         trainings.table.finding(part, str(number), log + "\nE" + wrong[0][:80], [run_dir])
     shutil.rmtree(run_dir, ignore_errors=True)
     shutil.rmtree(run.output.parent, ignore_errors=True)
+
+
+def _tracebacks(text: str) -> list[str]:
+    """What was printed from the first traceback on."""
+    place = text.find("Traceback")
+    return [] if place < 0 else [f"a traceback: {text[place : place + 3000]}"]
 
 
 def _damage(path: Path, rng: random.Random, story: list[str]) -> None:
@@ -439,8 +445,7 @@ def fault(trainings: Trainings, rng: random.Random, number: int) -> None:
     except Exception:
         wrong, text = ["the fault itself failed"], traceback.format_exc()
     part = f"fault {name}"
-    if "Traceback" in text:
-        wrong.append("a traceback")
+    wrong += _tracebacks(text)
     if wrong:
         text = "\n".join([*wrong, "", text[-6000:]])
         trainings.table.finding(part, str(number), text + "\nE" + wrong[0][:80])

@@ -766,3 +766,18 @@ def test_download_checks_the_file_that_is_there(experiment, capsys, tmp_path):
     assert "model.checkpoint_path is null" in message
     message = fails(capsys, experiment, "--download", "model.checkpoint_path=other.pt")
     assert "Meta publishes no other.pt" in message
+
+
+def test_ctrl_c_while_libraries_tidy_up_prints_no_traceback(tmp_path):
+    """Python handles it to its very end, and what is called there prints it."""
+    late = "import atexit, os, signal\natexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))"
+    (tmp_path / "sitecustomize.py").write_text(late)
+    done = subprocess.run(
+        [sys.executable, ROOT / "run.py", "--list"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == ""
+    assert "coco_point_bbox" in done.stdout
