@@ -30,6 +30,7 @@ _NO_MEMORY = (
     "failed to allocate",
     "cudaerrormemoryallocation",
     "alloc_failed",
+    "can't start new thread",  # its stack takes 8 MB; `ulimit -u` may be the reason, too
 )
 
 

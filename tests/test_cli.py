@@ -531,6 +531,35 @@ def test_a_fault_of_the_machine_is_a_message(experiment, monkeypatch, capsys, fa
     assert re.search(f"error: .*{expected}", printed, re.DOTALL)
 
 
+def test_a_machine_without_memory_is_a_message_with_what_lowers_it(experiment, tmp_path):
+    """A real one: the process may take 400 MB more than its libraries do."""
+    code = (
+        "import resource, sys, sam2train.trainer\n"
+        "from sam2train import cli\n"
+        "pages = int(open('/proc/self/statm').read().split()[0])\n"
+        "limit = pages * resource.getpagesize() + (400 << 20)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    words = ["dataset.batch_size=64", "dataset.num_workers=0", "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(experiment), *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    said = done.stderr[done.stderr.index("error: ") :].splitlines()
+    assert said[0].startswith("error: out of memory on this machine: ")
+    assert said[1].startswith("these settings lower it, the first ones most; now they are: ")
+    for setting in ("dataset.batch_size=64", "dataset.num_workers=0", "dataset.mask_cache_mb="):
+        assert setting in said[1]
+    assert said[2] == "What a run has saved stays; --resume goes on with it"
+
+
 def test_a_bug_is_no_fault_of_the_machine(experiment, monkeypatch):
     def fails_so(self):
         raise RuntimeError("shapes differ")
