@@ -255,6 +255,8 @@ def _optimizer(value: Any) -> bool:
         and isinstance(value.get("state"), Mapping)
         and all(isinstance(of_one, Mapping) for of_one in value["state"].values())
         and isinstance(value.get("param_groups"), list)
+        and all(isinstance(group, Mapping) for group in value["param_groups"])
+        and all(isinstance(group.get("params"), list) for group in value["param_groups"])
     )
 
 
@@ -326,7 +328,7 @@ def restore_optimizer(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     try:
         optimizer.load_state_dict(dict(state))
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as problem:
+    except Exception as problem:  # torch looks at no type before it computes with a value
         raise UserError(
             f"{path}: optimizer does not fit the trained parameters ({problem}); give the settings "
             "of the run"

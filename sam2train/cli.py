@@ -44,9 +44,9 @@ fault of the machine, 2 a mistake in what was asked for, 130 and 143 stopped by 
 def main(words: Sequence[str]) -> int:
     """Run one command. Returns the exit code; a user's mistake is a message and code 2."""
     wants_help = not set(words).isdisjoint(HELP)
-    command = None
+    command, came = None, []
     try:
-        with interruptible():
+        with interruptible() as came:
             if wants_help or not words:
                 print(help_text(words))
             command = None if wants_help else parse(words)
@@ -72,6 +72,9 @@ def main(words: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
+        if came:  # a library made another error of it
+            print(f"interrupted by {Signals(came[0]).name}", file=sys.stderr)
+            return 128 + came[0]
         text = explain(error, partial(_settings_of, command))
         if text is None:
             raise  # a bug of ours: whoever mends it needs the traceback

@@ -157,15 +157,21 @@ class StopRequests:
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Let the signals that ask for an end raise Interrupted, and Ctrl-C KeyboardInterrupt."""
+def interruptible() -> Iterator[list[int]]:
+    """Let the signals that ask for an end raise Interrupted, and Ctrl-C KeyboardInterrupt.
+
+    Yields the signals that came: they are raised in the middle of anything, and a library may make
+    another error of them.
+    """
+    came: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
+        came.append(number)
         raise KeyboardInterrupt if number == signal.SIGINT else Interrupted(128 + number)
 
     before = _handle(stop)
     try:
-        yield
+        yield came
     finally:
         _restore(before)
 

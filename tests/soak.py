@@ -252,9 +252,15 @@ class Training:
             time.sleep(0.02)
         return code
 
-    def children(self) -> list[int]:
+    def workers(self) -> list[int]:
+        """The processes that load data; W&B's own, without which it loses rows, is none of them."""
         path = Path(f"/proc/{self.pid}/task/{self.pid}/children")
-        return [int(one) for one in path.read_text().split()]
+        found = []
+        for one in path.read_text().split():
+            with suppress(OSError):
+                if b"wandb" not in Path(f"/proc/{one}/cmdline").read_bytes():
+                    found.append(int(one))
+        return found
 
 
 class Trainings:
@@ -530,9 +536,9 @@ def _worker_killed(trainings: Trainings, run_dir: Path, rng: random.Random) -> O
     code = None
     while run.seconds < at and (code := run.poll()) is None:
         time.sleep(0.01)
-    if code is None and (children := run.children()):
+    if code is None and (workers := run.workers()):
         with suppress(ProcessLookupError):
-            os.kill(rng.choice(children), rng.choice((signal.SIGKILL, signal.SIGSEGV)))
+            os.kill(rng.choice(workers), rng.choice((signal.SIGKILL, signal.SIGSEGV)))
     return _goes_on(trainings, run_dir, _ended_or_over(run, (0, 1)))
 
 
@@ -578,7 +584,7 @@ FAULTS: dict[str, Callable[[Trainings, Path, random.Random], Outcome]] = {
     "file size limit": _limited_files,
     "read-only folder": _read_only,
     "folder removed": _removed,
-    "child killed": _worker_killed,
+    "worker killed": _worker_killed,
     "not finite": _not_finite,
     "out of memory": _no_memory,
 }

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import make_coco
+from conftest import edit, make_coco
 from test_results import make_run
 
 from sam2train import checkpoint, cli, commands
@@ -810,3 +810,77 @@ def test_ctrl_c_while_libraries_tidy_up_prints_no_traceback(tmp_path):
     assert done.returncode == -signal.SIGINT
     assert done.stderr == ""
     assert "coco_point_bbox" in done.stdout
+
+
+NASTY = "[/red]\x1b]0;title\x07\x1b[2J\u202e../a"
+
+
+@pytest.fixture
+def nasty_experiment(tmp_path, experiment):
+    """Names from data with what a terminal would act on: of videos, objects, files, experiments."""
+
+    def rename(content):
+        for image in content["images"]:
+            image["video_id"] = f"{NASTY}{image['video_id']}"
+            place = tmp_path / "nasty" / image["path"]
+            odd = place.with_name(f"[red]\x1b[2J\u202e{place.name}")
+            place.rename(odd)
+            image["path"] = str(odd.relative_to(tmp_path / "nasty"))
+        for annotation in content["annotations"]:
+            annotation["track_id"] = f"{NASTY}{annotation['track_id']}"
+
+    data = edit(make_coco(tmp_path / "nasty", num_videos=2, num_frames=3, size=(64, 64)), rename)
+    content = yaml.safe_load(Path(experiment).read_text())
+    content["dataset"] |= {"data_path": str(data), "val_path": str(data), "test_path": str(data)}
+    content["trainer"] |= {"num_steps": 1}
+    path = tmp_path / "[red]\x1b[2J.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_names_from_data_reach_no_terminal_and_no_file_name_as_they_are(
+    nasty_experiment, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    run_dir, file = tmp_path / "out" / "run", str(nasty_experiment)
+    last = str(run_dir / "checkpoints" / "last.pt")
+    for words in (
+        ["--check-data"],
+        ["--check-data", "--json"],
+        ["--dry-run"],
+        ["--run-dir", str(run_dir)],
+        ["--evaluate", last, "--save-masks", str(tmp_path / "out" / "masks")],
+        ["--run-dir", str(run_dir), "--resume"],
+    ):
+        code = cli.main([file, *words])  # the splits are the same pictures, which is an error
+        assert code in ((1, 2) if "--check-data" in words else (0,)), words
+        printed = "".join(capfd.readouterr()).replace("\n", "")
+        assert printed
+        assert printed.isprintable(), words
+    assert cli.main(["--runs", str(tmp_path / "out")]) == 0
+    broken = next((tmp_path / "nasty").rglob("*.png"))
+    broken.write_bytes(b"x")
+    assert cli.main([file, "--check-data"]) == 2
+    printed = "".join(capfd.readouterr()).replace("\n", "")
+    assert "is damaged" in printed or "is not a picture" in printed
+    assert printed.isprintable()
+    for path in (tmp_path / "out").rglob("*"):
+        assert path.name.isprintable()
+        assert not set(path.name) & set('<>:"|?*')
+        assert path.resolve().is_relative_to(tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_of_which_a_library_makes_another_error_is_no_bug(monkeypatch, capsys, number):
+    """As imports do, in the middle of which it is raised."""
+
+    def sent(self):
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+        except BaseException:
+            raise AttributeError("'NoneType' object has no attribute 'x'") from None
+
+    monkeypatch.setattr(commands.ListExperiments, "run", sent)
+    assert cli.main(["--list"]) == 128 + number
+    assert capsys.readouterr().err == f"interrupted by {number.name}\n"
