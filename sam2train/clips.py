@@ -74,6 +74,8 @@ class Clip:
     # (T, H, W) bool: pixels without a label, which no loss counts; None where there are none
     ignore: torch.Tensor | None = None
     left_out: tuple[str, ...] = ()  # what was wrong with the clips in whose place this one is
+    # (T,) of `transforms.image_keys`, for the feature cache; None where no image comes twice
+    image_keys: list[str] | None = None
 
     def __getitem__(self, name: str) -> Any:
         names = self.__dataclass_fields__
@@ -95,8 +97,8 @@ class BatchedVideoMetaData:
 class BatchedVideoDatapoint:
     """Clips stacked for the model, with the field names and axes of SAM 2's class of this name.
 
-    `prompts`, `frame_valid`, `object_valid`, `names` and `ignore` are ours; SAM 2's training model
-    does not mind them.
+    `prompts`, `frame_valid`, `object_valid`, `names`, `ignore` and `image_keys` are ours; SAM 2's
+    training model does not mind them.
     """
 
     img_batch: torch.Tensor  # (T, B, 3, H, W) float32
@@ -111,6 +113,8 @@ class BatchedVideoDatapoint:
     # (T, B, H, W) bool: pixels without a label; None: no clip has any
     ignore: torch.Tensor | None = None
     left_out: tuple[str, ...] = ()  # of all its clips
+    # (B * T,) keys of `flat_img_batch`; None where a clip has none
+    image_keys: list[str] | None = None
 
     @property
     def num_frames(self) -> int:
@@ -224,6 +228,13 @@ def collate_fn(clips: Sequence[Clip | Mapping[str, Any]]) -> BatchedVideoDatapoi
         none = torch.zeros(1, *clips[0].images.shape[2:], dtype=torch.bool)
         of_clips = [none if clip.ignore is None else clip.ignore for clip in clips]
         ignore = torch.stack([_pad_frames(o, num_frames, repeat=False) for o in of_clips], dim=1)
+    image_keys = None
+    if all(clip.image_keys is not None for clip in clips):
+        image_keys = [
+            key
+            for clip in clips
+            for key in [*clip.image_keys, *clip.image_keys[-1:] * (num_frames - len(clip.images))]
+        ]
     object_valid = torch.arange(max(num_objects)) < torch.tensor(num_objects)[:, None]
     object_index = make_object_index(object_valid, num_frames)
 
@@ -254,12 +265,13 @@ def collate_fn(clips: Sequence[Clip | Mapping[str, Any]]) -> BatchedVideoDatapoi
             for clip in clips
         ],
         ignore=ignore,
+        image_keys=image_keys,
     )
 
 
 def _to_clip(sample: Mapping[str, Any]) -> Clip:
     names = Clip.__dataclass_fields__.keys()
-    optional = ("frame_size", "ignore")
+    optional = ("frame_size", "ignore", "image_keys")
     if missing := [name for name in names if name not in sample and name not in optional]:
         raise UserError(
             f"collate_fn: a sample without {', '.join(missing)}; it has "

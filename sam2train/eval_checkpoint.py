@@ -161,7 +161,7 @@ class Evaluation:
             )
         sections = experiment.dataset, experiment.augment, experiment.clips_seed
         self.data: ClipDataset = build_dataset(*sections, path, training=False, say=self._say)
-        model = build_model(experiment)
+        model = build_model(experiment, self._say)
         self.bf16 = uses_bf16(experiment, model.device)
         self.loaded: Loaded | None = None
         self.contenders = [self._contender(BASE, LABELS[BASE], 0, model)]
@@ -174,7 +174,7 @@ class Evaluation:
             self.contenders = [self._contender(TRAINED, label, self.loaded.step or 0, model)]
             if with_base:
                 # Random weights come from the experiment's seed: these are the same again.
-                base = build_model(experiment)
+                base = build_model(experiment, self._say)
                 self.contenders.append(self._contender(BASE, LABELS[BASE], 0, base))
         self.runlog = RunLog(
             experiment.tracking,

@@ -16,6 +16,7 @@ from sam2train.corrections import InteractionConfig
 from sam2train.datasets import DatasetConfig, data_paths
 from sam2train.demo import is_demo_path
 from sam2train.evaluate import EvaluationConfig
+from sam2train.features import FeaturesConfig
 from sam2train.files import file_hash, resolve_path
 from sam2train.losses import LossConfig
 from sam2train.machine import choose_device
@@ -53,6 +54,11 @@ class TrainerConfig(Section):
     audit: Literal["stop", "warn"] = Field(
         "stop", description="what a trainable module without gradient at the first step does"
     )
+    activation_checkpointing: bool = Field(
+        False,
+        description="the backward computes each frame again: less than half of the memory, at most "
+        "1.35 times the step",
+    )
     bf16: bool | None = Field(None, description="bfloat16 autocast; null: where CUDA supports it")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     seed: int = Field(
@@ -69,6 +75,7 @@ class Experiment(Section):
 
     dataset: DatasetConfig
     model: ModelConfig = Field(default_factory=ModelConfig)
+    features: FeaturesConfig = Field(default_factory=FeaturesConfig)
     interaction: InteractionConfig = Field(default_factory=InteractionConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
@@ -238,11 +245,15 @@ def untrained_rows(experiment: Experiment) -> list[int]:
     return [row for row in range(experiment.model.num_maskmem) if row not in trained]
 
 
-def build_model(experiment: Experiment) -> SAM2Model:
-    """The experiment's model, loaded and frozen as it says; random weights come from its seed."""
+def build_model(experiment: Experiment, say: Callable[[str], None] = print) -> SAM2Model:
+    """The experiment's model, loaded and frozen as it says; random weights come from its seed.
+
+    Args:
+        say: gets what the feature cache has to tell.
+    """
     config = experiment.model
     torch.manual_seed(experiment.weights_seed)
-    return SAM2Model(
+    model = SAM2Model(
         config.checkpoint_path,
         config.config_path,
         config.trainable_modules,
@@ -252,7 +263,25 @@ def build_model(experiment: Experiment) -> SAM2Model:
         max_obj_ptrs_in_encoder=config.max_obj_ptrs_in_encoder,
         memory_gradient=config.memory_gradient,
         drop_path_rate=config.drop_path_rate,
+        dropout=config.dropout,
+        activation_checkpointing=experiment.trainer.activation_checkpointing,
     ).load()
+    model.use_feature_cache(experiment.features, say)
+    return model
+
+
+def feature_cache_note(experiment: Experiment, model: SAM2Model) -> str | None:
+    """Why the feature cache is off although it is wanted, for all images or for training clips."""
+    if not experiment.features.cache:
+        return None
+    if model.trains_encoder:
+        return "feature cache: off, as the image encoder is trained and its features change"
+    if not experiment.augment.repeats_images:
+        return (
+            "feature cache: not for training clips, whose pixels are changed anew each time; "
+            "augment.num_views=8 changes each video in 8 ways only, which the cache can keep"
+        )
+    return None
 
 
 def base_hash(experiment: Experiment) -> str | None:

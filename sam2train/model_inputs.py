@@ -30,6 +30,7 @@ class TrackingInput:
     ignore: torch.Tensor | None  # (T, O, H, W) bool: pixels that no correction click may go to
     prompts: Sequence[Sequence[Prompt]]  # of each clip
     object_valid: torch.Tensor  # (B, N) bool with O true entries
+    image_keys: Sequence[str] | None  # of each image, for the feature cache
     # Real frames of each clip. The padding after them is not tracked, and SAM 2's time code does
     # not count it, so that a clip gets the same masks in every batch.
     lengths: list[int]
@@ -65,6 +66,7 @@ def read_datapoint(
         image_index=batch.flat_obj_to_img_idx.long(),
         masks=batch.masks,
         ignore=getattr(batch, "object_ignore", None),  # SAM 2's own class has none
+        image_keys=getattr(batch, "image_keys", None),
         prompts=clip_prompts,
         object_valid=object_valid,
         lengths=[num_frames] * num_clips if frame_valid is None else frame_valid.sum(0).tolist(),
@@ -103,6 +105,7 @@ def read_tensors(
         image_index=clip_idx * num_frames + frame_idx,
         masks=masks,
         ignore=None,
+        image_keys=None,
         prompts=clip_prompts,
         object_valid=object_valid,
         lengths=[num_frames] * num_clips,

@@ -22,7 +22,14 @@ from sam2train.data_loader import LeftOut, load_batches
 from sam2train.data_report import shared_video_warnings
 from sam2train.datasets import build_dataset
 from sam2train.errors import UserError
-from sam2train.experiment import Experiment, as_begun, base_hash, build_model, uses_bf16
+from sam2train.experiment import (
+    Experiment,
+    as_begun,
+    base_hash,
+    build_model,
+    feature_cache_note,
+    uses_bf16,
+)
 from sam2train.files import sweep_partials, write_text
 from sam2train.losses import divide_losses, sum_losses
 from sam2train.machine import Interrupted, StopRequests, say
@@ -84,7 +91,7 @@ class Trainer:
         # Checkpoints from before this key have none.
         before = content.get("data", {}) if content else {}
         self.changed_data = [n for n, value in before.items() if self.fingerprints.get(n) != value]
-        self.model = build_model(experiment)
+        self.model = build_model(experiment, warn)
         torch.manual_seed(self.config.seed)  # of dropout and dropped paths
         self.device = self.model.device
         self.parameters = self.model.trainable_parameters()
@@ -146,6 +153,8 @@ class Trainer:
             runlog.parameters(self.model.parameter_report())
             for text in row_warnings(self.model, self.experiment):
                 runlog.say(f"warning: {text}")
+            if note := feature_cache_note(self.experiment, self.model):
+                runlog.say(note)
             warnings = shared_video_warnings(self.splits)
             if self.changed_data:
                 warnings.append(
@@ -242,11 +251,11 @@ class Trainer:
         before = checkpoint.rng_states(), self.audited
         num_objects = sum(batch.masks.shape[1] for batch in collected)
         sums: dict[str, torch.Tensor] = {}
-        num_learning = 0
+        num_learning, images_before = 0, self.model.feature_counts
         for batch in collected:
             batch = batch.to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                outputs = self.model(batch, interaction=self.interaction)
+                outputs = self.model(batch, interaction=self.interaction, only_frames=True)
             # Outside autocast, on float32 logits: dice sums up to 10^6 pixels of an object, and
             # bfloat16 carries 8 significant bits.
             of_batch = sum_losses(
@@ -266,6 +275,10 @@ class Trainer:
         scalars["audit/batches_with_gradient"] = torch.tensor(num_learning / len(collected))
         if self.interaction is not None:
             scalars |= self.interaction.take_scalars()
+        pairs = zip(self.model.feature_counts, images_before, strict=True)
+        num_found, num_images = (now - then for now, then in pairs)
+        if num_images:
+            scalars["features/hit_rate"] = torch.tensor(num_found / num_images)
         if not self.audited:
             num_seen = self.num_clips + self.experiment.dataset.batch_size * len(collected)
             more = num_seen < len(self.train_data)

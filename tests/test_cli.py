@@ -774,7 +774,7 @@ def test_a_run_killed_at_once_writes_the_same_rows(experiment, tmp_path):
     assert cli.main([str(experiment), *words, "--run-dir", str(parts), "--resume"]) == 0
     assert cli.main([str(experiment), *words, "--run-dir", str(whole)]) == 0
 
-    timed = ("seconds", "clips_per_second", "memory_gb")
+    timed = ("seconds", "clips_per_second", "memory_gb", "features/hit_rate")
     found = []
     for run_dir in (whole, parts):
         lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())

@@ -16,7 +16,7 @@ from sam2train.data_coco import CocoVideos
 from sam2train.data_vos import VosVideos
 from sam2train.errors import UserError
 from sam2train.evaluate import EvaluationConfig, TrackedFrame, track_videos
-from sam2train.losses import LossConfig, compute_losses, dice_loss, mask_iou
+from sam2train.losses import LossConfig, compute_losses, mask_iou, mask_losses
 from sam2train.metrics import mean_scores, measure
 from sam2train.pictures import clip_sheet, comparison, draw_errors, hatch_ignored
 from sam2train.scores import score
@@ -170,7 +170,8 @@ def test_terms_by_hand():
     logits, target = torch.full((1, 4), 30.0), torch.tensor([[1.0, 1.0, 0.0, 0.0]])
     kept = torch.tensor([[True, True, True, False]])
     # 2 of the 3 pixels that count are right.
-    assert dice_loss(logits, target, kept).item() == pytest.approx(1 - 5 / 6)
+    _, dice = mask_losses(logits[None, None], target[None] > 0, 0.25, 2.0, kept[None])
+    assert dice.item() == pytest.approx(1 - 5 / 6)
     assert mask_iou(logits, target, kept).item() == pytest.approx(2 / 3)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import make_coco
 from rich.console import Console
 
@@ -18,10 +19,9 @@ from sam2train.experiment import Experiment
 from sam2train.losses import (
     LossConfig,
     compute_losses,
-    dice_loss,
     divide_losses,
-    focal_loss,
     mask_iou,
+    mask_losses,
     sum_losses,
 )
 from sam2train.trainer import Trainer
@@ -69,6 +69,17 @@ def random_frames(num_frames, num_objects, seed=0, size=8):
     return frames, targets
 
 
+def dice_loss(logits, target, kept=None):
+    """Of one mask (H, W)."""
+    kept = None if kept is None else kept[None]
+    return mask_losses(logits[None, None], target[None].bool(), 0.25, 2.0, kept)[1][0, 0]
+
+
+def focal_loss(logits, target, alpha, gamma):
+    """Of one mask (H, W), the mean over its pixels."""
+    return mask_losses(logits[None, None], target[None].bool(), alpha, gamma)[0][0, 0]
+
+
 # -- the terms by hand ----------------------------------------------------------------------------
 
 
@@ -89,9 +100,65 @@ def test_dice_extremes():
 
 def test_focal_at_zero_logit():
     # p = 1/2: (1/2)^2 ln 2, times alpha on the object and 1 - alpha beside it.
-    loss = focal_loss(torch.zeros(2), torch.tensor([1.0, 0.0]), alpha=0.25, gamma=2)
     expected = 0.25 * torch.log(torch.tensor(2.0))
-    torch.testing.assert_close(loss, expected * torch.tensor([0.25, 0.75]))
+    for target, weight in ((1.0, 0.25), (0.0, 0.75)):
+        loss = focal_loss(torch.zeros(1, 1), torch.tensor([[target]]), alpha=0.25, gamma=2)
+        torch.testing.assert_close(loss, expected * weight)
+
+
+def focal_and_dice_by_autograd(logits, target, alpha, gamma, kept):
+    """The formulas of `mask_losses` as the papers have them."""
+    truth = target[:, None].double().expand_as(logits)
+    counted = torch.ones_like(truth) if kept is None else kept[:, None].double()
+    prob = logits.sigmoid()
+    prob_of_target = prob * truth + (1 - prob) * (1 - truth)
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    weight = alpha * truth + (1 - alpha) * (1 - truth)
+    focal = weight * cross_entropy * (1 - prob_of_target) ** gamma * counted
+    prob, truth = prob * counted, truth * counted
+    overlap = (prob * truth).sum((-2, -1))
+    dice = 1 - (2 * overlap + 1) / (prob.sum((-2, -1)) + truth.sum((-2, -1)) + 1)
+    pixels = counted.expand_as(focal).sum((-2, -1)).clamp(min=1)
+    return focal.sum((-2, -1)) / pixels, dice
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("case", ["all count", "some count", "none counts", "absent", "certain"])
+def test_gradients_of_the_mask_losses_are_those_of_autograd(gamma, case):
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 9, 7, generator=rng, dtype=torch.float64) * 4
+    target = torch.rand(2, 9, 7, generator=rng) > 0.6
+    kept = {
+        "some count": torch.rand(2, 9, 7, generator=rng) > 0.3,
+        "none counts": torch.zeros(2, 9, 7, dtype=torch.bool),
+    }.get(case)
+    if case == "absent":
+        target[:] = False
+    if case == "certain":  # logits as SAM 2 gives them for a mask prompt, and the gate's
+        logits = torch.where(logits > 0, 10.0, float(NO_OBJECT_LOGIT)).double()
+    weights = torch.randn(2, 2, 3, generator=rng, dtype=torch.float64)
+    found = []
+    for function in (mask_losses, focal_and_dice_by_autograd):
+        leaf = logits.clone().requires_grad_()
+        losses = torch.stack(function(leaf, target, 0.3, gamma, kept))
+        (losses * weights).sum().backward()
+        found.append((losses.detach(), leaf.grad))
+    (losses, gradient), (expected, by_autograd) = found
+    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-9)
+    assert gradient.isfinite().all()
+    # Autograd has 0 * infinity where a pixel is certain and gamma below 1.
+    known = by_autograd.isfinite()
+    torch.testing.assert_close(gradient[known], by_autograd[known], rtol=1e-6, atol=1e-9)
+
+
+def test_what_the_mask_losses_keep_until_the_backward_is_the_logits_alone():
+    logits = torch.randn(2, 3, 64, 64, requires_grad=True)
+    target = torch.zeros(2, 64, 64, dtype=torch.bool)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        mask_losses(logits, target, 0.25, 2.0)
+    large = [t for t in kept if t.numel() >= logits.numel()]
+    assert [t.data_ptr() for t in large] == [logits.data_ptr()]
 
 
 def test_iou_of_masks():
@@ -409,12 +476,13 @@ def test_elementary_losses_equal_sam2(oracle):
             continue  # another reduction of the same elements; nothing of ours does it
         data = oracle["elementary_inputs"][case["data"]]
         logits = data["inputs"].clone().requires_grad_()
+        target = data["targets"][:, 0].bool()  # the same for each candidate
         if case["fn"] == "dice_loss":
-            ours = dice_loss(logits, data["targets"])
+            ours = mask_losses(logits, target, 0.25, 2.0)[1]
         elif case["fn"] == "sigmoid_focal_loss":
             # SAM 2 reads a negative alpha as "no weighting": twice alpha = 1/2.
             alpha, scale = (case["alpha"], 1) if case["alpha"] >= 0 else (0.5, 2)
-            ours = scale * focal_loss(logits, data["targets"], alpha, case["gamma"]).mean((-2, -1))
+            ours = scale * mask_losses(logits, target, alpha, case["gamma"])[0]
         else:
             difference = data["pred_ious"] - mask_iou(data["inputs"], data["targets"])
             ours = difference.abs() if case["use_l1_loss"] else difference**2

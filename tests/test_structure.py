@@ -37,7 +37,7 @@ GROUPS = {
         *("transforms", "prompts", "demo", "demo_videos"),
     },
     "model": {
-        *("memory", "model", "model_inputs", "corrections", "pretrained"),
+        *("features", "memory", "model", "model_inputs", "corrections", "pretrained"),
         "pretrained_download",
         *("losses", "optimizer"),
     },
@@ -60,6 +60,10 @@ GROUPS = {
     "reports": {
         *("results", "results_compare", "ablation", "compare", "figures"),
         *("sweep", "sweep_trials", "sweep_file", "sweep_search"),
+    },
+    "speed": {
+        *("speed", "speed_clock", "speed_reference", "speed_step", "speed_video"),
+        *("speed_data", "speed_runs"),
     },
     "door": {"commands", "cli"},
 }
