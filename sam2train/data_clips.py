@@ -6,19 +6,17 @@ import hashlib
 import mmap
 import multiprocessing
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, wraps
-from typing import Any, TypeVar
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from sam2train.clips import Clip, Prompt
 from sam2train.data_fingerprint import fingerprint
-from sam2train.data_source import ClipPixels, Video, VideoSource
+from sam2train.data_source import ClipPixels, Video, VideoSource, in_time
 from sam2train.errors import UserError
-from sam2train.machine import time_limit
 from sam2train.prompts import PromptGenerator, types_like
 from sam2train.transforms import (
     AugmentConfig,
@@ -31,7 +29,6 @@ from sam2train.transforms import (
 
 # A process that was killed while it held the lock must not stop the others.
 _PATIENCE = 5.0  # seconds
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -99,27 +96,6 @@ def clip_settings(
         augment or AugmentConfig(),
         seed,
     )
-
-
-# Seconds; a slow network disk gives a frame in a few.
-FRAME_TIMEOUT = 300.0
-
-
-def _in_time(read: Callable[..., T]) -> Callable[..., T]:
-    """A method that reads something of a frame, with MachineFault where that takes too long."""
-
-    @wraps(read)
-    def read_in_time(self: ClipDataset, video: Video, frame_idx: int, *more: Any, **how: Any) -> T:
-        def late() -> str:
-            return (
-                f"frame {frame_idx} of video {video.video_id} was not read after "
-                f"{FRAME_TIMEOUT:g} s; does the disk with {video.frames[frame_idx].path} answer?"
-            )
-
-        with time_limit(FRAME_TIMEOUT, late):
-            return read(self, video, frame_idx, *more, **how)
-
-    return read_in_time
 
 
 class ClipDataset:
@@ -191,12 +167,12 @@ class ClipDataset:
             pixels = ClipPixels(np.stack(images), np.stack(masks), objects, ignore)
         return finish_clip(video, indices, pixels, num_padding, settings, rng)
 
-    @_in_time
+    @in_time
     def read_frame(self, video: Video, frame_idx: int) -> np.ndarray:
         """(H, W, 3) uint8 at the video's own size."""
         return self.source.read_frame(video, frame_idx)
 
-    @_in_time
+    @in_time
     def read_mask(
         self,
         video: Video,
@@ -220,7 +196,7 @@ class ClipDataset:
             mask = decoded[object_id]
         return mask
 
-    @_in_time
+    @in_time
     def read_ignore(
         self, video: Video, frame_idx: int, size: tuple[int, int] | None = None
     ) -> np.ndarray | None:

@@ -20,6 +20,7 @@ from sam2train.clips import BatchedVideoDatapoint, Clip, collate_fn
 from sam2train.data_clips import ClipDataset
 from sam2train.datasets import DatasetConfig
 from sam2train.errors import MachineFault, UserError
+from sam2train.faults import worker_ended
 from sam2train.machine import leave_group, num_cores, time_limit
 
 # Seconds; a clip is some pictures, and a slow network disk gives them in a few.
@@ -177,13 +178,8 @@ def _explain(problem: RuntimeError, workers: int) -> MachineFault | None:
             f"the processes that load data give no batch and no error ({text}): a disk that does "
             "not answer? dataset.num_workers=0 loads in line"
         )
-    if "DataLoader worker" in text:
-        first = text.splitlines()[0]
-        return MachineFault(
-            f"a process that loads data ended ({first.rstrip('. ')}). Out of memory is the usual "
-            f"cause: fewer of them (dataset.num_workers={workers} now), or a smaller "
-            "dataset.mask_cache_mb or dataset.batch_size, take less"
-        )
+    if told := worker_ended(problem, lambda: {"dataset.num_workers": workers}):
+        return MachineFault(told)
     return None
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
 from sam2train.data_pictures import STACK_SUFFIXES, Film, read_image, read_levels
 from sam2train.errors import UserError
+from sam2train.machine import time_limit
 
 _SHOWN_PROBLEMS = 12
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,27 @@ class VideoSource:
             size: (H, W) of the clip.
         """
         return None
+
+
+# Seconds; a slow network disk gives a frame in a few.
+FRAME_TIMEOUT = 300.0
+
+
+def in_time(read: Callable[..., T]) -> Callable[..., T]:
+    """A method that reads something of a frame, with MachineFault where that takes too long."""
+
+    @wraps(read)
+    def read_in_time(self: Any, video: Video, frame_idx: int, *more: Any, **how: Any) -> T:
+        def late() -> str:
+            return (
+                f"frame {frame_idx} of video {video.video_id} was not read after "
+                f"{FRAME_TIMEOUT:g} s; does the disk with {video.frames[frame_idx].path} answer?"
+            )
+
+        with time_limit(FRAME_TIMEOUT, late):
+            return read(self, video, frame_idx, *more, **how)
+
+    return read_in_time
 
 
 class DataError(UserError):

@@ -510,6 +510,11 @@ FAULTS = {
     "cuda": (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), r"GPU.*image_size="),
     "worker": (MachineFault("a process that loads data ended"), "a process that loads data ended"),
     "not finite": (FloatingPointError("step 3: loss nan"), "step 3: loss nan"),
+    # As torch raises it, in the middle of an evaluation.
+    "worker in between": (
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+        r"a process that loads data ended \(DataLoader worker .*Killed\).*num_workers=0.*--resume",
+    ),
 }
 
 

@@ -15,7 +15,7 @@ from test_data_burst import make_burst
 from test_data_vos import make_vos
 from test_data_youtube_vis import make_youtube_vis
 
-from sam2train import data_clips
+from sam2train import data_source
 from sam2train.config import build
 from sam2train.data_pictures import read_film_header
 from sam2train.datasets import FORMATS, DatasetConfig, build_dataset
@@ -142,7 +142,7 @@ def test_image_root_is_inside(tmp_path):
 
 
 def test_a_frame_that_does_not_come_is_named(coco, monkeypatch):
-    monkeypatch.setattr(data_clips, "FRAME_TIMEOUT", 0.2)
+    monkeypatch.setattr(data_source, "FRAME_TIMEOUT", 0.2)
     config = build(DatasetConfig, {"data_path": str(coco), "image_size": [48, 64]}, "dataset")
     data = build_dataset(config, AugmentConfig(), 0, str(coco), training=False)
     monkeypatch.setattr(data.source, "read_frame", lambda *_: time.sleep(9))

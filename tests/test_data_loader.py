@@ -60,7 +60,7 @@ def test_an_error_that_cannot_travel_is_a_text(coco, two_cores, monkeypatch):
 def test_a_process_that_is_killed_is_named(coco, two_cores, monkeypatch):
     dataset = load(coco)
     monkeypatch.setattr(dataset, "read_frame", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(MachineFault, match=r"ended.*dataset\.num_workers=1 now"):
+    with pytest.raises(MachineFault, match=r"ended.*\(now dataset\.num_workers=1\)"):
         next(batches(dataset, 1))
 
 
