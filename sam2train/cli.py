@@ -64,11 +64,11 @@ def main(words: Sequence[str]) -> int:
         print(f"interrupted by {Signals(stopped.code - 128).name}", file=sys.stderr)
         return stopped.code
     except BrokenPipeError as problem:
-        if not _nobody_reads(sys.stdout):  # the pipe is another one
+        if not _nobody_reads(sys.stdout):  # another pipe is broken, which is an error
             _show_error(explain(problem), words)
             return 1
-        # `head` and the like close their end once they have enough. What is left goes nowhere, so
-        # that Python's own flush at exit does not fail as well.
+        # Programs such as `head` close the pipe when they have read enough. The rest of the output
+        # is discarded, so that Python's flush at exit does not fail, too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -77,7 +77,7 @@ def main(words: Sequence[str]) -> int:
             return 128 + came[0]
         text = explain(error, partial(_settings_of, command))
         if text is None:
-            raise  # a bug of ours: whoever mends it needs the traceback
+            raise  # a bug in this program: the traceback is needed to fix it
         _show_error(text, words)
         return 1
 

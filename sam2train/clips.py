@@ -34,7 +34,7 @@ class Prompt(TypedDict):
 
     object_id: int | str
     frame_index: int  # position in the clip
-    type: str  # how it was drawn, a name of `prompts.PROMPTS`; the model never asks
+    type: str  # how it was drawn, a name of `prompts.PROMPTS`; the model does not use it
     points: np.ndarray  # (P, 2) float32
     labels: np.ndarray  # (P,) int32: 1 positive click, 0 negative, 2 / 3 top-left / bottom-right
     box: np.ndarray | None  # (4,) float32: x_min, y_min, x_max, y_max
@@ -98,7 +98,7 @@ class BatchedVideoDatapoint:
     """Clips stacked for the model, with the field names and axes of SAM 2's class of this name.
 
     `prompts`, `frame_valid`, `object_valid`, `names`, `ignore` and `image_keys` are ours; SAM 2's
-    training model does not mind them.
+    training model ignores them.
     """
 
     img_batch: torch.Tensor  # (T, B, 3, H, W) float32

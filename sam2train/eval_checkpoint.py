@@ -61,13 +61,13 @@ class Contender:
     label: str  # in tables
     step: int
     track: Track
-    # Where two contenders share one model: whose trained parameters it has meanwhile.
+    # Where two contenders share one model: the trained parameters that it gets for this one.
     model: SAM2Model | None = None
     weights: Mapping[str, torch.Tensor] | None = None
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Its weights in the model, for a while."""
+        """Its weights in the model while the block runs."""
         if self.weights is None:
             yield
             return
@@ -242,7 +242,7 @@ class Evaluation:
         warnings = [warning] if warning else []
         warnings += self.loaded.notes if self.loaded else ()
         with self.runlog as runlog:
-            # Not config.yaml: that is what makes a folder a run, to be resumed and compared.
+            # Not config.yaml: a folder with that file is a run, which can be resumed and compared.
             write_text(self.folder.evaluation, to_yaml(self.experiment))
             runlog.environment(self.contenders[0].model.device)
             for text in warnings:

@@ -75,7 +75,8 @@ class TrackedFrame:
     no entry."""
 
     masks: Mapping[int | str, np.ndarray]  # (H, W) bool
-    object_scores: Mapping[int | str, float]  # logits of being visible; empty if nobody gives any
+    # logits of being visible; empty if the tracker gives none
+    object_scores: Mapping[int | str, float]
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,13 @@ class SeenFrame:
 
 @dataclass(frozen=True)
 class TrackedVideo:
-    """One video with how well it was tracked. Masks are gone by then: see `SeenFrame`."""
+    """One video with how well it was tracked. It holds no masks: see `SeenFrame`."""
 
     video: Video
     prompts: list[Prompt]  # as in `SeenFrame`
     measures: dict[int | str, Measures]  # object id -> on the L labelled frames
     scores: VideoScores
-    # (T,) float32 logits of being visible, NaN before the prompt; empty if nobody gives any
+    # (T,) float32 logits of being visible, NaN before the prompt; empty if the tracker gives none
     object_scores: dict[int | str, np.ndarray]
 
 
@@ -122,8 +123,8 @@ def track_videos(
 ) -> Iterator[TrackedVideo]:
     """The videos of a data set, tracked and measured, one after the other.
 
-    Each object is prompted once, on the first frame that shows it, and tracked to the end. Frames
-    are measured as they come and forgotten, so that a video may be of any length.
+    Each object is prompted once, on the first frame that shows it, and tracked to the end. Each
+    frame is measured when it comes and then dropped, so that a video may be of any length.
 
     Args:
         track: the model, or a baseline such as `copy_first_mask`.
@@ -237,9 +238,10 @@ def track_video(
     *,
     bf16: bool = False,
 ) -> Iterator[TrackedFrame]:
-    """Masks at the video's own size, frame by frame; where objects overlap the surer wins.
+    """Masks at the video's own size, frame by frame; where objects overlap, the one of the highest
+    logit has the pixel.
 
-    Image features live for one frame, memories as long as memory attention can reach them.
+    Image features are kept for one frame, memories as long as memory attention can read them.
     """
     begin = min((prompt["frame_index"] for prompt in prompts), default=len(video.frames))
     yield from itertools.repeat(TrackedFrame({}, {}), begin)
@@ -259,7 +261,7 @@ def copy_first_mask(
     dataset: ClipDataset, video: Video, prompts: list[Prompt]
 ) -> Iterator[TrackedFrame]:
     """The baseline without a model: an object stays where the ground truth has it on its prompted
-    frame, whatever the prompt. Where objects overlap, the one prompted last wins."""
+    frame, whatever the prompt. Where objects overlap, the one prompted last has the pixel."""
     masks: dict[int | str, np.ndarray] = {}
     for t in range(len(video.frames)):
         for object_id in [p["object_id"] for p in prompts if p["frame_index"] == t]:
@@ -287,7 +289,7 @@ def track_frames(
 
     def begin(starting: list[Prompt], t: int) -> Iterator[FrameOutput]:
         everyone = torch.zeros(len(starting), dtype=torch.long, device=model.device)
-        # All trackers advance together: `features` are those of the frame whose turn it is.
+        # All groups of objects advance together: `features` are those of the current frame.
         return track_clip(
             model.sam2, lambda _: features.select(everyone), num_frames, {t: starting}
         )

@@ -101,7 +101,7 @@ class Experiment(Section):
             check_prompts(self.dataset, self.evaluation.prompt_types or ())
         except ValueError as problem:
             raise ValueError(
-                f"evaluation.prompt_types takes the numbers of dataset: {problem}"
+                f"evaluation.prompt_types uses the numbers of points in dataset: {problem}"
             ) from None
         return self
 
@@ -180,7 +180,7 @@ def prepare_experiment(
         UserError: as `load_experiment`.
     """
     if typed := os.environ.get("WANDB_SWEEP_PARAM_PATH"):
-        # The agent's words lost their types on the way; this file still has them.
+        # The agent's words have no types; the values in this file have.
         overrides = {**overrides, **sweep_parameters(Path(typed))}
     if smoke:
         overrides = {**SMOKE, **overrides}
@@ -196,7 +196,8 @@ def prepare_experiment(
 
 def demo_beside_own(experiment: Experiment, overrides: Mapping[str, Any]) -> list[str]:
     """The keys of the splits that an experiment still has from the demo where the user gave data of
-    their own: a result must not be reported on shapes that have nothing to do with it."""
+    their own: a result must not be reported on demo videos that have nothing to do with that
+    data."""
     dataset = experiment.dataset
     keys = ("data_path", "val_path", "test_path")
     paths = {f"dataset.{key}": getattr(dataset, key) for key in keys}
@@ -219,8 +220,9 @@ def read_rows(experiment: Experiment) -> list[int]:
 
     Row r belongs to the memory of the tracked frame r + 1 frames back, the last row to that of
     every conditioning frame. The frame farthest from its memory is the last of a clip, T - 2 frames
-    after the first tracked one. Further conditioning frames are drawn, and some clips have none, so
-    that they take no row away; corrections do where they make a conditioning frame of every frame.
+    after the first tracked one. Further conditioning frames are drawn at random, and some clips
+    have none, so they leave no row unread. Corrections leave rows unread where they make every
+    frame a conditioning frame.
     """
     length, rows = experiment.dataset.video_clip_length, experiment.model.num_maskmem
     if length < 2 or rows == 0:

@@ -129,8 +129,8 @@ class LossConfig(_Weights):
     focal_gamma: float = Field(2.0, ge=0)
     all_candidates: bool = Field(
         False,
-        description="masks learn on the mean over the candidates, not on the best one: untrained "
-        "heads all get a gradient, where best-of-3 feeds one",
+        description="masks learn on the mean over the candidates, not on the best one, so that "
+        "untrained heads all get a gradient",
     )
     supervise_all_iou: bool = Field(
         True, description="IoU loss on all candidates, not the best one"

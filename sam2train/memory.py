@@ -159,7 +159,7 @@ def frames_in_reach(sam2: SAM2Base) -> int:
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """Features of a stack of images, as SAM 2's heads want them."""
+    """Features of a stack of images, in the form that SAM 2's heads take."""
 
     levels: list[torch.Tensor]  # each (H_l * W_l, images, C_l), finest first
     positions: torch.Tensor  # (H_l * W_l, 1, C_l) position encoding of the last level
@@ -241,14 +241,14 @@ def decode_masks(
     points: dict[str, torch.Tensor] | None,
     masks: torch.Tensor | None,
 ) -> DecoderPass:
-    """One decoder pass. A mask prompt alone is its own answer: SAM 2 returns it as logits of +-10.
+    """One decoder pass. A mask prompt alone is also the output: SAM 2 returns it as logits of +-10.
 
     Args:
         fused: of `read_memory`.
         points: the points of the prompt and the correction clicks so far.
         masks: the mask prompt; after a click the low resolution logits of the pass before.
     """
-    # SAM 2 wants None where the config has one level only.
+    # SAM 2 takes None where the config has one level only.
     high_res = part.features.maps()[:-1] or None
     if points is None and masks is not None and sam2.use_mask_input_as_output_without_sam:
         return DecoderPass(*sam2._use_mask_as_output(fused, high_res, masks))

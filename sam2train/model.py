@@ -473,7 +473,8 @@ class SAM2Model(nn.Module):
             shape = (object_valid.shape[0], num_frames, object_valid.shape[1], *size)
             result = torch.full(shape, fill, device=self.device)
             if outputs:
-                # One write for all frames: each would cost a copy of the whole in the backward.
+                # One write for all frames: each costs a copy of the whole tensor in the backward
+                # pass.
                 values = torch.cat([getattr(output, name) for output in outputs]).float()
                 result[tuple(torch.cat(places, dim=1))] = values.view(-1, *size)
             return result  # (B, T, N, ...)

@@ -24,6 +24,7 @@ from sam2train.files import REPOSITORY
 # Side of the square matrices whose product gives the rate of a machine: large enough to be limited
 # by arithmetic, small enough to cost less than the step beside it.
 _GEMM_SIDE = {"cpu": 2048, "cuda": 8192}
+CPU = torch.device("cpu")  # of what runs beside no other device, such as loading clips
 _GEMM = "GEMM "  # with the precision: a variant of `alternate`
 
 

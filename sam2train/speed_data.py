@@ -22,14 +22,13 @@ from pycocotools import mask as rle
 from sam2train.clips import collate_fn
 from sam2train.data_loader import load_batches
 from sam2train.datasets import COCODataset, DatasetConfig, build_dataset
-from sam2train.speed_clock import Mismatch, Row, alternate, in_process, peak_of
+from sam2train.speed_clock import CPU, Mismatch, Row, alternate, in_process, peak_of
 from sam2train.speed_reference import import_training
 from sam2train.speed_video import VideoFiles, made_up_frames, write_video
 from sam2train.transforms import MEAN, STD, AugmentConfig
 
-_CPU = torch.device("cpu")  # where clips are loaded, whatever trains on them
 # Ours and SAM 2's pictures differ by their resizing (bicubic and bilinear), masks at their outline.
-_SAME_IMAGES, _SAME_MASKS = 0.1, 0.97
+_SAME_IMAGES, _SAME_CLIP_MASKS = 0.1, 0.97
 # The augmentation of the official recipe.
 _AUGMENT = AugmentConfig(
     horizontal_flip=0.5,
@@ -88,7 +87,7 @@ def measure_loader(
     images, masks = variants["clip"](), variants["SAM 2"]()
     _check_same(images, masks)
     with _one_thread():
-        seconds = alternate(variants, rounds, _CPU)
+        seconds = alternate(variants, rounds, CPU)
     medians = {name: statistics.median(taken) / num_frames for name, taken in seconds.items()}
     at = f"{size[1]} x {size[0]} JPEG + {num_objects} RLE -> {image_size} px, one process"
 
@@ -117,7 +116,7 @@ def _check_same(ours: Any, theirs: Any) -> None:
     # SAM 2's loader shuffles objects; together they cover the same pixels.
     found, expected = ours.masks.any(1), theirs.masks.any(1)
     overlap = ((found & expected).sum() / (found | expected).sum()).item()
-    if apart > _SAME_IMAGES or overlap < _SAME_MASKS:
+    if apart > _SAME_IMAGES or overlap < _SAME_CLIP_MASKS:
         raise Mismatch(
             f"our clip and SAM 2's differ by {apart:.3f} in pictures and overlap by {overlap:.3f} "
             "in masks: nothing is compared"
@@ -221,7 +220,7 @@ def _place_in_film(folder: Path, size: tuple[int, int], num_frames: int, rounds:
 
     ends = {"beginning": lambda: read(0), "end": lambda: read(num_frames - stride * length)}
     with _one_thread():
-        seconds = alternate(ends, rounds, _CPU)
+        seconds = alternate(ends, rounds, CPU)
     return Row(
         "loader",
         "a clip at the end of a film",
@@ -247,8 +246,8 @@ def measure_index(folder: Path, *, num_annotations: int = 200_000, rounds: int =
         with contextlib.redirect_stdout(io.StringIO()):
             COCO(str(path))
 
-    runs = {"ours": lambda: _read(path), "theirs": theirs}
-    seconds = alternate(runs, rounds, _CPU, warm_up=False)
+    runs = {"ours": lambda: _read_dataset(path), "theirs": theirs}
+    seconds = alternate(runs, rounds, CPU, warm_up=False)
     at = f"{num_annotations:,} annotations"
     medians = [statistics.median(seconds[name]) for name in ("ours", "theirs")]
     few = write_large_json(folder / "few", 200)
@@ -262,7 +261,7 @@ def measure_index(folder: Path, *, num_annotations: int = 200_000, rounds: int =
 
 def _worker_bytes(path: Path, num_clips: int = 20) -> int:
     """Bytes that a process that loads data shares with no other, after some clips."""
-    data = _read(path)
+    data = _read_dataset(path)
     config = DatasetConfig(data_path=str(path), num_workers=1)
     batches = load_batches(data, config, 0, start=0, pin_memory=False, say=_silent)
     for _ in range(num_clips):
@@ -277,10 +276,10 @@ def bytes_of_coco(path: str) -> int:
     from pycocotools.coco import COCO
 
     with contextlib.redirect_stdout(io.StringIO()):
-        return peak_of(lambda: COCO(path), _CPU)
+        return peak_of(lambda: COCO(path), CPU)
 
 
-def _read(path: Path) -> COCODataset:
+def _read_dataset(path: Path) -> COCODataset:
     return COCODataset(path, (64, 64), prompt_types=["point"])
 
 

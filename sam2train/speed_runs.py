@@ -22,11 +22,10 @@ from sam2train.demo import resolve_data_path
 from sam2train.errors import MachineFault
 from sam2train.experiment import load_experiment
 from sam2train.files import REPOSITORY
-from sam2train.speed_clock import Row, alternate, synchronise
+from sam2train.speed_clock import CPU, Row, alternate, synchronise
 from sam2train.trainer import Trainer
 
 EXPERIMENT = "experiments/coco_point_bbox.yaml"
-_CPU = torch.device("cpu")  # no clock here waits for a device: processes end
 _QUIET = ("tracking.mode=disabled",)
 # What a run of the demo imports of other packages.
 _BARE = (
@@ -141,7 +140,7 @@ def measure_start(folder: Path, *, rounds: int = 3) -> list[Row]:
         "wrong": partial(_run, _program(EXPERIMENT, "trainer.num_stepss=3"), folder, code=2),
         "torch": partial(_run, ["-c", "import torch"], folder),
     }
-    seconds = alternate(variants, rounds, _CPU)
+    seconds = alternate(variants, rounds, CPU)
     seconds["start"] = to_first_step[1:]  # without the end of the process, and its warm-up
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
 

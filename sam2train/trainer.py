@@ -208,7 +208,8 @@ class Trainer:
                 status = "interrupted" if isinstance(error, Interrupted) else "failed"
                 try:
                     self._summarise(status)
-                except Exception as second:  # what ended the run is what must be told
+                # the error that ended the run matters more than this one
+                except Exception as second:
                     error.add_note(f"and {self.folder.summary} could not be written: {second}")
                 raise
             self._summarise("finished")
@@ -288,7 +289,7 @@ class Trainer:
             self.audited = bool(self.audit)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
 
-        # The one host sync of a healthy step, placed before a bad batch can reach the weights.
+        # The only wait for the device in a step, before a bad batch can change the weights.
         if not torch.isfinite(scalars["loss"] + grad_norm):
             raise not_finite(
                 self.folder,
@@ -337,7 +338,7 @@ class Trainer:
         """
         weights = self.model.sam2.state_dict()
         everything = len(self.parameters) == len(list(self.model.sam2.parameters()))
-        # Over random weights nobody could tell what the rest was; all of them need no base.
+        # The trained ones alone, where the others can be read from the file of the base.
         if self.base_hash is not None and not everything:
             weights = {key: weights[key] for key in self.parameters}
         checkpoint.save(

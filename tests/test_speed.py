@@ -211,7 +211,7 @@ def test_a_large_json_is_read_by_both(tmp_path, monkeypatch):
     assert read.ours > 0
     path = tmp_path / "many" / "annotations.json"
     assert len(json.loads(path.read_text())["annotations"]) == 450
-    assert sum(len(video.object_ids) for video in speed_data._read(path).videos) == 30
+    assert sum(len(video.object_ids) for video in speed_data._read_dataset(path).videos) == 30
 
 
 def test_parts_by_name_and_a_file(tmp_path, monkeypatch, capsys):
