@@ -123,8 +123,12 @@ class LeftOut:
             self.counts[problem] += 1
         total = self.counts.total()
         if total > config.max_bad_fraction * num_clips:
-            shown = "\n  - ".join(list(self.counts)[:_SHOWN])
-            more = f"\n  and {len(self.counts) - _SHOWN} more" if len(self.counts) > _SHOWN else ""
+            shown = "\n  - ".join(list(self.counts)[:_NUM_NAMED])
+            more = (
+                f"\n  and {len(self.counts) - _NUM_NAMED} more"
+                if len(self.counts) > _NUM_NAMED
+                else ""
+            )
             raise UserError(
                 f"{total} of {num_clips} clips could not be read, more than "
                 f"dataset.max_bad_fraction={config.max_bad_fraction:g} allows; mend the files, or "
@@ -132,7 +136,7 @@ class LeftOut:
             )
 
 
-_SHOWN = 12  # faults in a message
+_NUM_NAMED = 12  # faults in a message
 
 
 def _begin_worker(number: int) -> None:

@@ -15,7 +15,7 @@ from sam2train.files import read_json, shorten
 
 Say = Callable[[str], None]
 STATUSES = ("running", "finished", "interrupted", "failed")
-_SHOWN = 5  # oddities of a file
+_NUM_TOLD = 5  # oddities of a file
 _MOST_SECONDS = 10**10  # some 300 years
 _MOST = 2**53  # whole numbers up to here are floats, too
 # Columns of tables that hold words.
@@ -46,7 +46,7 @@ def read_metrics(path: Path, say: Say, say_value: Say | None = None) -> list[dic
         UserError: the file cannot be read.
     """
     text, rows, odd, values = _read_text(path), [], [], []
-    lines = _lines(text)
+    lines = _split(text)
     for number, line in enumerate(lines, 1):
         row = _read_row(line)
         if row is None:
@@ -54,21 +54,21 @@ def read_metrics(path: Path, say: Say, say_value: Say | None = None) -> list[dic
                 odd.append(f"line {number} is no row with a `step`")
             continue
         strange = [name for name, value in row.items() if not _is_value(name, value)]
-        values += [f"line {number}: {name} is {_shown(row[name])}" for name in strange]
+        values += [f"line {number}: {name} is {_quoted(row[name])}" for name in strange]
         rows.append(row | dict.fromkeys(strange))
     for found, tell in ((odd, say), (values, say_value or say)):
         if found:
-            more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-            tell(f"{path}, {'; '.join(found[:_SHOWN])}{more}: not as a run writes it, left out")
+            more = f" and {len(found) - _NUM_TOLD} more" if len(found) > _NUM_TOLD else ""
+            tell(f"{path}, {'; '.join(found[:_NUM_TOLD])}{more}: not as a run writes it, left out")
     return rows
 
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file, bytes that are not UTF-8 replaced; [] where there is none."""
-    return _lines(_read_text(path))
+    return _split(_read_text(path))
 
 
-def _lines(text: str) -> list[str]:
+def _split(text: str) -> list[str]:
     return text.removesuffix("\n").split("\n") if text else []
 
 
@@ -106,17 +106,19 @@ def _is_count(value: Any) -> bool:
 
 def _is_value(name: str, value: Any) -> bool:
     """Whether a run writes such a value: a number, and no time that no run takes."""
-    return _is_number(value) and (name != "seconds" or value is None or 0 <= value < _MOST_SECONDS)
+    return _is_finite_number(value) and (
+        name != "seconds" or value is None or 0 <= value < _MOST_SECONDS
+    )
 
 
-def _is_number(value: Any) -> bool:
+def _is_finite_number(value: Any) -> bool:
     """Whether JSON holds a number as a run writes it; None is what it writes for NaN."""
     if value is None or isinstance(value, float):
         return value is None or math.isfinite(value)
     return type(value) is int and abs(value) < _MOST
 
 
-def _shown(value: Any) -> str:
+def _quoted(value: Any) -> str:
     large = type(value) is int and abs(value) >= _MOST  # such may have thousands of digits
     return "a number beyond 2**53" if large else shorten(ascii(value))
 
@@ -140,7 +142,7 @@ def read_summary(
         return known
     tell = say_value or say
     rest = _summary_of(read_metrics(metrics, tell))
-    told = "; ".join(f"{name} is {_shown(known[name])}" for name in odd[:_SHOWN])
+    told = "; ".join(f"{name} is {_quoted(known[name])}" for name in odd[:_NUM_TOLD])
     tell(f"{path}: {told}: not as a run writes it, made anew from {metrics}")
     whole = {name: value for name, value in known.items() if name not in odd}
     return {**whole, **{name: rest[name] for name in odd if name in rest}}
