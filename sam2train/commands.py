@@ -208,8 +208,11 @@ class DryRun(FileCommand):
 
         warn = partial(say, console)
         sections = experiment.dataset, experiment.augment, experiment.clips_seed
+        known: dict = {}  # a path that two splits name is read once
         datasets = {
-            split: build_dataset(*sections, path, training=split == "training", say=warn)
+            split: build_dataset(
+                *sections, path, training=split == "training", say=warn, known=known
+            )
             for split, path in paths.items()
             if path is not None
         }
