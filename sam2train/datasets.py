@@ -383,18 +383,14 @@ def _check_root(source: VideoSource, path: Path, config: DatasetConfig) -> None:
     above = find_masks(path) if path.suffix == ".txt" else None
     root = above[0].parent if above else path if path.is_dir() else path.parent
     roots = [root, *([Path(config.image_root)] if config.image_root else [])]
-    restrict = config.restrict_to_root
-    found = files_outside(source.videos, roots, every=restrict)
-    if not found:
-        return
+    found = files_outside(source.videos, roots, every=config.restrict_to_root)
     where = " and ".join(map(str, roots))
-    if restrict:
+    if found and config.restrict_to_root:
         lies = [f"{file}: lies outside of {where}, at {file.resolve()}" for file in found]
         raise DataError(source, [f"{one}; dataset.restrict_to_root refuses it" for one in lies])
-    source.notes.append(
-        f"{listed([str(file) for file in found])}: outside of {where}; dataset.restrict_to_root "
-        "refuses such files"
-    )
+    if found:
+        told = f"{listed([str(file) for file in found])}: outside of {where}"
+        source.notes.append(f"{told}; dataset.restrict_to_root refuses such files")
 
 
 def data_paths(path: str | Sequence[DataPart] | None) -> list[str]:
