@@ -12,10 +12,10 @@ from sam2train.data_source import Frame, Video
 from sam2train.datasets import COCODataset
 from sam2train.evaluate import EvaluationConfig, TrackedFrame, TrackedVideo, copy_first_mask
 from sam2train.metrics import COPY, TRAINED, VideoScores, measure
+from sam2train.score_files import RowsFile, read_scores
 from sam2train.scores import (
     HORIZON_COLUMNS,
     SCORE_COLUMNS,
-    RowsFile,
     after_absence,
     area_under_roc,
     bin_end,
@@ -23,7 +23,6 @@ from sam2train.scores import (
     frame_rows,
     horizon_rows,
     numbers,
-    read_scores,
     roc,
     score,
     scores_table,

@@ -17,7 +17,17 @@ PACKAGE = ROOT / "sam2train"
 # A group imports itself and the groups that stand before it; `data` and `model` do not import each
 # other: they meet in `clips`.
 GROUPS = {
-    "ground": {"errors", "files", "config", "config_yaml", "machine", "stats", "clips", "faults"},
+    "ground": {
+        "errors",
+        "files",
+        "config",
+        "config_yaml",
+        "machine",
+        "stats",
+        "clips",
+        "faults",
+        "distributed",
+    },
     "data": {
         *("datasets", "data_source", "data_clips", "data_videos", "data_coco", "data_vos"),
         *("data_sav", "data_synthetic", "data_pictures", "data_report", "data_loader"),
@@ -32,7 +42,7 @@ GROUPS = {
         *("losses", "optimizer"),
     },
     "scores": {
-        *("metrics", "evaluate", "scores"),
+        *("metrics", "evaluate", "scores", "score_files"),
         *("pictures", "video_pictures", "score_figures"),
     },
     "runs": {
@@ -41,6 +51,7 @@ GROUPS = {
             "bad_batch",
             "trainer",
             "trainer_scores",
+            "trainer_processes",
             "training_run",
             "eval_checkpoint",
             "eval_prompts",
