@@ -1,4 +1,4 @@
-"""Compact results of a sweep: one CSV that can be committed, and what it says.
+"""Compact results of a sweep: one CSV that can be committed, and what can be concluded from it.
 
 `python run.py --collect runs/sweeps/NAME` writes `experiments/results/NAME.csv`; the notebooks, the
 tables and the pictures are made from it again.
@@ -136,7 +136,7 @@ def settings_in_order(values: Iterable[Any]) -> list[Any]:
     def place(value: Any) -> tuple:
         if not isinstance(value, str):
             return 0, value
-        from sam2train.prompts import PROMPTS  # here, since torch comes with it
+        from sam2train.prompts import PROMPTS  # here, because it imports torch
 
         types = list(PROMPTS)
         words = value.split("+")

@@ -15,13 +15,13 @@ from sam2train.model import SAM2Model
 from sam2train.pretrained import MEMORY, MODULES, match_parameters, selects
 from sam2train.prompts import PROMPTS
 
-# Parameters that SAM 2 reads at times only; see its `SAM2Base`.
+# Parameters that SAM 2 reads in some cases only; see its `SAM2Base`.
 _READ_WHEN = {
     "no_mem_pos_enc": "SAM 2 never reads it",
-    "no_mem_embed": "it is read on frames that are prompted by points or boxes only",
-    "mask_downsample": "it is read for prompts that are masks only",
-    "no_obj_ptr": "it is read where the object score says that the object is absent only",
-    "no_obj_embed_spatial": "it is read where the object score says that the object is absent only",
+    "no_mem_embed": "only frames that are prompted by points or boxes read it",
+    "mask_downsample": "only mask prompts read it",
+    "no_obj_ptr": "only frames whose object score says that the object is absent read it",
+    "no_obj_embed_spatial": "only frames whose object score says that the object is absent read it",
 }
 _AT_THE_PROMPT = {"no_mem_pos_enc", "no_mem_embed", "mask_downsample"}  # no part of the memory
 _POINTERS = {"obj_ptr_proj", "obj_ptr_tpos_proj", "no_obj_ptr"}
@@ -111,7 +111,8 @@ def modules_without_gradient(model: SAM2Model, experiment: Experiment) -> list[W
 
 
 def _drawn(experiment: Experiment) -> set[str]:
-    """The parameters that are read in some steps of an experiment, by what is drawn."""
+    """The parameters that only some steps of an experiment read, which depends on the prompts and
+    the objects that are drawn."""
     model = experiment.model
     drawn = {
         "mask_downsample" if PROMPTS[name].gives_mask else "no_mem_embed"
@@ -133,9 +134,7 @@ def _reasons(tops: set[str], experiment: Experiment) -> Sequence[str]:
     if tops <= _AT_THE_PROMPT:
         return list(dict.fromkeys(_READ_WHEN[top] for top in sorted(tops)))
     if experiment.dataset.video_clip_length < 2:
-        found.append(
-            "dataset.video_clip_length is 1, and the memory is learnt through later frames"
-        )
+        found.append("dataset.video_clip_length is 1, and only later frames teach the memory")
     if config.num_maskmem == 0:
         found.append("model.num_maskmem is 0, which leaves no memory")
     if tops <= _POINTERS and config.max_obj_ptrs_in_encoder == 0:

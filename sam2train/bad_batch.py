@@ -40,10 +40,10 @@ def not_finite(
     try:
         losses = {n: v for n, v in scalars.items() if n.startswith("loss")}
         found = save_bad_batch(path, step, batches, losses, model)
-        text += f"Bad first was {found}; {path} has the clips. "
+        text += f"The first bad value: {found}; {path} has the clips. "
         save()
         text += f"{folder.last} is the state before this step. "
-    except OSError as problem:  # the bad step is what must be told
+    except OSError as problem:  # the error of the step matters more than this one
         text += f"It could not be kept ({problem}). "
     return FloatingPointError(text + "Lower optimizer.learning_rate or look at these clips")
 
@@ -66,7 +66,7 @@ def save_bad_batch(
         batches: of that step, on the CPU.
         model: with the gradients of the step; its parameters are those before it.
     """
-    found = next(_bad(batches, losses, model), "nothing of it alone: sums overflow")
+    found = next(_bad(batches, losses, model), "no single part; a sum overflows")
     content = {
         "step": step,
         "first_bad": found,
@@ -92,7 +92,7 @@ def _bad(
     losses: Mapping[str, torch.Tensor],
     model: nn.Module,
 ) -> Iterator[str]:
-    """What is not finite, in the order in which one makes the next bad."""
+    """What is not finite, causes before their effects."""
     for kind, tensors in (
         ("parameter", model.named_parameters()),
         ("buffer", model.named_buffers()),

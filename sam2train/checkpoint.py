@@ -1,4 +1,4 @@
-"""Checkpoints on disk: written whole or not at all, proved before they are used, read without
+"""Checkpoints on disk: written whole or not at all, checked before they are used, read without
 executing anything."""
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def save(path: Path, content: Mapping[str, Any], previous: Path | None = None) -
                 torch.save({"format": FORMAT, **content}, writer)
             except Exception:
                 if writer.fault is not None:
-                    raise writer.fault from None  # torch tells of an incomplete zip
+                    # torch's own error only says that the zip is incomplete
+                    raise writer.fault from None
                 raise
             _seal(file)
             file.flush()
@@ -58,7 +59,8 @@ def save(path: Path, content: Mapping[str, Any], previous: Path | None = None) -
 
 
 class _Writer:
-    """The file for torch, which makes faults of its own of the disk's; keeps the first."""
+    """The file that torch writes to. It keeps the first error of the disk: torch raises another
+    one."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
@@ -157,12 +159,12 @@ def load_last(folder: RunFolder, say: Callable[[str], None]) -> tuple[dict[str, 
         content = load(previous)
     except UserError as second:
         raise UserError(
-            f"{fault}\nand the one before is no help: {second}\n"
+            f"{fault}\nand the checkpoint before it cannot be used: {second}\n"
             "no checkpoint of this run is whole; start again in another folder"
         ) from None
     if last.exists():
         os.replace(last, folder.damaged)
-    say(f"{fault}\ngoing on from the one before, {previous}, of step {content['step']}")
+    say(f"{fault}\ngoing on from the checkpoint before, {previous}, of step {content['step']}")
     return content, previous
 
 
@@ -234,7 +236,7 @@ def _tensors(value: Any) -> bool:
     )
 
 
-def _numbers(value: Any) -> bool:
+def _named_numbers(value: Any) -> bool:
     return isinstance(value, Mapping) and all(
         isinstance(name, str) and isinstance(one, int | float) for name, one in value.items()
     )
@@ -271,7 +273,7 @@ def _window(value: Any) -> bool:
     return (
         isinstance(value, Mapping)
         and isinstance(value.get("sums"), Mapping)
-        and _numbers(value.get("counts"))
+        and _named_numbers(value.get("counts"))
         and value["sums"].keys() == value["counts"].keys()
         and _count(value.get("lines"))
     )
@@ -285,8 +287,8 @@ _PARTS = {
     "clips": _Part("a whole number from 0", _count, since_format_1=False),
     "clips_per_step": _Part("a whole number from 0", _count, since_format_1=False),
     "best": _Part("a number", lambda v: isinstance(v, int | float) and not math.isnan(v)),
-    "scores": _Part("numbers by name", _numbers),
-    "baseline": _Part("numbers by name", _numbers),
+    "scores": _Part("numbers by name", _named_numbers),
+    "baseline": _Part("numbers by name", _named_numbers),
     "run_id": _Part("a text", lambda value: isinstance(value, str)),
     "optimizer": _Part("None, or state and param_groups", _optimizer),
     "rng": _Part("the states of torch's generators, torch and cuda", _rng),

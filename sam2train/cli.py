@@ -51,7 +51,7 @@ def main(words: Sequence[str]) -> int:
             if wants_help or not words:
                 print(help_text(words))
             command = None if wants_help else parse(words)
-            code = 0 if command is None else _run(command)
+            code = 0 if command is None else _run_command(command)
             if sys.stdout is not None:
                 sys.stdout.flush()
             return code
@@ -65,22 +65,22 @@ def main(words: Sequence[str]) -> int:
         print(f"interrupted by {Signals(stopped.code - 128).name}", file=sys.stderr)
         return stopped.code
     except BrokenPipeError as problem:
-        if not _nobody_reads(sys.stdout):  # the pipe is another one
+        if not _nobody_reads(sys.stdout):  # another pipe is broken, which is an error
             _show_error(explain(problem), words)
             return 1
-        # `head` and the like close their end once they have enough. What is left goes nowhere, so
-        # that Python's own flush at exit does not fail as well.
+        # Programs such as `head` close the pipe when they have read enough. The rest of the output
+        # is discarded, so that Python's flush at exit does not fail, too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         text = explain(error, partial(_settings_of, command))
         if text is None:
-            raise  # a bug of ours: whoever mends it needs the traceback
+            raise  # a bug in this program: the traceback is needed to fix it
         _show_error(text, words)
         return 1
 
 
-def _run(command: Command) -> int:
+def _run_command(command: Command) -> int:
     """Run a command in each of the processes that `torchrun` started, or in the main one alone."""
     if command.together:
         with distributed.joined():

@@ -34,7 +34,7 @@ class Prompt(TypedDict):
 
     object_id: int | str
     frame_index: int  # position in the clip
-    type: str  # how it was drawn, a name of `prompts.PROMPTS`; the model never asks
+    type: str  # how it was drawn, a name of `prompts.PROMPTS`; the model does not use it
     points: np.ndarray  # (P, 2) float32
     labels: np.ndarray  # (P,) int32: 1 positive click, 0 negative, 2 / 3 top-left / bottom-right
     box: np.ndarray | None  # (4,) float32: x_min, y_min, x_max, y_max
@@ -73,6 +73,8 @@ class Clip:
     frame_size: tuple[int, int]  # (H, W) of the source frames
     # (T, H, W) bool: pixels without a label, which no loss counts; None where there are none
     ignore: torch.Tensor | None = None
+    # (T,) of `transforms.image_keys`, for the feature cache; None where no image comes twice
+    image_keys: list[str] | None = None
 
     def __getitem__(self, name: str) -> Any:
         names = self.__dataclass_fields__
@@ -94,8 +96,8 @@ class BatchedVideoMetaData:
 class BatchedVideoDatapoint:
     """Clips stacked for the model, with the field names and axes of SAM 2's class of this name.
 
-    `prompts`, `frame_valid`, `object_valid`, `names` and `ignore` are ours; SAM 2's training model
-    does not mind them.
+    `prompts`, `frame_valid`, `object_valid`, `names`, `ignore` and `image_keys` are ours; SAM 2's
+    training model ignores them.
     """
 
     img_batch: torch.Tensor  # (T, B, 3, H, W) float32
@@ -109,6 +111,8 @@ class BatchedVideoDatapoint:
     dict_key: str = "sam2train"
     # (T, B, H, W) bool: pixels without a label; None: no clip has any
     ignore: torch.Tensor | None = None
+    # (B * T,) keys of `flat_img_batch`; None where a clip has none
+    image_keys: list[str] | None = None
 
     @property
     def num_frames(self) -> int:
@@ -222,6 +226,13 @@ def collate_fn(clips: Sequence[Clip | Mapping[str, Any]]) -> BatchedVideoDatapoi
         none = torch.zeros(1, *clips[0].images.shape[2:], dtype=torch.bool)
         of_clips = [none if clip.ignore is None else clip.ignore for clip in clips]
         ignore = torch.stack([_pad_frames(o, num_frames, repeat=False) for o in of_clips], dim=1)
+    image_keys = None
+    if all(clip.image_keys is not None for clip in clips):
+        image_keys = [
+            key
+            for clip in clips
+            for key in [*clip.image_keys, *clip.image_keys[-1:] * (num_frames - len(clip.images))]
+        ]
     object_valid = torch.arange(max(num_objects)) < torch.tensor(num_objects)[:, None]
     object_index = make_object_index(object_valid, num_frames)
 
@@ -252,12 +263,13 @@ def collate_fn(clips: Sequence[Clip | Mapping[str, Any]]) -> BatchedVideoDatapoi
             for clip in clips
         ],
         ignore=ignore,
+        image_keys=image_keys,
     )
 
 
 def _to_clip(sample: Mapping[str, Any]) -> Clip:
     names = Clip.__dataclass_fields__.keys()
-    optional = ("frame_size", "ignore")
+    optional = ("frame_size", "ignore", "image_keys")
     if missing := [name for name in names if name not in sample and name not in optional]:
         raise UserError(
             f"collate_fn: a sample without {', '.join(missing)}; it has "

@@ -154,7 +154,7 @@ class RunSweep(FileCommand):
         "--run-dir", "the folder of this sweep", type=Path, metavar="PATH"
     )
     count: int | None = option(
-        "--count", "trials in all, those of before included", type=at_least_one, metavar="N"
+        "--count", "trials in all, earlier ones included", type=at_least_one, metavar="N"
     )
     jobs: int = option(
         "--jobs", "trials at a time, 1 by default", 1, type=at_least_one, metavar="N"
@@ -415,7 +415,7 @@ COMMANDS: tuple[type[Command], ...] = (
 
 
 def _console() -> Console:
-    """A console that leaves it to the caller what a closed pipe means; rich would exit."""
+    """A console that raises where its pipe is closed: rich would end the program."""
     from rich.console import Console
 
     class PlainConsole(Console):

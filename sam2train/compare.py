@@ -74,7 +74,7 @@ def show_runs(folder: Path, console: Console) -> None:
             say(console, f"unreadable: {row.problem}")
         console.print()
     if (runs["status"] == "crashed").any():
-        say(console, "crashed: it was running and fell silent; `--resume RUN` goes on with it")
+        say(console, "crashed: it has written nothing for long; `--resume RUN` goes on with it")
     say(console, "J&F on the validation videos; --compare RUN RUN: differences with intervals")
 
 

@@ -5,7 +5,7 @@ import difflib
 import re
 import types
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -105,6 +105,15 @@ class Section(BaseModel):
 S = TypeVar("S", bound=Section)
 
 
+def one_of(name: Any, known: Collection[str]) -> Any:
+    """The name, for the validator of a field; ValueError for one that is unknown."""
+    if isinstance(name, str) and name in known:
+        return name
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"expected one of {', '.join(known)}{hint}")
+
+
 class _Twice(tuple):
     """Both spellings of one field; its field validator reports them beside the other problems."""
 
@@ -136,7 +145,8 @@ def _parse_value(text: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes of a quoted path
             value = ast.literal_eval(text)
-        # `1,2` and `{1, 2}` are Python too, but nobody who writes them means a tuple or a set.
+        # `1,2` and `{1, 2}` are Python, too, but a user who writes them does not mean a tuple or a
+        # set.
         if _is_plain(value) and (not isinstance(value, tuple) or text[0] == "("):
             return value
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -204,7 +214,7 @@ def apply_overrides(
                     f"cannot set {dotted}: {'.'.join(parents[:depth])} is {quote(inner)}, "
                     "which holds no keys"
                 )
-        spellings = _spellings(section, dotted)
+        spellings = _key_spellings(section, dotted)
         if (first := given.setdefault((*parents, *spellings), leaf)) != leaf and spellings:
             raise UserError(f"{dotted}: given twice, as {first} and {leaf}; keep one")
         for spelling in spellings:
@@ -213,7 +223,7 @@ def apply_overrides(
     return result
 
 
-def _spellings(section: type[Section] | None, dotted: str) -> list[str]:
+def _key_spellings(section: type[Section] | None, dotted: str) -> list[str]:
     """Both spellings of the last part of a dotted key; none where the key is not known."""
     kind: Any = section
     for part in dotted.split("."):
@@ -246,8 +256,8 @@ def build(section: type[S], raw: Mapping[str, Any], source: str) -> S:
         return section.model_validate(raw)
     except ValidationError as error:
         # A union reports each of its branches: as one field they give one and the same line.
-        # A default that follows from other fields cannot fail but with them. For pydantic a list
-        # with a wrong item is too short as well; the message on the item says it all.
+        # A default that is computed from other fields fails only where they fail. pydantic also
+        # reports a list with a wrong item as too short; the message on the item is enough.
         found = error.errors(include_url=False)
         parents = {e["loc"][:end] for e in found for end in range(len(e["loc"]))}
         errors = [
@@ -275,7 +285,8 @@ def _branches(kind: Any) -> list[Any]:
 
 
 def _convert(value: Any, kind: Any) -> Any:
-    """`value` as the declared type `kind` has it, or `value` itself: pydantic judges the result."""
+    """`value` as the declared type `kind` has it, or `value` itself where it cannot be converted;
+    pydantic then checks the result."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return _convert(value, args[0])

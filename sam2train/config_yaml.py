@@ -94,7 +94,7 @@ def read_text(path: Path) -> str:
     try:
         if not path.exists():
             raise UserError(f"{path}: there is no such file; {_neighbours(path)}")
-        if not path.is_file():  # opening a pipe would wait for whoever writes into it
+        if not path.is_file():  # opening a pipe would wait until another program writes into it
             what = "a folder" if path.is_dir() else "no regular file"
             raise UserError(f"{path} is {what}; expected a YAML file")
         with path.open("rb") as file:
@@ -169,7 +169,7 @@ def _check_size(text: str, loader: type) -> None:
             if event.anchor in open_anchors:
                 line = event.start_mark.line + 1
                 raise _TooLarge(f"line {line}: *{event.anchor} contains itself; write the values")
-            added = sizes.get(event.anchor, (1, 0, 0))  # PyYAML names an unknown anchor later
+            added = sizes.get(event.anchor, (1, 0, 0))  # PyYAML reports an unknown anchor later
         else:
             continue
         if added is not None:

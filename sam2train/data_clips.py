@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import multiprocessing
 import numbers
@@ -17,7 +18,14 @@ from sam2train.data_fingerprint import fingerprint
 from sam2train.data_source import ClipPixels, Video, VideoSource
 from sam2train.errors import UserError
 from sam2train.prompts import PromptGenerator, types_like
-from sam2train.transforms import AugmentConfig, augment, normalise, resize_image, resize_mask
+from sam2train.transforms import (
+    AugmentConfig,
+    augment,
+    image_keys,
+    normalise,
+    resize_image,
+    resize_mask,
+)
 
 # A process that was killed while it held the lock must not stop the others.
 _PATIENCE = 5.0  # seconds
@@ -332,7 +340,7 @@ def finish_clip(
         ignore = None if ignore is None else np.ascontiguousarray(ignore[::-1])
     layers = masks if ignore is None else np.concatenate([masks, ignore[:, None]], axis=1)
     num_objects = masks.shape[1]
-    augmented = augment(images, layers, settings.augment, rng)
+    augmented = augment(images, layers, settings.augment, *view_rngs(video, indices, settings, rng))
     if augmented[1][:, :num_objects].any():  # a crop or turn that loses every object is not applied
         images, layers = augmented
     masks = layers[:, :num_objects]
@@ -350,6 +358,7 @@ def finish_clip(
         indices = [*indices, *[indices[-1]] * num_padding]
     return Clip(
         images=normalise(images),
+        image_keys=image_keys(images) if settings.augment.repeats_images else None,
         masks=torch.from_numpy(np.ascontiguousarray(masks)),
         prompts=prompts,
         video_id=video.video_id,
@@ -359,6 +368,20 @@ def finish_clip(
         frame_size=video.size,
         ignore=None if ignore is None else torch.from_numpy(np.ascontiguousarray(ignore)),
     )
+
+
+def view_rngs(
+    video: Video, indices: Sequence[int], settings: ClipSettings, rng: np.random.Generator
+) -> tuple[np.random.Generator, list[np.random.Generator] | None]:
+    """Random numbers for `augment`: of the clip, or of one of the video's `num_views` versions,
+    which are the same in every clip, and for each frame of that version."""
+    num_views = settings.augment.num_views
+    if num_views is None:
+        return rng, None
+    name = int.from_bytes(hashlib.sha256(repr(video.video_id).encode()).digest()[:8], "big")
+    seeds = [settings.seed, name, int(rng.integers(num_views))]
+    of_frames = [np.random.default_rng([*seeds, int(t)]) for t in indices]
+    return np.random.default_rng(seeds), of_frames
 
 
 class MaskCache:

@@ -177,7 +177,7 @@ def _with_videos(
         homes.append(str(name.parent))
         kinds.setdefault(homes[-1], set()).add(re.sub(r"\d+", "", name.stem))
     mixed = [folder for folder, of_folder in kinds.items() if len(of_folder) > 1]
-    # CVAT's export has no order; who writes an order and no video left the video out.
+    # CVAT's export has no order. In a file with an order and without videos the videos are missing.
     if mixed or any(entry.get(key) is not None for key in _ORDER_KEYS for entry in entries):
         found.problems.append(
             "no image has a `video_id`, though objects are on several images by their ids; what is "
@@ -221,7 +221,7 @@ class _Images:
                     )
                 truth[image_id] = known and _TRUTH[plain]
             if not any(truth.values()):
-                found.notes.append(f"`{key}` is true on no frame, and left out of account")
+                found.notes.append(f"`{key}` is true on no frame, and is ignored")
                 continue
             self.label_key = key
             for image_id, value in truth.items():
@@ -299,7 +299,7 @@ def _order_images(images: _Images, told: dict[str, list[str]], found: Findings) 
         key = next((k for k in _ORDER_KEYS if any(e.get(k) is not None for e in entries)), None)
         if key is None:
             names = {i: PurePath(images.paths[i].as_posix()) for i in members}
-            sort_key = _by_seconds if all(map(_is_number, names.values())) else _by_name
+            sort_key = _by_seconds if all(map(_is_numbered, names.values())) else _by_name
             orders = {i: sort_key(name) for i, name in names.items()}
             keys_used.setdefault("the file names", []).append(f"video {video_id!r}")
         else:
@@ -334,7 +334,7 @@ def _order_images(images: _Images, told: dict[str, list[str]], found: Findings) 
             found.notes.append(f"{where}order of frames from {key}")
 
 
-def _is_number(name: PurePath) -> bool:
+def _is_numbered(name: PurePath) -> bool:
     return re.fullmatch(r"\d+(\.\d+)?", name.stem) is not None
 
 
@@ -396,13 +396,13 @@ def _find_unlabelled(
                 found,
             )
         return marked
-    distances = [_distance(gap) for gap in gaps] if how == "auto" else [None] * len(videos)
+    distances = [_label_distance(gap) for gap in gaps] if how == "auto" else [None] * len(videos)
     known = Counter(distance for distance in distances if distance)
     usual = known.most_common(1)[0][0] if known else None
     marked, irregular = [], []
     for video, gap, distance in zip(videos, gaps, distances, strict=True):
         shown = [t for t, missing in enumerate(gap) if not missing]
-        distance = distance or (usual if shown and _fits(shown, usual) else None)
+        distance = distance or (usual if shown and _is_every_nth(shown, usual) else None)
         if distance is not None and any(gap):
             labelled = [t % distance == shown[0] % distance for t in range(len(gap))]
             video = _marked(video, labelled)
@@ -426,11 +426,12 @@ def _find_unlabelled(
     return marked
 
 
-def _distance(gaps: Sequence[bool]) -> int | None:
+def _label_distance(gaps: Sequence[bool]) -> int | None:
     """n, where every n-th frame and no other is annotated; None where it is not so.
 
     Of the places for annotated frames at least half are taken, and there are two at least that go
-    to the end of the video: objects that leave and return by chance hardly do so in step.
+    to the end of the video: objects that leave and return by chance seldom do so at a regular
+    distance.
     """
     shown = [t for t, missing in enumerate(gaps) if not missing]
     if len(shown) < 2:
@@ -441,7 +442,7 @@ def _distance(gaps: Sequence[bool]) -> int | None:
     return distance if regular else None
 
 
-def _fits(shown: Sequence[int], distance: int | None) -> bool:
+def _is_every_nth(shown: Sequence[int], distance: int | None) -> bool:
     """Whether all annotated frames of a video are some of every n-th."""
     return distance is not None and len({t % distance for t in shown}) == 1
 

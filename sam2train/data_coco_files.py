@@ -99,7 +99,7 @@ def _candidates(names: list[str], roots: Roots) -> Iterator[Located]:
     """Files that the names may mean, the likeliest first."""
     spellings = {}
     for name in names:
-        for spelling, remarks in _spellings(name):
+        for spelling, remarks in _path_spellings(name):
             spellings.setdefault(spelling, remarks)
     for spelling, remarks in spellings.items():
         if ".." in PurePath(spelling).parts:
@@ -120,7 +120,7 @@ def _candidates(names: list[str], roots: Roots) -> Iterator[Located]:
             yield Located(root / short, "", (*remarks, "without the hash of the upload"), True)
 
 
-def _spellings(name: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _path_spellings(name: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     """A path as it is written, and as Windows or a web server reads it; with what was done."""
     yield name, ()
     folders = PureWindowsPath(name).as_posix()

@@ -126,7 +126,7 @@ def read_annotations(
     names = _category_names(content)
     annotations: dict[int | str, dict[int | str, Annotation]] = {i: {} for i in images}
     united: list[str] = []
-    for video_id, members in _grouped(entries).items():
+    for video_id, members in _by_video(entries).items():
         _part_restarted(video_id, members, names, found)
         on_frame: dict[tuple[int | str, int | str], list[_Entry]] = {}
         for entry in members:
@@ -280,14 +280,14 @@ def _category_names(content: Mapping[str, Any]) -> dict[Any, str]:
     }
 
 
-def _grouped(entries: Iterable[_Entry]) -> dict[int | str, list[_Entry]]:
+def _by_video(entries: Iterable[_Entry]) -> dict[int | str, list[_Entry]]:
     videos: dict[int | str, list[_Entry]] = {}
     for entry in entries:
         videos.setdefault(entry.image.video_id, []).append(entry)
     return videos
 
 
-def _by_object(members: Iterable[_Entry]) -> dict[int | str, list[_Entry]]:
+def _entries_by_object(members: Iterable[_Entry]) -> dict[int | str, list[_Entry]]:
     """The entries of each object, in the order of its frames."""
     objects: dict[int | str, list[_Entry]] = {}
     for entry in sorted(members, key=lambda entry: entry.image.place):
@@ -304,7 +304,7 @@ def _part_restarted(
     when the category changes.
     """
     restarted, changed = [], []
-    for object_id, entries in _by_object(members).items():
+    for object_id, entries in _entries_by_object(members).items():
         switches = [
             (one, two)
             for one, two in pairwise(entries)
@@ -355,10 +355,10 @@ def _refuse_jumps(
     three usual steps of this object and most of its diagonal; both bounds are guesses. After an
     absence, an object may be anywhere.
     """
-    for object_id, entries in _by_object(members).items():
+    for object_id, entries in _entries_by_object(members).items():
         shown = [entry for entry in entries if entry.key in (_CATEGORY, _NO_ID) and entry.box]
         steps = [
-            (_distance(one.box, two.box), one, two)
+            (_center_distance(one.box, two.box), one, two)
             for one, two in pairwise(shown)
             if two.image.place - one.image.place == 1
         ]
@@ -376,7 +376,7 @@ def _refuse_jumps(
                 break
 
 
-def _distance(a: Box, b: Box) -> float:
+def _center_distance(a: Box, b: Box) -> float:
     return float(np.hypot(a[0] + a[2] - b[0] - b[2], a[1] + a[3] - b[1] - b[3]) / 2)
 
 

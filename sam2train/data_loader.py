@@ -1,5 +1,5 @@
-"""Clips in batches, in a fixed order, loaded in line or by other processes; an error there arrives
-as it was."""
+"""Clips in batches, in a fixed order, loaded in line or by other processes; an error there is
+raised here unchanged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sam2train.datasets import DatasetConfig
 from sam2train.errors import MachineFault
 from sam2train.machine import leave_group, num_cores
 
-# Seconds; a clip is some pictures, and a slow network disk gives them in a few.
+# Seconds. A clip is a few pictures, which even a slow network disk gives in some seconds.
 CLIP_TIMEOUT = 300.0
 
 
@@ -117,18 +117,18 @@ def load_batches(
         pin_memory=pin_memory,
         # Its own generator: the loader must not draw from the one that dropout uses.
         generator=torch.Generator().manual_seed(seed),
-        # For a process that does not even say that it waits too long.
+        # For a process that does not even report that it waits too long.
         timeout=2 * CLIP_TIMEOUT * config.batch_size if workers else 0,
     )
     return _unwrap(iter(loader), workers, say)
 
 
 def _begin_worker(number: int) -> None:
-    """In a process that loads data: let signals be the run's business, and end without a word."""
+    """In a process that loads data: leave signals to the run, and end without a message."""
     leave_group(number)
 
     def show(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
-        # A thread that hands batches over finds that the run has ended while it took one.
+        # The run may end while a thread of this process hands a batch over.
         if not issubclass(kind, OSError | EOFError):
             sys.__excepthook__(kind, error, where)
 
@@ -178,7 +178,7 @@ def _explain(problem: RuntimeError, workers: int) -> MachineFault | None:
 
 @dataclass(frozen=True)
 class _Failure:
-    """An exception on its way out of a worker: torch would make text of it."""
+    """An exception that a worker hands to the run as it is: torch would turn it into text."""
 
     error: Exception
 
@@ -188,7 +188,7 @@ class _Failure:
             error.add_note("in a process that loads data:\n" + traceback.format_exc())
         try:
             pickle.loads(pickle.dumps(error))
-        except Exception:  # such an exception would be lost on the way, and the run would wait
+        except Exception:  # such an exception would not reach the run, which would wait for it
             error = RuntimeError(f"{type(error).__name__}: {error}")
         return cls(error)
 
@@ -246,7 +246,7 @@ def _collate(clips: Sequence[Clip | _Failure]) -> BatchedVideoDatapoint | _Failu
 
 def _share(batch: BatchedVideoDatapoint) -> BatchedVideoDatapoint | bytes:
     """The batch with its tensors in shared memory, pickled where there is no room: torch would try
-    the same later, in a thread, whose error nobody gets, and the run would wait for ever."""
+    the same later in a thread whose error is lost, and the run would wait for ever."""
     try:
         for field in fields(batch):
             if isinstance(value := getattr(batch, field.name), torch.Tensor):

@@ -11,7 +11,7 @@ import numpy as np
 
 from sam2train.data_mask_facts import MaskFacts
 
-# How pixel values are read. `auto` decides; the others are for whoever disagrees.
+# How pixel values are read. `auto` decides from the masks; the others override it.
 #   ids      the palette index or grey value (R + 256 G + 65536 B of an RGB picture) is the object's
 #            id, 0 the background, and 255 beside other values void.
 #   colours  each colour or grey level is an object, but for the background; nothing is void.
@@ -20,7 +20,7 @@ MaskValues = Literal["auto", "ids", "colours", "binary"]
 
 VOID = 255
 MOTS_IGNORE = 10000  # of the MOTS PNG format, whose ids are class * 1000 + number
-_MAX_OBJECTS = 64  # colours of a video; more are looked at as noise
+_MAX_OBJECTS = 64  # colours of a video; more are taken for noise
 _VOID_COLOURS = (0xFFFFFF, 0xC0E0E0)  # white, and that of index 255 of DAVIS, R + 256 G + 65536 B
 _MAX_LEVELS = 8  # grey levels that were spread over 0..255
 _FLECKED = 0.05  # share of object pixels without a neighbour of their value: dithering has far more
@@ -373,7 +373,7 @@ def _edges(
 
 
 def _refuse_dithering(facts: Sequence[MaskFacts], background: int | None) -> None:
-    """ValueError where pixels of several values are mixed like salt and pepper."""
+    """ValueError where pixels of several values alternate, as in a dithered picture."""
     areas: Counter[int] = sum((one.areas for one in facts), Counter())
     alone: Counter[int] = sum((one.alone for one in facts), Counter())
     touching: Counter[int] = sum((one.touching for one in facts), Counter())

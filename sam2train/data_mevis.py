@@ -22,7 +22,7 @@ from sam2train.data_videos import index_frames, list_pictures
 from sam2train.errors import UserError
 from sam2train.files import read_json
 
-_EXPRESSIONS, _MASKS, _FRAMES = "meta_expressions.json", "mask_dict.json", "JPEGImages"
+_EXPRESSIONS, _RLES, _JPEGS = "meta_expressions.json", "mask_dict.json", "JPEGImages"
 
 
 class MevisVideos(VideoSource):
@@ -43,10 +43,10 @@ class MevisVideos(VideoSource):
     def __init__(self, path: Path):
         if not self.recognise(path):
             raise UserError(
-                f"{path}: expected a folder with {_MASKS}, {_EXPRESSIONS} and {_FRAMES}/<video>/, "
+                f"{path}: expected a folder with {_RLES}, {_EXPRESSIONS} and {_JPEGS}/<video>/, "
                 "as MeViS has them"
             )
-        masks = read_json(path / _MASKS, "expected MeViS' masks, a list for each object")
+        masks = read_json(path / _RLES, "expected MeViS' masks, a list for each object")
         meta = read_json(path / _EXPRESSIONS, "expected MeViS' expressions with `videos`")
         entries = meta.get("videos")
         if not isinstance(entries, dict) or not all(isinstance(e, dict) for e in entries.values()):
@@ -55,27 +55,27 @@ class MevisVideos(VideoSource):
         videos: dict[str, Video] = {}
         with ThreadPoolExecutor(8) as pool:
             for name, entry in entries.items():
-                if video := _index_video(path / _FRAMES / name, entry, pool, problems):
+                if video := _index_video(path / _JPEGS / name, entry, pool, problems):
                     videos[name] = replace(video, video_id=name)
         owners, left_out = _owners(masks, entries, videos, problems)
         for name, object_ids in owners.items():
             for object_id in object_ids:
-                _add_object(videos[name], object_id, masks[object_id], path / _MASKS, problems)
+                _add_object(videos[name], object_id, masks[object_id], path / _RLES, problems)
         indexed = [replace(video, object_ids=_appearing(video)) for video in videos.values()]
         warnings = tracking_warnings(indexed)
         if left_out:
             warnings.append(
-                f"{path / _MASKS}: objects {listed(left_out)} are named by no expression and fit "
+                f"{path / _RLES}: objects {listed(left_out)} are named by no expression and fit "
                 "no single video, left out"
             )
-        notes = [f"objects are the keys of {_MASKS}, {sum(map(len, owners.values()))} in all"]
+        notes = [f"objects are the keys of {_RLES}, {sum(map(len, owners.values()))} in all"]
         problems += shared_pictures(indexed)
         super().__init__(path, indexed, warnings, problems, notes)
 
     @staticmethod
     def recognise(path: Path) -> bool:
         """Whether the files of a path are those of this format."""
-        return all((path / name).is_file() for name in (_MASKS, _EXPRESSIONS))
+        return all((path / name).is_file() for name in (_RLES, _EXPRESSIONS))
 
     def read_masks(
         self, video: Video, frame_idx: int, object_id: int | str
@@ -119,7 +119,7 @@ def _owners(
     left_out = []
     for object_id, of_frames in masks.items():
         fitting = named.get(object_id) or {
-            name for name, video in videos.items() if _fits(of_frames, video)
+            name for name, video in videos.items() if _may_be_of(of_frames, video)
         }
         if object_id in named and len(fitting) > 1:
             problems.append(f"{_EXPRESSIONS}: object {object_id} is in {listed(sorted(fitting))}")
@@ -129,11 +129,11 @@ def _owners(
             left_out.append(object_id)
     missing = [object_id for object_id in named if object_id not in masks]
     if missing:
-        problems.append(f"{_MASKS}: no masks of the objects {listed(missing)}")
+        problems.append(f"{_RLES}: no masks of the objects {listed(missing)}")
     return owners, left_out
 
 
-def _fits(of_frames: Any, video: Video) -> bool:
+def _may_be_of(of_frames: Any, video: Video) -> bool:
     """Whether a list of masks may be of a video: as many frames, of its size."""
     if not isinstance(of_frames, list) or len(of_frames) != len(video.frames):
         return False

@@ -125,7 +125,7 @@ def read_image(
 
 
 class MaskPicture(NamedTuple):
-    """A mask as it lies on disk, before anybody knows what its values mean."""
+    """A mask as it is on disk, before the meaning of its values is decided."""
 
     values: np.ndarray  # (H, W) palette indices or grey values, uint16; of colours uint32, packed
     palette: np.ndarray | None  # (256,) uint32, packed colours of the indices; None: no palette

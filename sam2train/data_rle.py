@@ -1,4 +1,4 @@
-"""Masks as JSON files have them: RLE and polygons in all their dialects, read into run lengths."""
+"""Masks as JSON files have them: RLE and polygons in all their forms, read into run lengths."""
 
 from __future__ import annotations
 

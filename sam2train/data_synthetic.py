@@ -1,7 +1,7 @@
 """Objects with exact masks for videos that have none: cut-outs of other pictures, moving on top.
 
 Smooth shapes are cut from real pictures and laid over real frames, where they move, turn, change
-size, pass in front of each other, leave and return. What is where is known to the pixel.
+size, pass in front of each other, leave and return. The place of each object is known to the pixel.
 """
 
 from __future__ import annotations

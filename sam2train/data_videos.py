@@ -27,7 +27,7 @@ from sam2train.errors import UserError
 from sam2train.files import natural_key
 from sam2train.transforms import resize_image
 
-# What Pillow reads and people keep frames in.
+# Suffixes of pictures that Pillow reads and that are usual for frames.
 PICTURE_SUFFIXES = {
     ".jpg",
     ".jpeg",

@@ -70,7 +70,7 @@ class VosVideos(VideoSource):
     no object, and `read_ignore` has them.
 
     Args:
-        mask_values: how pixel values are read, for whoever disagrees with `auto`.
+        mask_values: how pixel values are read, where `auto` decides wrongly.
         path: the folder that contains both, or a list of some of the videos below it (a text file
             such as ImageSets/2017/train.txt). A folder of a resolution may lie between.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from sam2train import demo
 from sam2train.clips import collate_fn as collate_fn  # beside the data sets it batches
-from sam2train.config import Section
+from sam2train.config import Section, one_of
 from sam2train.data_burst import burst_to_coco, is_burst
 from sam2train.data_clips import ClipDataset, clip_settings
 from sam2train.data_coco import CocoVideos, Unlabelled, read_coco
@@ -148,16 +147,7 @@ class DataPart(Section):
     @field_validator("dataset_type")
     @classmethod
     def _known_format(cls, name: str | None) -> str | None:
-        return name and _known(name)
-
-
-def _known(name: Any) -> Any:
-    """The name of a format; ValueError for any other."""
-    if not isinstance(name, str) or name not in FORMATS:
-        near = difflib.get_close_matches(str(name), FORMATS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"expected one of {', '.join(FORMATS)}{hint}")
-    return name
+        return name and one_of(name, FORMATS)
 
 
 class DatasetConfig(Section):
@@ -244,7 +234,7 @@ class DatasetConfig(Section):
     @field_validator("dataset_type", mode="before")
     @classmethod
     def _known_format(cls, name: Any) -> Any:
-        return _known(name)
+        return one_of(name, FORMATS)
 
     @field_validator("data_path", mode="before")
     @classmethod

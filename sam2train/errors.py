@@ -1,8 +1,9 @@
-"""Exceptions for what a user or a machine did; everything else that is raised is a bug of ours."""
+"""Exceptions for a user's mistake and a machine's fault; any other is a bug in this program."""
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message gives path, value, expectation and a way out.
+    """A mistake that the user can correct. The message gives path, value, expectation and a way
+    out.
 
     `run.py` prints the message without a traceback and exits with code 2.
     """
@@ -13,7 +14,7 @@ class UserError(ValueError):
 
 
 class MachineFault(RuntimeError):
-    """Something that the machine did, such as ending a process. The message says what helps.
+    """A fault of the machine, such as a process that it ended. The message gives a way out.
 
     `run.py` prints the message without a traceback and exits with code 1.
     """

@@ -62,13 +62,13 @@ class Contender:
     label: str  # in tables
     step: int
     track: Track
-    # Where two contenders share one model: whose trained parameters it has meanwhile.
+    # Where two contenders share one model: the trained parameters that it gets for this one.
     model: SAM2Model | None = None
     weights: Mapping[str, torch.Tensor] | None = None
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Its weights in the model, for a while."""
+        """Its weights in the model while the block runs."""
         if self.weights is None:
             yield
             return
@@ -166,7 +166,7 @@ class Evaluation:
             )
         sections = experiment.dataset, experiment.augment, experiment.clips_seed
         self.data: ClipDataset = build_dataset(*sections, path, training=False, say=self._say)
-        model = build_model(experiment)
+        model = build_model(experiment, self._say)
         self.bf16 = uses_bf16(experiment, model.device)
         self.loaded: Loaded | None = None
         self.contenders = [self._contender(BASE, LABELS[BASE], 0, model)]
@@ -179,7 +179,7 @@ class Evaluation:
             self.contenders = [self._contender(TRAINED, label, self.loaded.step or 0, model)]
             if with_base:
                 # Random weights come from the experiment's seed: these are the same again.
-                base = build_model(experiment)
+                base = build_model(experiment, self._say)
                 self.contenders.append(self._contender(BASE, LABELS[BASE], 0, base))
         self.runlog = RunLog(
             experiment.tracking,
@@ -249,7 +249,7 @@ class Evaluation:
         warnings = [warning] if warning else []
         warnings += self.loaded.notes if self.loaded else ()
         with self.runlog as runlog:
-            # Not config.yaml: that is what makes a folder a run, to be resumed and compared.
+            # Not config.yaml: a folder with that file is a run, which can be resumed and compared.
             if distributed.is_main():
                 write_text(self.folder.evaluation, to_yaml(self.experiment))
             runlog.environment(self.contenders[0].model.device)

@@ -21,7 +21,7 @@ from sam2train.clips import Prompt
 from sam2train.config import Section
 from sam2train.data_clips import ClipDataset
 from sam2train.data_source import Video
-from sam2train.memory import FrameOutput, track_clip
+from sam2train.memory import FrameOutput, ImageFeatures, track_clip
 from sam2train.metrics import (
     FramePolicy,
     Measures,
@@ -33,10 +33,12 @@ from sam2train.metrics import (
 )
 from sam2train.model import SAM2Model
 from sam2train.prompts import PromptGenerator, TypeName
-from sam2train.transforms import normalise, resize_image
+from sam2train.transforms import image_keys, normalise, resize_image
 
 # Keeps the random numbers of evaluation prompts apart from those of training clips.
 _PROMPT_STREAM = (1,)
+# Frames that are encoded at once: 1.4 times as fast as one by one, and no faster with more.
+_ENCODED_TOGETHER = 4
 
 
 class EvaluationConfig(Section):
@@ -73,7 +75,8 @@ class TrackedFrame:
     no entry."""
 
     masks: Mapping[int | str, np.ndarray]  # (H, W) bool
-    object_scores: Mapping[int | str, float]  # logits of being visible; empty if nobody gives any
+    # logits of being visible; empty if the tracker gives none
+    object_scores: Mapping[int | str, float]
 
 
 @dataclass(frozen=True)
@@ -91,13 +94,13 @@ class SeenFrame:
 
 @dataclass(frozen=True)
 class TrackedVideo:
-    """One video with how well it was tracked. Masks are gone by then: see `SeenFrame`."""
+    """One video with how well it was tracked. It holds no masks: see `SeenFrame`."""
 
     video: Video
     prompts: list[Prompt]  # as in `SeenFrame`
     measures: dict[int | str, Measures]  # object id -> on the L labelled frames
     scores: VideoScores
-    # (T,) float32 logits of being visible, NaN before the prompt; empty if nobody gives any
+    # (T,) float32 logits of being visible, NaN before the prompt; empty if the tracker gives none
     object_scores: dict[int | str, np.ndarray]
 
 
@@ -121,8 +124,8 @@ def track_videos(
 ) -> Iterator[TrackedVideo]:
     """The videos of a data set, tracked and measured, one after the other.
 
-    Each object is prompted once, on the first frame that shows it, and tracked to the end. Frames
-    are measured as they come and forgotten, so that a video may be of any length.
+    Each object is prompted once, on the first frame that shows it, and tracked to the end. Each
+    frame is measured when it comes and then dropped, so that a video may be of any length.
 
     Args:
         track: the model, or a baseline such as `copy_first_mask`.
@@ -239,9 +242,10 @@ def track_video(
     *,
     bf16: bool = False,
 ) -> Iterator[TrackedFrame]:
-    """Masks at the video's own size, frame by frame; where objects overlap the surer wins.
+    """Masks at the video's own size, frame by frame; where objects overlap, the one of the highest
+    logit has the pixel.
 
-    Image features live for one frame, memories as long as memory attention can reach them.
+    Image features are kept for one frame, memories as long as memory attention can read them.
     """
     begin = min((prompt["frame_index"] for prompt in prompts), default=len(video.frames))
     yield from itertools.repeat(TrackedFrame({}, {}), begin)
@@ -261,7 +265,7 @@ def copy_first_mask(
     dataset: ClipDataset, video: Video, prompts: list[Prompt]
 ) -> Iterator[TrackedFrame]:
     """The baseline without a model: an object stays where the ground truth has it on its prompted
-    frame, whatever the prompt. Where objects overlap, the one prompted last wins."""
+    frame, whatever the prompt. Where objects overlap, the one prompted last has the pixel."""
     masks: dict[int | str, np.ndarray] = {}
     for t in range(len(video.frames)):
         for object_id in [p["object_id"] for p in prompts if p["frame_index"] == t]:
@@ -289,21 +293,19 @@ def track_frames(
 
     def begin(starting: list[Prompt], t: int) -> Iterator[FrameOutput]:
         everyone = torch.zeros(len(starting), dtype=torch.long, device=model.device)
-        # All trackers advance together: `features` are those of the frame whose turn it is.
+        # All groups of objects advance together: `features` are those of the current frame.
         return track_clip(
             model.sam2, lambda _: features.select(everyone), num_frames, {t: starting}
         )
 
     try:
-        for t in range(num_frames):
+        first = min((prompt["frame_index"] for prompt in prompts), default=num_frames)
+        for t, of_frame in _encode_frames(model, dataset, video, range(first, num_frames), bf16):
+            features = of_frame
             starting = [prompt for prompt in prompts if prompt["frame_index"] == t]
             if starting:
                 trackers.append(([p["object_id"] for p in starting], begin(starting, t)))
-            if not trackers:
-                continue
-            frame = resize_image(dataset.read_frame(video, t), dataset.image_size)
             with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-                features = model.encode_images(normalise(frame[None]).to(model.device))
                 outputs = [next(tracker) for _, tracker in trackers]
             yield (
                 t,
@@ -315,3 +317,19 @@ def track_frames(
             )
     finally:
         model.train(was_training)
+
+
+def _encode_frames(
+    model: SAM2Model, dataset: ClipDataset, video: Video, frames: range, bf16: bool
+) -> Iterator[tuple[int, ImageFeatures]]:
+    """Frames with their features: some encoded together, or each as the feature cache has it."""
+    together = 1 if model.caches_features else _ENCODED_TOGETHER
+    for begin in range(frames.start, frames.stop, together):
+        places = range(begin, min(begin + together, frames.stop))
+        images = np.stack(
+            [resize_image(dataset.read_frame(video, t), dataset.image_size) for t in places]
+        )
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            features = model.encode_images(normalise(images), image_keys(images))
+        for place, t in enumerate(places):
+            yield t, features.select(torch.tensor([place], device=model.device))

@@ -16,6 +16,7 @@ from sam2train.corrections import InteractionConfig
 from sam2train.datasets import DatasetConfig, data_paths
 from sam2train.demo import is_demo_path
 from sam2train.evaluate import EvaluationConfig
+from sam2train.features import FeaturesConfig
 from sam2train.files import file_hash, resolve_path
 from sam2train.losses import LossConfig
 from sam2train.machine import check_available, choose_device
@@ -53,6 +54,11 @@ class TrainerConfig(Section):
     audit: Literal["stop", "warn"] = Field(
         "stop", description="what a trainable module without gradient at the first step does"
     )
+    activation_checkpointing: bool = Field(
+        False,
+        description="the backward computes each frame again: less than half of the memory, at most "
+        "1.35 times the step",
+    )
     bf16: bool | None = Field(None, description="bfloat16 autocast; null: where CUDA supports it")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     seed: int = Field(
@@ -69,6 +75,7 @@ class Experiment(Section):
 
     dataset: DatasetConfig
     model: ModelConfig = Field(default_factory=ModelConfig)
+    features: FeaturesConfig = Field(default_factory=FeaturesConfig)
     interaction: InteractionConfig = Field(default_factory=InteractionConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
@@ -94,7 +101,7 @@ class Experiment(Section):
             check_prompts(self.dataset, self.evaluation.prompt_types or ())
         except ValueError as problem:
             raise ValueError(
-                f"evaluation.prompt_types takes the numbers of dataset: {problem}"
+                f"evaluation.prompt_types uses the numbers of points in dataset: {problem}"
             ) from None
         return self
 
@@ -173,7 +180,7 @@ def prepare_experiment(
         UserError: as `load_experiment`.
     """
     if typed := os.environ.get("WANDB_SWEEP_PARAM_PATH"):
-        # The agent's words lost their types on the way; this file still has them.
+        # The agent's words have no types; the values in this file have.
         overrides = {**overrides, **sweep_parameters(Path(typed))}
     if smoke:
         overrides = {**SMOKE, **overrides}
@@ -189,7 +196,8 @@ def prepare_experiment(
 
 def demo_beside_own(experiment: Experiment, overrides: Mapping[str, Any]) -> list[str]:
     """The keys of the splits that an experiment still has from the demo where the user gave data of
-    their own: a result must not be reported on shapes that have nothing to do with it."""
+    their own: a result must not be reported on demo videos that have nothing to do with that
+    data."""
     dataset = experiment.dataset
     keys = ("data_path", "val_path", "test_path")
     paths = {f"dataset.{key}": getattr(dataset, key) for key in keys}
@@ -212,8 +220,9 @@ def read_rows(experiment: Experiment) -> list[int]:
 
     Row r belongs to the memory of the tracked frame r + 1 frames back, the last row to that of
     every conditioning frame. The frame farthest from its memory is the last of a clip, T - 2 frames
-    after the first tracked one. Further conditioning frames are drawn, and some clips have none, so
-    that they take no row away; corrections do where they make a conditioning frame of every frame.
+    after the first tracked one. Further conditioning frames are drawn at random, and some clips
+    have none, so they leave no row unread. Corrections leave rows unread where they make every
+    frame a conditioning frame.
     """
     length, rows = experiment.dataset.video_clip_length, experiment.model.num_maskmem
     if length < 2 or rows == 0:
@@ -238,15 +247,19 @@ def untrained_rows(experiment: Experiment) -> list[int]:
     return [row for row in range(experiment.model.num_maskmem) if row not in trained]
 
 
-def build_model(experiment: Experiment) -> SAM2Model:
-    """The experiment's model, loaded and frozen as it says; random weights come from its seed."""
+def build_model(experiment: Experiment, say: Callable[[str], None] = print) -> SAM2Model:
+    """The experiment's model, loaded and frozen as it says; random weights come from its seed.
+
+    Args:
+        say: gets what the feature cache has to tell.
+    """
     config = experiment.model
     torch.manual_seed(experiment.weights_seed)
     device = choose_device(experiment.trainer.device)
     if device.type == "cuda" and device.index is not None:
         check_available(device)
         torch.cuda.set_device(device)  # what torch measures and draws from by default
-    return SAM2Model(
+    model = SAM2Model(
         config.checkpoint_path,
         config.config_path,
         config.trainable_modules,
@@ -256,7 +269,25 @@ def build_model(experiment: Experiment) -> SAM2Model:
         max_obj_ptrs_in_encoder=config.max_obj_ptrs_in_encoder,
         memory_gradient=config.memory_gradient,
         drop_path_rate=config.drop_path_rate,
+        dropout=config.dropout,
+        activation_checkpointing=experiment.trainer.activation_checkpointing,
     ).load()
+    model.use_feature_cache(experiment.features, say)
+    return model
+
+
+def feature_cache_note(experiment: Experiment, model: SAM2Model) -> str | None:
+    """Why the feature cache is off although it is wanted, for all images or for training clips."""
+    if not experiment.features.cache:
+        return None
+    if model.trains_encoder:
+        return "feature cache: off, as the image encoder is trained and its features change"
+    if not experiment.augment.repeats_images:
+        return (
+            "feature cache: not for training clips, whose pixels are changed anew each time; "
+            "augment.num_views=8 changes each video in 8 ways only, which the cache can keep"
+        )
+    return None
 
 
 def base_hash(experiment: Experiment) -> str | None:

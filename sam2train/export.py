@@ -38,8 +38,8 @@ def export_checkpoint(
         half: store float16; SAM 2 loads it into float32, about 3 decimal digits remain.
 
     Raises:
-        UserError: a checkpoint that is missing or belongs to another base or architecture; in
-            half precision also one whose masks do not survive it.
+        UserError: a checkpoint that is missing or belongs to another base or architecture; in half
+            precision also one whose masks change too much.
     """
     experiment = as_trained(experiment, source)
     _make_room(target)

@@ -1,4 +1,4 @@
-"""What a fault of the machine is in words: a full disk, no memory, a folder that is gone."""
+"""The message for a fault of the machine: a full disk, no memory, a folder that is gone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ _NO_MEMORY = (
 
 
 def explain(error: BaseException, settings: Callable[[], Mapping[str, Any]] = dict) -> str | None:
-    """The message of a fault of the machine, with a way out; None for anything else, a bug of ours.
+    """The message of a fault of the machine, with a way out; None for any other error, which is a
+    bug in this program.
 
     Args:
         settings: gives the experiment's values by dotted name; asked where memory ran out.
@@ -56,7 +57,7 @@ def _no_memory(error: BaseException) -> str | None:
         return "the GPU"
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return "this machine"
-    # torch and OpenCV have types of their own for much else, and RuntimeError for this.
+    # Without memory torch and OpenCV raise RuntimeError or a type of their own.
     if not isinstance(error, OSError) and any(words in text for words in _NO_MEMORY):
         return "the GPU" if "cuda" in text or "cublas" in text else "this machine"
     return None
@@ -68,7 +69,7 @@ def _explain_memory(
     names = _LOWERS + (() if place == "the GPU" else _LOWERS_HOST)
     try:
         known = settings()
-    except Exception:  # the fault is what must be told
+    except Exception:  # the fault matters more than this error
         known = {}
     now = ", ".join(f"{name}={known[name]}" for name in names if name in known)
     first = (str(error).splitlines() or [""])[0] or type(error).__name__
@@ -88,7 +89,7 @@ def _explain_files(error: OSError) -> str:
         errno.EROFS: "this disk can only be read; name another folder with --run-dir",
         errno.EACCES: "you may not do that there; change the permissions or name another folder",
         errno.EPERM: "you may not do that there; change the permissions or name another folder",
-        errno.ENOENT: "it is not there, or not any more; was the folder removed meanwhile?",
+        errno.ENOENT: "it does not exist; was the folder removed during the run?",
         errno.EMFILE: "too many files are open; raise the limit with `ulimit -n`, or lower "
         "dataset.num_workers",
         errno.EFBIG: "files may not be that large here; see `ulimit -f`",

@@ -1,8 +1,8 @@
 """Results -> matplotlib figures, and a table that sorts, for notebooks and the README.
 
 Every function returns a `Figure` of its own and touches no global state of matplotlib; a notebook
-shows it after `%matplotlib inline`. Colours are told apart by the colour-blind, and lines by their
-markers too.
+shows it after `%matplotlib inline`. Colour-blind readers can tell the colours apart; lines also
+differ in their markers.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def curves(
     """Score over steps: a thin line each run, a thick one the mean over the runs of a `by`.
 
     The dashed line is the mean at step 0, where nothing was trained yet: a run that stays below it
-    has lost. The mean ends where the first run of its `by` ends.
+    got worse. The mean ends where the first run of its `by` ends.
 
     Args:
         data: as `results.load_curves` gives it; `by` is one of its columns. Without a row the
@@ -255,7 +255,7 @@ def parameters(run: Mapping[str, Any], *, title: str = "") -> Figure:
         raise UserError(f"{run['path']}: no parameter counts in its summary.json; nothing to draw")
     names = sorted(sizes, key=sizes.get)
     sides = [sizes[name] for name in names]
-    # Runs of before these counts were kept tell by the modules that they list.
+    # Runs from before these counts were kept: by the modules that they list.
     listed = str(run.get("model.trainable_modules")).split("+")
     told = {name: run.get(f"trainable/{name}", math.nan) for name in names}
     part = [
@@ -374,7 +374,7 @@ def _cut_off_below(
 
 
 def _honest(axes: Axes) -> None:
-    """Show at least 0.05 of the score's axis: less would make a slope out of noise."""
+    """Show at least 0.05 of the score's axis: with less, noise would look like a slope."""
     low, high = axes.get_ylim()
     missing = max(0.0, 0.05 - (high - low)) / 2
     axes.set_ylim(low - missing, high + missing)

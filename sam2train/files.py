@@ -45,7 +45,7 @@ def replacing(path: Path) -> Iterator[Path]:
             _flush(partial)
             os.replace(partial, path)
     finally:
-        with contextlib.suppress(OSError):  # hides nothing: what went wrong above is raised
+        with contextlib.suppress(OSError):  # an error in the block is raised all the same
             partial.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # Windows and some network disks flush no folders
         _flush(path.parent)
@@ -122,7 +122,7 @@ def read_json(path: Path, expected: str, *, optional: bool = False) -> dict[str,
             if optional:
                 return {}
             raise UserError(f"{path}: no such file; {expected}")
-        if not path.is_file():  # opening a pipe would wait for whoever writes into it
+        if not path.is_file():  # opening a pipe would wait until another program writes into it
             what = "is a folder" if path.is_dir() else "is no regular file"
             raise UserError(f"{path}: {what}; {expected}")
         raw = path.read_bytes()
@@ -165,7 +165,8 @@ def read_end(path: Path, num_bytes: int) -> bytes:
         return file.read(num_bytes)
 
 
-# torch writes zips without compression: the content of an honest file is no larger than the file.
+# torch writes zips without compression: the content of a file that torch wrote is no larger than
+# the file.
 # The factor leaves room for a file that somebody compressed, the constant for a small one.
 MAX_UNPACKED_FACTOR = 8
 MAX_UNPACKED_BYTES = 1 << 26
@@ -191,7 +192,8 @@ def check_unpacked_size(path: Path) -> None:
 
 
 def printable(text: object, *, lines: bool = False) -> str:
-    """The text with escapes, such as \\x1b, for what a terminal would act on and nobody would see.
+    """The text with escapes, such as \\x1b, for characters that a terminal acts on or does not
+    show.
 
     These are control characters (colours, cursor movements, window titles), marks that turn the
     direction of writing, spaces of no width and bytes that are not UTF-8. What rich reads in square
@@ -213,7 +215,7 @@ MAX_FILE_NAME = 120  # bytes in UTF-8: room for a prefix and a suffix within the
 
 
 def file_name(text: object, taken: set[str] | None = None) -> str:
-    """A name for a file or folder on Linux, macOS and Windows; most texts are it themselves.
+    """A name for a file or folder on Linux, macOS and Windows; most texts stay as they are.
 
     Separators, control characters and what Windows forbids become `_`, and so does a dot or space
     at an end: a name never hides a file or leads out of its folder. What is longer than

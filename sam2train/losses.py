@@ -31,7 +31,7 @@ class SupervisedPass:
     iou_predictions: torch.Tensor  # (n, M) float32
     object_score_logits: torch.Tensor  # (n,) float32
     target: torch.Tensor  # (n, H, W) bool; all False where an object is absent
-    kept: torch.Tensor | None  # (n, 1, H, W) bool, the pixels that have a label; None: all have
+    kept: torch.Tensor | None  # (n, H, W) bool, the pixels that have a label; None: all have
     config: LossConfig
 
     @cached_property
@@ -45,18 +45,18 @@ class SupervisedPass:
         return self.target[:, None].float().expand_as(self.candidates)
 
     @cached_property
-    def focal(self) -> torch.Tensor:
-        """(n, M) focal loss of each candidate, the mean over its pixels that have a label."""
+    def mask_losses(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(n, M) focal and dice loss of each candidate, over its pixels that have a label."""
         alpha, gamma = self.config.focal_alpha, self.config.focal_gamma
-        losses = focal_loss(self.candidates, self.truth, alpha, gamma)
-        if self.kept is None:
-            return losses.mean((-2, -1))
-        return (losses * self.kept).sum((-2, -1)) / self.kept.sum((-2, -1)).clamp(min=1)
+        return mask_losses(self.candidates, self.target, alpha, gamma, self.kept)
 
-    @cached_property
+    @property
+    def focal(self) -> torch.Tensor:
+        return self.mask_losses[0]
+
+    @property
     def dice(self) -> torch.Tensor:
-        """(n, M) dice loss of each candidate."""
-        return dice_loss(self.candidates, self.truth, self.kept)
+        return self.mask_losses[1]
 
     @cached_property
     def best(self) -> torch.Tensor:
@@ -81,7 +81,8 @@ def dice_term(decoded: SupervisedPass) -> torch.Tensor:
 
 
 def iou_term(decoded: SupervisedPass) -> torch.Tensor:
-    iou = mask_iou(decoded.candidates, decoded.truth, decoded.kept)
+    target, kept = decoded.target[:, None], decoded.kept
+    iou = mask_iou(decoded.candidates, target, None if kept is None else kept[:, None])
     difference = decoded.iou_predictions - iou
     error = difference.abs() if decoded.config.iou_l1 else difference**2
     return decoded.reduce(error, mean=decoded.config.supervise_all_iou)
@@ -128,8 +129,8 @@ class LossConfig(_Weights):
     focal_gamma: float = Field(2.0, ge=0)
     all_candidates: bool = Field(
         False,
-        description="masks learn on the mean over the candidates, not on the best one: untrained "
-        "heads all get a gradient, where best-of-3 feeds one",
+        description="masks learn on the mean over the candidates, not on the best one, so that "
+        "untrained heads all get a gradient",
     )
     supervise_all_iou: bool = Field(
         True, description="IoU loss on all candidates, not the best one"
@@ -137,31 +138,82 @@ class LossConfig(_Weights):
     iou_l1: bool = Field(True, description="L1 instead of squared error for the IoU loss")
 
 
-def focal_loss(
-    logits: torch.Tensor, targets: torch.Tensor, alpha: float, gamma: float
-) -> torch.Tensor:
-    """Sigmoid focal loss of each element (https://arxiv.org/abs/1708.02002)."""
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    prob = logits.sigmoid()
-    prob_of_target = prob * targets + (1 - prob) * (1 - targets)
-    weight = alpha * targets + (1 - alpha) * (1 - targets)
-    return weight * cross_entropy * (1 - prob_of_target) ** gamma
-
-
-def dice_loss(
-    logits: torch.Tensor, targets: torch.Tensor, kept: torch.Tensor | None = None
-) -> torch.Tensor:
-    """1 - (2 |P T| + 1) / (|P| + |T| + 1) over the last two axes: (..., H, W) -> (...).
+def mask_losses(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    alpha: float,
+    gamma: float,
+    kept: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sigmoid focal loss (https://arxiv.org/abs/1708.02002), as mean over the pixels, and the
+    dice loss 1 - (2 |P T| + 1) / (|P| + |T| + 1): (n, M) each.
 
     Args:
-        kept: (..., H, W) bool, the pixels that count; None counts all.
+        logits: (n, M, H, W) float32.
+        target: (n, H, W) bool.
+        kept: (n, H, W) bool, the pixels that count; None counts all.
     """
-    prob = logits.sigmoid()
-    if kept is not None:
-        prob, targets = prob * kept, targets * kept
-    prob, targets = prob.flatten(-2), targets.flatten(-2)
-    overlap = (prob * targets).sum(-1)
-    return 1 - (2 * overlap + 1) / (prob.sum(-1) + targets.sum(-1) + 1)
+    return _MaskLosses.apply(logits, target, alpha, gamma, kept)
+
+
+class _MaskLosses(torch.autograd.Function):
+    """Both losses from one sigmoid. Step by step, autograd would keep some ten tensors of the size
+    of the logits until the backward. This keeps the logits and computes their gradient from q, the
+    probability of the wrong answer: 1 - p where the target is set, p elsewhere.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, target, alpha, gamma, kept):
+        counted = torch.ones_like(target) if kept is None else kept
+        inside, everywhere = (target & counted).to(logits), counted.to(logits)  # (n, H, W)
+        weight = torch.where(target, alpha, 1 - alpha) * everywhere
+        wrong = _wrong_logits(logits, target)
+        q = wrong.sigmoid()
+        of_pixels = F.softplus(wrong).mul_(q.pow(gamma))
+        num_pixels = everywhere.sum((-2, -1))[:, None].clamp(min=1)  # (n, 1)
+        focal = _sum_pixels(of_pixels, weight) / num_pixels
+        # |P T| = |T| - sum of q inside, |P| = |T| + sum of q everywhere - 2 * sum of q inside
+        size = inside.sum((-2, -1))[:, None]
+        missed, all_wrong = _sum_pixels(q, inside), _sum_pixels(q, everywhere)
+        numerator = 2 * (size - missed) + 1
+        denominator = 2 * size + all_wrong - 2 * missed + 1
+        ctx.save_for_backward(logits, target, kept, numerator, denominator, num_pixels)
+        ctx.alpha, ctx.gamma = alpha, gamma
+        return focal, 1 - numerator / denominator
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, of_focal, of_dice):
+        logits, target, kept, numerator, denominator, num_pixels = ctx.saved_tensors
+        alpha, gamma = ctx.alpha, ctx.gamma
+        wrong = _wrong_logits(logits, target)
+        q = wrong.sigmoid()
+        # d focal / d wrong = weight * q ** gamma * (q + gamma * (1 - q) * cross entropy)
+        right = 1 - q
+        gradient = F.softplus(wrong).mul_(right).mul_(gamma).add_(q).mul_(q.pow(gamma))
+        weight = torch.where(target, alpha, 1 - alpha)[:, None]
+        gradient.mul_(weight).mul_((of_focal / num_pixels)[..., None, None])
+        # d dice / d q: twice (denominator - numerator) / denominator ** 2 more where it is set
+        everywhere = of_dice * numerator / denominator**2  # (n, M)
+        inside = of_dice * 2 * (denominator - numerator) / denominator**2
+        of_q = torch.addcmul(
+            everywhere[..., None, None], inside[..., None, None], target[:, None].to(q.dtype)
+        )
+        gradient.addcmul_(q.mul_(right), of_q)
+        gradient = torch.where(target[:, None], gradient.neg(), gradient)
+        if kept is not None:
+            gradient.mul_(kept[:, None])
+        return gradient, None, None, None, None
+
+
+def _wrong_logits(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """(n, M, H, W) logits of the wrong answer: their sign is turned where the target is set."""
+    return logits * torch.where(target, -1.0, 1.0)[:, None]
+
+
+def _sum_pixels(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """(n, M, H, W) and (n, H, W) -> (n, M) weighted sums."""
+    return (values * weights[:, None]).sum((-2, -1))
 
 
 def mask_iou(
@@ -170,7 +222,7 @@ def mask_iou(
     """IoU of the masks above 0 over the last two axes; 0 where both are empty, as in SAM 2.
 
     Args:
-        kept: see `dice_loss`.
+        kept: bool, the pixels that count; None counts all.
     """
     prediction, truth = logits.flatten(-2) > 0, targets.flatten(-2) > 0
     if kept is not None:
@@ -271,7 +323,7 @@ def _sum_pass(
         iou_predictions=prediction.iou_predictions.float(),
         object_score_logits=prediction.object_score_logits[:, 0].float(),
         target=target,
-        kept=None if ignore is None else ~ignore[:, None],
+        kept=None if ignore is None else ~ignore,
         config=config,
     )
     if counted is None:

@@ -191,7 +191,7 @@ def interruptible() -> Iterator[None]:
 
 def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, object]:
     """Let the handler have the signals that ask for an end; returns those of before. None outside
-    the main thread, where signals are somebody else's business."""
+    the main thread, where Python allows no handlers."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     # `nohup` lets a process ignore the end of its terminal, and that stays so.

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from sam2train.clips import FramePrediction, Prompt
 from sam2train.corrections import Correction, DecoderPass
@@ -32,6 +33,7 @@ def track_clip(
     *,
     corrections: Mapping[int, Correction] | None = None,
     memory_gradient: MemoryGradient = "full",
+    recompute: bool = False,
 ) -> Iterator[FrameOutput]:
     """Track n objects that are prompted on the same frames.
 
@@ -42,6 +44,8 @@ def track_clip(
         prompts: conditioning frame -> one prompt for each of the n objects.
         corrections: frame_idx -> the correction clicks on that frame.
         memory_gradient: how far a gradient travels back through the memory; see `cuts_gradient`.
+        recompute: the backward computes each of the three steps again instead of keeping what is
+            inside of them: less memory, more time, the same values.
 
     Yields:
         One output for each frame from the first conditioning frame on: the conditioning frames
@@ -52,6 +56,7 @@ def track_clip(
     tracked = [t for t in range(conditioning[0], num_frames) if t not in prompts]
     order = conditioning + tracked
     bank = MemoryBank()
+    run = partial(checkpoint, use_reentrant=False) if recompute else _call
     for position, frame_idx in enumerate(order):
         # Conditioning frames read no memory: together they are link 0 of the chain.
         if cuts_gradient(memory_gradient, link=position - len(conditioning) + 1):
@@ -60,15 +65,15 @@ def track_clip(
         parts = []
         for part in split_frame(features_of(frame_idx), prompts.get(frame_idx), correction):
             # Read: a tracked frame attends to the memories in the bank.
-            fused = read_memory(sam2, part, bank, frame_idx, num_frames)
+            fused = run(read_memory, sam2, part, bank.snapshot(), frame_idx, num_frames)
             # Decode: once, and once more after each correction click.
-            decode = partial(decode_masks, sam2, part, fused)
+            decode = partial(run, decode_masks, sam2, part, fused)
             points, passes = part.points, [decode(part.points, part.masks)]
             if part.correction is not None:
                 points, passes = part.correction.run(points, passes[0], decode)
             # Write: the mask of the last pass enters the memory; no frame reads the last memory.
             read_later = position + 1 < len(order)
-            memory = encode_memory(sam2, part, points, passes[-1], read_later=read_later)
+            memory = run(encode_memory, sam2, part, points, passes[-1], read_later)
             parts.append(FrameOutput.of_part(frame_idx, part, passes, memory))
         output = FrameOutput.join(parts)
         if frame_idx in prompts or (correction is not None and correction.becomes_conditioning):
@@ -77,6 +82,10 @@ def track_clip(
             bank.tracked[frame_idx] = output.memory
         bank.forget_before(frame_idx + 1 - frames_in_reach(sam2))
         yield output
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,10 @@ class MemoryBank:
             "non_cond_frame_outputs": {t: m.for_sam2() for t, m in self.tracked.items()},
         }
 
+    def snapshot(self) -> MemoryBank:
+        """The bank as it is now: a step that is computed again must read what it read."""
+        return MemoryBank(dict(self.conditioning), dict(self.tracked))
+
     def detach(self) -> None:
         """Cut the graph: later frames read the memories, no gradient flows into them."""
         self.conditioning = {t: memory.detach() for t, memory in self.conditioning.items()}
@@ -146,16 +159,16 @@ def frames_in_reach(sam2: SAM2Base) -> int:
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """Features of a stack of images, as SAM 2's heads want them."""
+    """Features of a stack of images, in the form that SAM 2's heads take."""
 
     levels: list[torch.Tensor]  # each (H_l * W_l, images, C_l), finest first
-    positions: torch.Tensor  # position encoding of the last level, of its shape
+    positions: torch.Tensor  # (H_l * W_l, 1, C_l) position encoding of the last level
     sizes: list[tuple[int, int]]  # (H_l, W_l)
 
     def select(self, images: torch.Tensor) -> ImageFeatures:
         """The features of `images`, an (n,) index; repeats are fine (one for each object)."""
         return ImageFeatures(
-            [level[:, images] for level in self.levels], self.positions[:, images], self.sizes
+            [level[:, images] for level in self.levels], self.positions, self.sizes
         )
 
     def maps(self) -> list[torch.Tensor]:
@@ -214,7 +227,7 @@ def read_memory(
         frame_idx=frame_idx,
         is_init_cond_frame=part.prompted,
         current_vision_feats=features.levels[-1:],
-        current_vision_pos_embeds=[features.positions],
+        current_vision_pos_embeds=[features.positions.expand_as(features.levels[-1])],
         feat_sizes=features.sizes[-1:],
         output_dict=bank.for_sam2(),
         num_frames=num_frames,
@@ -228,14 +241,14 @@ def decode_masks(
     points: dict[str, torch.Tensor] | None,
     masks: torch.Tensor | None,
 ) -> DecoderPass:
-    """One decoder pass. A mask prompt alone is its own answer: SAM 2 returns it as logits of +-10.
+    """One decoder pass. A mask prompt alone is also the output: SAM 2 returns it as logits of +-10.
 
     Args:
         fused: of `read_memory`.
         points: the points of the prompt and the correction clicks so far.
         masks: the mask prompt; after a click the low resolution logits of the pass before.
     """
-    # SAM 2 wants None where the config has one level only.
+    # SAM 2 takes None where the config has one level only.
     high_res = part.features.maps()[:-1] or None
     if points is None and masks is not None and sam2.use_mask_input_as_output_without_sam:
         return DecoderPass(*sam2._use_mask_as_output(fused, high_res, masks))
@@ -255,7 +268,6 @@ def encode_memory(
     part: FramePart,
     points: dict[str, torch.Tensor] | None,
     decoded: DecoderPass,
-    *,
     read_later: bool,
 ) -> Memory:
     """What enters the memory bank: the mask of highest predicted IoU, encoded with the image, and

@@ -17,7 +17,7 @@ import numpy as np
 
 from sam2train.errors import UserError
 
-# Which frames count for an object; a score means little without the name of its rule.
+# Which frames count for an object; a score is complete only with the name of its rule.
 #   all           every frame.
 #   davis         all but the first and the last (DAVIS semi-supervised). The DAVIS program never
 #                 scores ids above the largest on frame 0; here they are scored by the same rule.
@@ -73,7 +73,7 @@ def boundary_f(
     _check(prediction, ground_truth)
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance {tolerance}; expected a fraction of the diagonal in (0, 1)")
-    # np.linalg.norm as DAVIS has it: another way to the diagonal may round across a whole pixel.
+    # np.linalg.norm as DAVIS has it: another computation may round to another whole pixel.
     radius = int(np.ceil(tolerance * np.linalg.norm(prediction.shape[1:])))
     pairs = zip(prediction, ground_truth, strict=True)
     return np.array([_boundary_f(*pair, radius) for pair in pairs], dtype=np.float64)
@@ -90,7 +90,7 @@ def decay(scores: np.ndarray) -> float:
     The edges are those of DAVIS, whose quarters share the frame between them. Its code keeps them
     in 8 bits and so goes wrong above 256 frames; these are right for any T >= 1.
     """
-    # 1e-10 sends the halves up, where np.round alone would send them to the even neighbour.
+    # 1e-10 rounds halves up: np.round alone rounds them to the even neighbour.
     edges = np.round(np.linspace(1, len(scores), 5) + 1e-10).astype(np.int64) - 1
     return float(np.mean(scores[: edges[1] + 1]) - np.mean(scores[edges[3] :]))
 
@@ -304,7 +304,7 @@ def _counts(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pixels in both masks, in the first, in the second, three (T,) int64, from bool stacks."""
     _check(prediction, ground_truth)
-    # Frame by frame: with an `axis`, count_nonzero leaves its fast path.
+    # Frame by frame: with an `axis`, count_nonzero is slower.
     counts = [
         (np.count_nonzero(p & g), np.count_nonzero(p), np.count_nonzero(g))
         for p, g in zip(prediction, ground_truth, strict=True)

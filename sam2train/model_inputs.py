@@ -30,6 +30,7 @@ class TrackingInput:
     ignore: torch.Tensor | None  # (T, O, H, W) bool: pixels that no correction click may go to
     prompts: Sequence[Sequence[Prompt]]  # of each clip
     object_valid: torch.Tensor  # (B, N) bool with O true entries
+    image_keys: Sequence[str] | None  # of each image, for the feature cache
     # Real frames of each clip. The padding after them is not tracked, and SAM 2's time code does
     # not count it, so that a clip gets the same masks in every batch.
     lengths: list[int]
@@ -65,6 +66,7 @@ def read_datapoint(
         image_index=batch.flat_obj_to_img_idx.long(),
         masks=batch.masks,
         ignore=getattr(batch, "object_ignore", None),  # SAM 2's own class has none
+        image_keys=getattr(batch, "image_keys", None),
         prompts=clip_prompts,
         object_valid=object_valid,
         lengths=[num_frames] * num_clips if frame_valid is None else frame_valid.sum(0).tolist(),
@@ -103,6 +105,7 @@ def read_tensors(
         image_index=clip_idx * num_frames + frame_idx,
         masks=masks,
         ignore=None,
+        image_keys=None,
         prompts=clip_prompts,
         object_valid=object_valid,
         lengths=[num_frames] * num_clips,
@@ -140,7 +143,7 @@ def group_objects(
     groups: dict[tuple, list[tuple[int, tuple[int, int], dict[int, Prompt]]]] = {}
     index = 0
     for clip, (prompts, length) in enumerate(zip(clip_prompts, lengths, strict=True)):
-        for place, (object_id, own) in enumerate(_by_object(prompts).items()):
+        for place, (object_id, own) in enumerate(_prompts_by_object(prompts).items()):
             on_frame: dict[int, Prompt] = {}
             for prompt in own:
                 if is_empty(prompt):
@@ -177,7 +180,7 @@ def group_objects(
     ]
 
 
-def _by_object(prompts: Sequence[Prompt]) -> dict[int | str, list[Prompt]]:
+def _prompts_by_object(prompts: Sequence[Prompt]) -> dict[int | str, list[Prompt]]:
     """Object id -> its prompts; objects in the order of their first prompt."""
     objects: dict[int | str, list[Prompt]] = {}
     for prompt in prompts:
@@ -229,7 +232,7 @@ def _valid_objects(
     clip_prompts: Sequence[Sequence[Prompt]], masks: torch.Tensor | None
 ) -> torch.Tensor:
     """(B, N) bool: as many objects of a clip as its prompts name; N as wide as the masks."""
-    counts = torch.tensor([len(_by_object(prompts)) for prompts in clip_prompts])
+    counts = torch.tensor([len(_prompts_by_object(prompts)) for prompts in clip_prompts])
     num_objects = int(counts.max()) if masks is None else masks.shape[2]
     if int(counts.max()) > num_objects:
         raise UserError(
@@ -301,7 +304,7 @@ def _check_prompt(given: Mapping[str, Any], image_size: int) -> Prompt:
 
 def _check_objects(clip_prompts: Sequence[Sequence[Prompt]], counts: Sequence[int]) -> None:
     for clip, (prompts, count) in enumerate(zip(clip_prompts, counts, strict=True)):
-        named = len(_by_object(prompts))
+        named = len(_prompts_by_object(prompts))
         if named != count:
             raise UserError(
                 f"SAM2Model.forward: prompts name {named} objects in clip {clip}, the datapoint "

@@ -47,7 +47,8 @@ def colour(index: int) -> tuple[int, int, int]:
     assert index >= 0, index
     if index < len(OKABE_ITO):
         return OKABE_ITO[index]
-    # The golden ratio spreads the hues; brightness alternates, since hue alone fails some eyes.
+    # The golden ratio spreads the hues; brightness alternates, since not everybody can tell hues
+    # apart.
     saturation, value = ((0.55, 1.0), (0.95, 0.6), (0.85, 0.9))[index % 3]
     rgb = colorsys.hsv_to_rgb(index * 0.618034 % 1.0, saturation, value)
     return tuple(round(255 * channel) for channel in rgb)
@@ -60,7 +61,8 @@ def object_colours(num: int) -> np.ndarray:
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
     """(T, H, W, 3) uint8 from (T, 3, H, W) ImageNet-normalised floats."""
-    from sam2train.transforms import MEAN, STD  # here, since torch comes with them
+    # imported here: they import torch, which takes seconds
+    from sam2train.transforms import MEAN, STD
 
     assert images.shape[1:2] == (3,), images.shape
     pixels = images.transpose(0, 2, 3, 1) * STD + MEAN
@@ -227,12 +229,12 @@ def draw_errors(
 def pick_frames(num_frames: int, prompted: Iterable[int], max_frames: int) -> list[int]:
     """At most `max_frames` ascending indices, even, with the prompted frames and the last one.
 
-    Where not all of these fit, the first prompted frame goes first, then the last frame.
+    Where not all of these fit, the first prompted frame is kept first, then the last frame.
     """
     prompted, last = sorted(prompted), num_frames - 1
     picked = np.linspace(0, last, min(num_frames, max_frames), dtype=int).tolist()
     for place, frame_idx in enumerate(dict.fromkeys([*prompted[:1], last, *prompted])):
-        # The first `place` entries are settled; the nearest of the others gives way.
+        # The first `place` entries stay; the nearest of the others is replaced.
         if picked[place:]:
             picked.remove(min(picked[place:], key=lambda other: abs(other - frame_idx)))
             picked.insert(place, frame_idx)

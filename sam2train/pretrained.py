@@ -105,6 +105,7 @@ def build_sam2(
     image_size: int,
     num_maskmem: int,
     drop_path_rate: float | None = None,
+    dropout: float | None = None,
     **options: Any,
 ) -> nn.Module:
     """A `SAM2Base` with random weights, in train mode, on the CPU.
@@ -113,6 +114,7 @@ def build_sam2(
         config: a SAM 2 config file with a `model:` node.
         image_size: pixels; RoPE tables are built for image_size / 16 tokens a side.
         drop_path_rate: of the image encoder's trunk; None as the config says.
+        dropout: of the memory attention, its attention weights included; None as the config says.
         options: further keys of the `model:` node to replace.
 
     Raises:
@@ -149,8 +151,12 @@ def build_sam2(
         key = "image_encoder.trunk.drop_path_rate"
         OmegaConf.update(node, key, drop_path_rate, force_add=True)
     tokens = image_size // 16
+    layer = "memory_attention.layer"
     for attention in ("self_attention", "cross_attention"):
-        OmegaConf.update(node, f"memory_attention.layer.{attention}.feat_sizes", [tokens, tokens])
+        OmegaConf.update(node, f"{layer}.{attention}.feat_sizes", [tokens, tokens])
+    if dropout is not None:
+        for place in ("dropout", "self_attention.dropout", "cross_attention.dropout"):
+            OmegaConf.update(node, f"{layer}.{place}", dropout)
     try:
         return instantiate(node)
     except (InstantiationException, OmegaConfBaseException) as problem:

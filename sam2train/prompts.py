@@ -1,12 +1,11 @@
 """Prompts drawn from ground-truth masks: points, bounding boxes, masks.
 
-A prompt type is one class here and one line in `PROMPTS`; nothing else knows it by name. What the
+A prompt type is one class here and one line in `PROMPTS`; no other module uses its name. What the
 decoder gets is what the class puts into the fields of a `Prompt`.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Protocol
 
@@ -15,22 +14,14 @@ import numpy as np
 from pydantic import AfterValidator, Field, model_validator
 
 from sam2train.clips import Prompt, boundary_distance, empty_prompt
-from sam2train.config import Section, build
+from sam2train.config import Section, build, one_of
 from sam2train.errors import UserError
 
 # Where nothing else is said. A new type is no part of it, so that experiments stay what they were.
 DEFAULT_TYPES = ("point", "bbox", "mask")
 
 
-def _known(name: str) -> str:
-    if name in PROMPTS:
-        return name
-    near = difflib.get_close_matches(name, PROMPTS, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(f"expected one of {', '.join(PROMPTS)}{hint}")
-
-
-TypeName = Annotated[str, AfterValidator(_known)]
+TypeName = Annotated[str, AfterValidator(lambda name: one_of(name, PROMPTS))]
 Weight = Annotated[float, Field(gt=0)]
 Clicks = Annotated[int, Field(ge=0)]
 # More would let the corners of a box change places.

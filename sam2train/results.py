@@ -184,7 +184,7 @@ def load_wandb(project: str, api: Any = None) -> pd.DataFrame:
 
     api = api or _wandb_api()
     try:
-        found = list(api.runs(project, lazy=False))  # lazily, each run would ask once more
+        found = list(api.runs(project, lazy=False))  # lazily, each run would need a request
     except (ValueError, OSError, wandb.Error) as error:
         raise UserError(f"W&B project {project}: {error}; expected entity/project") from error
     if not found:
@@ -264,7 +264,7 @@ def failures(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs that did not end well: path, status, step, num_steps, and what to do about it."""
     ways_out = {
         "interrupted": "saved; `--resume` goes on with it",
-        "crashed": "killed without a word; `--resume` goes on from its last checkpoint",
+        "crashed": "killed, without an error message; `--resume` goes on from its last checkpoint",
         "failed": "stopped by an error that stands at the end of its output",
     }
     shown = runs[~runs["status"].isin(["finished", "running"])]
@@ -336,7 +336,7 @@ def _read_run(path: Path) -> dict[str, Any]:
         metrics = load_metrics(path) if has_metrics else _by_step([])
     except UserError as error:
         return {**row, "problem": str(error)}
-    row |= _numbers(config, summary, metrics)
+    row |= _run_numbers(config, summary, metrics)
     places = (folder.config, folder.metrics, folder.summary, folder.scores)
     places += (folder.checkpoints, folder.overlays)
     written = max(place.stat().st_mtime for place in places if place.exists())
@@ -365,7 +365,7 @@ def _read_wandb_run(run: Any) -> dict[str, Any]:
         "sweep": run.sweep_name,
         "status": ended or _WANDB_STATES.get(run.state, run.state),
         "problem": None,
-        **_numbers(config, summary, metrics),
+        **_run_numbers(config, summary, metrics),
         # When it began; W&B writes UTC, with or without saying so.
         "written": datetime.fromisoformat(run.created_at).replace(tzinfo=UTC),
         "commit": run.commit,
@@ -374,7 +374,7 @@ def _read_wandb_run(run: Any) -> dict[str, Any]:
     return row | _settings(config)
 
 
-def _numbers(
+def _run_numbers(
     config: Mapping[str, Any], summary: Mapping[str, Any], metrics: pd.DataFrame
 ) -> dict[str, Any]:
     """Group, seed, progress, scores and parameters, from what both sources have."""
@@ -386,7 +386,7 @@ def _numbers(
         scores["scored"] = int(curve.index[-1])
     settings = {name: value for name, value in config.items() if _of_the_group(name)}
     text = json.dumps(settings, sort_keys=True, default=str)
-    # The summary learns its numbers at the end of a run, the metrics know them all along.
+    # The summary gets its numbers at the end of a run, the metrics have them during it.
     seconds = metrics["seconds"].max() if "seconds" in metrics else 0
     of_prompts = config.get("evaluation.seed")
     return {

@@ -35,7 +35,7 @@ class RunFolder:
     best = _place("checkpoints/best.pt", "the weights of the highest validation J&F")
     last = _place("checkpoints/last.pt", "to go on from")
     previous = _place("checkpoints/previous.pt", "the one before, if that is damaged")
-    damaged = _place("checkpoints/damaged.pt", "a last checkpoint that was of no use")
+    damaged = _place("checkpoints/damaged.pt", "a last checkpoint that is damaged")
     wandb = _place("wandb", "what W&B writes")
     # An evaluation has its settings here and no `config`: it is no run to be resumed or compared.
     evaluation = _place("evaluation.yaml", "the settings of an evaluation")

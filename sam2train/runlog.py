@@ -1,6 +1,6 @@
 """One run's record: the console, `metrics.jsonl` and `summary.json`, Weights & Biases.
 
-The calls are the same whatever the W&B mode. Disk comes first, W&B second.
+The calls are the same whatever the W&B mode. Each call writes to the disk first, then to W&B.
 """
 
 import contextlib
@@ -104,8 +104,8 @@ class RunLog:
 
     def __exit__(self, error_type: type | None, error: BaseException | None, _: Any) -> None:
         if self._progress is not None:
-            self._progress.stop()  # first: it gives the terminal its cursor back
-        self._mark = time.perf_counter()  # what went on since the last step was no training
+            self._progress.stop()  # first: it shows the terminal's cursor again
+        self._mark = time.perf_counter()  # the time since the last step was no training
         try:
             if self._window_steps:  # stopped between two lines
                 self._write_window(self._last_step)
@@ -153,7 +153,8 @@ class RunLog:
     def record(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write one line now: validation scores, an audit.
 
-        The time since the last `log` is not counted as training: throughput stays honest.
+        The time since the last `log` is not counted as training, so that it does not lower the
+        throughput.
         """
         self._write(step, scalars)
         self._mark = time.perf_counter()

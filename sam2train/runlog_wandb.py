@@ -42,9 +42,9 @@ class TrackingConfig(Section):
 def choose_mode(config: TrackingConfig) -> tuple[Mode, str]:
     """The W&B mode of a run and, in words, why.
 
-    The first that speaks wins: `tracking.mode`, WANDB_MODE, what `wandb offline` or `wandb
-    disabled` wrote in this folder, credentials. Online without usable credentials becomes offline:
-    W&B would ask for a key on the terminal and wait for ever.
+    The first of these that is set decides: `tracking.mode`, WANDB_MODE, what `wandb offline` or
+    `wandb disabled` wrote in this folder, credentials. Online without usable credentials becomes
+    offline: W&B would ask for a key on the terminal and wait for ever.
     """
     mode, reason = config.mode, f"tracking.mode is {config.mode}"
     if mode is None and (named := os.environ.get("WANDB_MODE")):
@@ -59,7 +59,7 @@ def choose_mode(config: TrackingConfig) -> tuple[Mode, str]:
     settings = wandb.setup(wandb.Settings(silent=True)).settings
     if mode is None and settings.mode in ("offline", "disabled"):
         return settings.mode, f"`wandb {settings.mode}` was run in this folder"
-    remembered, settings.mode = settings.mode, "online"  # login() says False to whoever is offline
+    remembered, settings.mode = settings.mode, "online"  # login() returns False in offline mode
     try:
         found = wandb.login(prompt=False, verify=False)
     except wandb.errors.AuthenticationError as error:
@@ -146,7 +146,7 @@ class WandbRun:
             config=self._settings,
             job_type=self._job_type,
             resume="allow",
-            reinit="create_new",  # never somebody else's run that was left open
+            reinit="create_new",  # never a run of other code that was left open
             settings=wandb.Settings(
                 silent=True,
                 console="off",
@@ -181,7 +181,7 @@ class WandbRun:
         if self.reporting:
             self.report("finish", lambda run: run.finish(exit_code=code))
             self.reporting = False
-        elif self._run is not None:  # it failed before; what it holds is still worth writing
+        elif self._run is not None:  # reporting failed before; this still writes what W&B holds
             with contextlib.suppress(Exception):
                 self._run.finish(exit_code=code)
 
@@ -189,7 +189,7 @@ class WandbRun:
 def plain_values(value: Any, *, finite: bool = False) -> Any:
     """The value with Python numbers for tensors and NumPy scalars, at any depth.
 
-    `finite` makes None of NaN and infinities: JSON has no word for them, and pandas reads NaN.
+    `finite` makes None of NaN and infinities: JSON cannot hold them, and pandas reads null as NaN.
     """
     if isinstance(value, Mapping):
         return {str(name): plain_values(item, finite=finite) for name, item in value.items()}

@@ -156,7 +156,8 @@ def score(
 
 
 def object_rows(tracked: TrackedVideo, config: EvaluationConfig) -> list[dict[str, Any]]:
-    """The scores of each scored object of a video, with the rules and the prompt they hang on."""
+    """The scores of each scored object of a video, with the rules and the prompt that they depend
+    on."""
     prompts = {prompt["object_id"]: prompt for prompt in tracked.prompts}
     rows = []
     for scores in tracked.scores.objects:
@@ -295,13 +296,13 @@ def horizon_rows(frames: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         horizon/false_positives: share of the `count` frames without the object that have a mask.
         horizon/false_positive_area: that mask's share of the frame, mean over the same frames.
         horizon/object_score_auc: chance that a frame with the object has a higher object score
-            than one without; 0.5 knows nothing. Over `count` frames.
+            than one without; 0.5 is chance. Over `count` frames.
         horizon/absence_recall, horizon/false_absences: share of the `count` frames without the
-            object, and of those that show it, with an object score of 0 or less: there SAM 2
-            takes the object for absent and remembers it so.
+            object, and of those that show it, with an object score of 0 or less: there SAM 2 treats
+            the object as absent, in its memory, too.
 
     `at` is the upper end of a bin that doubles: 8 stands for 5 to 8 frames. None where there is
-    none. What these videos do not ask is left out.
+    none. A metric without a case in these videos is left out.
     """
     visible = [row for row in frames if row["visible"]]
     absent = [row for row in frames if not row["visible"]]
@@ -309,8 +310,8 @@ def horizon_rows(frames: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     def who(row: Mapping[str, Any]) -> tuple:
         return row["video_id"], row["object_id"]
 
-    held = _grouped((bin_end(row["since_prompt"]), who(row), row["J"]) for row in visible)
-    found = _grouped(
+    held = _by_bin_and_group((bin_end(row["since_prompt"]), who(row), row["J"]) for row in visible)
+    found = _by_bin_and_group(
         (bin_end(row["absence"]), (who(row), row["returned"]), row["J"] > 0.5)
         for row in visible
         if row["absence"] is not None
@@ -366,7 +367,7 @@ def roc(positive: Sequence[float], negative: Sequence[float]) -> tuple[np.ndarra
     return false, true
 
 
-def _grouped(
+def _by_bin_and_group(
     values: Iterable[tuple[int, Hashable, float]],
 ) -> dict[int, dict[Hashable, list[float]]]:
     """(at, group, value) -> at -> group -> values."""

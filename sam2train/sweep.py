@@ -59,7 +59,7 @@ _FREE = (
     "trainer.log_every",
     "trainer.save_every",
 )
-_SEED = "trainer.seed"
+_SEED_NAME = "trainer.seed"
 _STYLES = {"running": "cyan", "finished": "green", "failed": "red", "interrupted": "yellow"}
 
 
@@ -383,7 +383,7 @@ def _results_frame(sweep: Sweep, trials: Sequence[Trial]) -> pd.DataFrame:
 
     rows = []
     for trial in trials:
-        values = {name: trial.values.get(name) for name in sweep.specs if name != _SEED}
+        values = {name: trial.values.get(name) for name in sweep.specs if name != _SEED_NAME}
         for name, value in values.items():
             if not (value is None or isinstance(value, (bool, int, float))):
                 values[name] = show_value(value)
@@ -403,7 +403,7 @@ def _ranking(sweep: Sweep, trials: Sequence[Trial]) -> pd.DataFrame:
     """
     import pandas as pd
 
-    names = [name for name in sweep.varying if name != _SEED]
+    names = [name for name in sweep.varying if name != _SEED_NAME]
     groups: dict[str, list[dict[str, Any]]] = {}  # the values -> their runs
     shown: dict[str, dict[str, str]] = {}
     for trial in trials:
@@ -433,7 +433,7 @@ def _show_results(sweep: Sweep, trials: Sequence[Trial], folder: Path, console: 
         num = int(table["p"].notna().sum())
         title = f"{metric}, mean and 95 % interval"
         shown = Table(title=cell(title, "table.title"), title_justify="left")
-        names = [name for name in sweep.varying if name != _SEED]
+        names = [name for name in sweep.varying if name != _SEED_NAME]
         headings = ["", *(sweep.short_names[name] for name in names), "score", "to the best"]
         for heading in headings + [f"p, Holm of {num}"] * (num > 0):
             shown.add_column(cell(heading))
@@ -444,7 +444,7 @@ def _show_results(sweep: Sweep, trials: Sequence[Trial], folder: Path, console: 
             shown.add_row(str(rank), *cells)
         console.print(shown)
         if num:
-            say(console, "the best was chosen by these scores: its lead is an optimistic one")
+            say(console, "the best was chosen by these scores, so its lead is probably too large")
     elif any(trial.state == "finished" and not trial.diverged for trial in trials):
         say(console, f"no trial logged {metric}; `metric: name:` takes names of metrics.jsonl")
     if early := [trial.name for trial in trials if trial.state == "stopped"]:

@@ -27,7 +27,7 @@ from sam2train.sweep_trials import Trial, is_finite
 
 MAX_GRID_TRIALS = 10_000  # without --count; checking each takes about 2 ms
 _MAX_WHOLE = 2**53  # up to here a float holds each whole number
-_SEED = 0
+_SEARCH_SEED = 0
 _RANDOM_FIRST = 4  # finished trials before a Bayesian search trusts its model
 _MAX_BANDS = 100  # iterations at which hyperband judges; W&B has as many
 _MAX_SCORE = 1e100
@@ -290,7 +290,7 @@ def examples(specs: Mapping[str, Spec]) -> list[dict[str, Any]]:
 def random_values(specs: Mapping[str, Spec], draw: int) -> dict[str, Any]:
     """The trial number `draw`, from 0, of a random search. The number alone decides what is drawn,
     so that a sweep that goes on goes on the same."""
-    rng = random.Random(f"{_SEED}/{draw}")
+    rng = random.Random(f"{_SEARCH_SEED}/{draw}")
     rng.getrandbits(32)  # once a seed for NumPy: sweeps begun before this go on with their draws
     return {name: spec.quantile(rng.uniform(0.0, 1.0)) for name, spec in specs.items()}
 
@@ -327,7 +327,7 @@ def bayes_values(
             else optuna.distributions.FloatDistribution(0, 1)
             for name, spec in varied.items()
         }
-        seed = random.Random(f"{_SEED}/{len(trials)}").getrandbits(32)
+        seed = random.Random(f"{_SEARCH_SEED}/{len(trials)}").getrandbits(32)
         study = optuna.create_study(
             direction=metric.goal, sampler=optuna.samplers.GPSampler(seed=seed, n_startup_trials=1)
         )

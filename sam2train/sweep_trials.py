@@ -207,7 +207,8 @@ def stop_all(trials: Sequence[Trial]) -> None:
     try:
         for trial in running:
             trial.process.wait(max(deadline - time.monotonic(), 0.1))
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):  # a second Ctrl-C is impatience
+    # a second Ctrl-C: the processes are killed at once
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
         pass
     finally:
         for trial in running:

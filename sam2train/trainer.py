@@ -22,7 +22,14 @@ from sam2train.data_loader import load_batches
 from sam2train.data_report import shared_video_warnings
 from sam2train.datasets import build_dataset
 from sam2train.errors import UserError
-from sam2train.experiment import Experiment, as_begun, base_hash, build_model, uses_bf16
+from sam2train.experiment import (
+    Experiment,
+    as_begun,
+    base_hash,
+    build_model,
+    feature_cache_note,
+    uses_bf16,
+)
 from sam2train.files import sweep_partials, write_text
 from sam2train.losses import divide_losses, sum_losses
 from sam2train.machine import Interrupted, StopRequests, say
@@ -98,7 +105,7 @@ class Trainer:
         # Checkpoints from before this key have none.
         before = content.get("data", {}) if content else {}
         self.changed_data = [n for n, value in before.items() if self.fingerprints.get(n) != value]
-        self.model = build_model(experiment)
+        self.model = build_model(experiment, warn)
         self.device = self.model.device
         torch.manual_seed(dropout_seed(self.config.seed, 0))
         self.parameters = self.model.trainable_parameters()
@@ -163,6 +170,8 @@ class Trainer:
             runlog.parameters(self.model.parameter_report())
             for text in row_warnings(self.model, self.experiment):
                 runlog.say(f"warning: {text}")
+            if note := feature_cache_note(self.experiment, self.model):
+                runlog.say(note)
             warnings = shared_video_warnings(self.splits)
             warnings += self._warnings
             if self.changed_data:
@@ -217,7 +226,8 @@ class Trainer:
                 status = "interrupted" if isinstance(error, Interrupted) else "failed"
                 try:
                     self._summarise(status)
-                except Exception as second:  # what ended the run is what must be told
+                # the error that ended the run matters more than this one
+                except Exception as second:
                     error.add_note(f"and {self.folder.summary} could not be written: {second}")
                 raise
             self._summarise("finished")
@@ -275,13 +285,13 @@ class Trainer:
             ]
         )
         sums: dict[str, torch.Tensor] = {}
-        num_learning = 0
+        num_learning, images_before = 0, self.model.feature_counts
         for place, batch in enumerate(collected):
             batch = batch.to(self.device)
             if self.interaction is not None:
                 self.interaction.num_clips = self._first_clip_of(place)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                outputs = self.model(batch, interaction=self.interaction)
+                outputs = self.model(batch, interaction=self.interaction, only_frames=True)
             # Outside autocast, on float32 logits: dice sums up to 10^6 pixels of an object, and
             # bfloat16 carries 8 significant bits.
             of_batch = sum_losses(
@@ -297,14 +307,15 @@ class Trainer:
                 num_learning += 1
             for name, value in of_batch.items():
                 sums[name] = sums.get(name, 0) + value.detach()
+        pairs = zip(self.model.feature_counts, images_before, strict=True)
         scalars = sum_step(
             list(self.parameters.values()),
             sums,
             self.experiment.loss,
             self.interaction,
             num_objects=num_objects,
-            num_learning=num_learning,
-            num_batches=len(collected),
+            num_batches=(num_learning, len(collected)),
+            num_images=tuple(now - then for now, then in pairs),
         )
         if not self.audited:
             more = self.num_clips + self.clips_per_step < len(self.train_data)
@@ -314,7 +325,7 @@ class Trainer:
             self.audited = bool(self.audit)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
 
-        # The one host sync of a healthy step, placed before a bad batch can reach the weights.
+        # The only wait for the device in a step, before a bad batch can change the weights.
         if not torch.isfinite(scalars["loss"] + grad_norm):
             scalars["grad_norm"] = grad_norm
             raise self._not_finite(collected, scalars, *before)
@@ -380,7 +391,7 @@ class Trainer:
             return
         weights = self.model.sam2.state_dict()
         everything = len(self.parameters) == len(list(self.model.sam2.parameters()))
-        # Over random weights nobody could tell what the rest was; all of them need no base.
+        # The trained ones alone, where the others can be read from the file of the base.
         if self.base_hash is not None and not everything:
             weights = {key: weights[key] for key in self.parameters}
         checkpoint.save(

@@ -24,31 +24,34 @@ def sum_step(
     user: SimulatedUser | None,
     *,
     num_objects: int,
-    num_learning: int,
-    num_batches: int,
+    num_batches: tuple[int, int],
+    num_images: tuple[int, int],
 ) -> dict[str, torch.Tensor]:
     """Give the parameters the gradients of all processes. Returns the scalars of all.
 
     Args:
         sums: of the losses of this process, of `sum_losses`, without a graph.
         num_objects: of the step, in all processes.
-        num_learning, num_batches: of this process: batches with a gradient, and all of them.
+        num_batches: of this process: those with a gradient, and all.
+        num_images: of this process: those found in the feature cache, and all looked for.
     """
     device = next(iter(sums.values())).device
     clicked, num_clicked = torch.zeros(3, device=device), 0
     if user is not None:
         clicked, num_clicked = user.take_sums(device)
-    num_learning, num_clicked, num_batches = distributed.sum_gradients(
-        parameters, [num_learning, num_clicked, num_batches]
+    num_clicked, num_learning, all_batches, num_found, all_images = distributed.sum_gradients(
+        parameters, [num_clicked, *num_batches, *num_images]
     )
     if distributed.num_processes() > 1:
         values = torch.stack([value.float() for value in sums.values()])
         joint = distributed.sum_tensor(torch.cat([values, clicked]))
         sums, clicked = dict(zip(sums, joint, strict=False)), joint[len(sums) :]
     scalars = divide_losses(sums, num_objects, config)
-    scalars["audit/batches_with_gradient"] = torch.tensor(num_learning / num_batches)
+    scalars["audit/batches_with_gradient"] = torch.tensor(num_learning / all_batches)
     if num_clicked:
         scalars |= SimulatedUser.scalars(clicked)
+    if all_images:
+        scalars["features/hit_rate"] = torch.tensor(num_found / all_images)
     return scalars
 
 

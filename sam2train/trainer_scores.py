@@ -184,7 +184,7 @@ class TrainerScores:
                 self.horizon_rows.rows,
             )
             for model, step in ((TRAINED, step), *beside)
-            if (key, model, step) in kept  # a file that was deleted comes back without the past
+            if (key, model, step) in kept  # a file that was deleted lacks the earlier steps
         ]
         policy = self.experiment.evaluation.frame_policy
         self.runlog.console.print(scores_table(f"{split} videos, frames: {policy}", rows))

@@ -33,6 +33,9 @@ _MAY_CHANGE = (
     "evaluation.num_overlays",
     "dataset.batch_size",  # these two where a step has as many clips as before: see `Trainer`
     "trainer.grad_accumulation",
+    "features.folder",
+    "features.max_gb",
+    "trainer.activation_checkpointing",
     "trainer.audit",
     "trainer.device",
     "trainer.num_steps",
@@ -182,7 +185,7 @@ def check_same_experiment(experiment: Experiment, run_dir: Path) -> Experiment:
         UserError: the resumed run would mix two experiments.
     """
     config_file = RunFolder(run_dir).config
-    # Loaded as a file of a user's: a key that is younger than the run has its default there.
+    # Loaded as a user's file is: a key that the run's version did not have gets its default.
     config = load_yaml(config_file)
     before = as_begun(load_experiment(config_file), config)
     before = flatten(before.model_dump(mode="json"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import cv2
@@ -35,6 +37,21 @@ class AugmentConfig(Section):
     frame_contrast: float = Field(0.0, ge=0, le=1)
     frame_saturation: float = Field(0.0, ge=0, le=1)
     reverse: float = Field(0.0, ge=0, le=1, description="chance to play the clip backwards")
+    num_views: int | None = Field(
+        None,
+        ge=1,
+        description="so many versions of each video are drawn once and for all, and clips come "
+        "from them, so that the feature cache has their images; null draws each clip anew",
+    )
+
+    @property
+    def repeats_images(self) -> bool:
+        """Whether a frame comes again with the same pixels: it has few versions."""
+        changes = (self.degrees, self.shear, self.brightness, self.contrast, self.saturation)
+        of_frames = (self.frame_brightness, self.frame_contrast, self.frame_saturation)
+        return self.num_views is not None or not (
+            any(changes) or any(of_frames) or self.crop_scale < 1
+        )
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -87,16 +104,29 @@ def normalise(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(scaled.transpose(0, 3, 1, 2).copy())
 
 
+def image_keys(images: np.ndarray) -> list[str]:
+    """A key for each image that only the same pixels have. `images` is (T, H, W, 3) uint8."""
+    size = f"{images.shape[1]}x{images.shape[2]}"
+    return [
+        f"{hashlib.sha256(np.ascontiguousarray(image)).hexdigest()[:32]}-{size}" for image in images
+    ]
+
+
 def augment(
-    images: np.ndarray, masks: np.ndarray, config: AugmentConfig, rng: np.random.Generator
+    images: np.ndarray,
+    masks: np.ndarray,
+    config: AugmentConfig,
+    rng: np.random.Generator,
+    frame_rngs: Sequence[np.random.Generator] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The clip after one random change of all frames and masks, and one of each frame's colours.
 
     Args:
         images: (T, H, W, 3) uint8.
         masks: (T, N, H, W) bool.
+        frame_rngs: T, for the colours of each frame; None takes them from `rng`.
     """
-    if config == AugmentConfig():
+    if config == AugmentConfig(num_views=config.num_views):
         return images, masks
     import torch
     from torchvision import tv_tensors
@@ -135,5 +165,10 @@ def augment(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(rng.integers(2**63)))
         frames, layers = v2.Compose(clip_steps)(frames, layers)
-        frames = torch.stack([frame_jitter(frame) for frame in frames])
+        jittered = []
+        for place, frame in enumerate(frames):
+            if frame_rngs is not None:
+                torch.default_generator.manual_seed(int(frame_rngs[place].integers(2**63)))
+            jittered.append(frame_jitter(frame))
+        frames = torch.stack(jittered)
     return frames.numpy().transpose(0, 2, 3, 1), layers.numpy().astype(bool)

@@ -32,8 +32,8 @@ MAX_TOGGLED = 255  # objects in a mask of W&B's
 class Overlay:
     """One frame with its masks, to be judged by a person.
 
-    Raises ValueError for what W&B would show wrong without a word: it casts a float frame to
-    black, and stretches a mask of another size.
+    Raises ValueError for what W&B would show wrong without an error: it shows a float frame black,
+    and stretches a mask of another size.
     """
 
     name: str
@@ -155,8 +155,8 @@ class OverlayDrawer:
 
 
 def _picked(video: Video, prompts: list[Prompt]) -> tuple[list[int], int]:
-    """The frames of the picture, and the one whose masks can be toggled; labelled ones, since
-    nobody knows what is right on the others."""
+    """The frames of the picture, and the one whose masks can be toggled; labelled ones, since the
+    others have no ground truth."""
     frames = video.labelled or list(range(len(video.frames)))
     prompted = {frames.index(prompt["frame_index"]) for prompt in prompts}
     shown = [frames[place] for place in pick_frames(len(frames), prompted, MAX_SHOWN)]

@@ -5,17 +5,15 @@ import types
 import pytest
 import torch
 from test_parity import (
-    assert_same_gradients,
+    assert_same_step,
     make_clip,
     make_models,
     prompts_of,
     reference_model,
-    their_loss,
 )
 
 from sam2train.clips import collate_fn
 from sam2train.corrections import InteractionConfig, SimulatedUser, uniform_clicks
-from sam2train.losses import LossConfig, compute_losses
 
 # T, objects of each clip, prompt, conditioning frames, clicks, corrected frames, SAM 2's settings;
 # in eval mode SAM 2 clicks on the centre of the largest error, in train mode anywhere in it.
@@ -99,12 +97,7 @@ def test_clicks_outputs_loss_and_gradients(
                     atol=1e-4,
                     msg=f"frame {t}, pass {step}: {name}",
                 )
-    losses = compute_losses(outputs["frames"], batch.masks, LossConfig(), batch.object_frame_valid)
-    expected = their_loss(their_frames, batch.masks)
-    assert losses["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
-    losses["loss"].backward()
-    expected.backward()
-    assert_same_gradients(ours, theirs)
+    assert_same_step(ours, theirs, outputs, their_frames, batch)
 
 
 class Replay:

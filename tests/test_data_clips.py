@@ -10,6 +10,7 @@ from sam2train.clips import collate_fn
 from sam2train.data_clips import MaskCache, clip_settings, sample_frames, sample_prompts
 from sam2train.data_source import Annotation, Frame, Video
 from sam2train.model_inputs import group_objects
+from sam2train.transforms import AugmentConfig
 
 # Which frames
 
@@ -254,3 +255,35 @@ def test_a_copy_for_a_process_that_is_not_forked_keeps_nothing():
     copy.put(*KEYS[0], some_masks(1)[0])
     assert copy.get(*KEYS[0], OWN) is None
     assert copy.num_bytes == 0
+
+
+# Versions of a video
+
+
+@pytest.mark.parametrize("num_views", [1, 3])
+def test_a_video_has_so_many_versions_and_no_more(tmp_path, num_views):
+    """Whatever the clip, the epoch and the prompts: what the feature cache needs to find them."""
+    changes = AugmentConfig(
+        degrees=30, crop_scale=0.7, brightness=0.3, frame_contrast=0.3, num_views=num_views
+    )
+    path = make_coco(tmp_path, num_frames=6)
+    data = load(path, video_clip_length=3, max_frame_stride=2, augment=changes)
+    seen: dict[tuple, set[str]] = {}
+    for epoch in range(40):
+        for place in range(len(data)):
+            clip = data[epoch, place]
+            for t, key in zip(clip.frame_indices, clip.image_keys, strict=True):
+                seen.setdefault((clip.video_id, t), set()).add(key)
+    # A frame also comes unchanged where a change would lose every object.
+    assert {len(keys) for keys in seen.values()} <= set(range(num_views, num_views + 2))
+    other = load(path, video_clip_length=3, augment=changes, seed=1)
+    assert not set(other[0].image_keys) & set.union(*seen.values())
+
+
+def test_clips_whose_pixels_never_come_again_have_no_keys(tmp_path):
+    path = make_coco(tmp_path, num_frames=4)
+    assert load(path, augment=AugmentConfig(brightness=0.2))[0].image_keys is None
+    flips = AugmentConfig(horizontal_flip=0.5, vertical_flip=0.5, greyscale=0.5, reverse=0.5)
+    clip = load(path, video_clip_length=6, augment=flips)[0]
+    assert len(clip.image_keys) == len(clip.images) == 6  # the padding, too
+    assert collate_fn([clip, clip]).image_keys == clip.image_keys * 2

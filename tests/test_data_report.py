@@ -5,7 +5,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import SHARED, SIZE, edit, encode, load, make_coco, make_frames
+from conftest import SIZE, edit, encode, load, make_coco, make_frames
 from PIL import Image
 from rich.console import Console
 from test_data_pictures import write_film
@@ -257,48 +257,6 @@ def test_a_long_list_is_cut_for_people_alone(tmp_path):
     assert shown.count("error:") == 40
     assert "and 10 more of these; --json lists all" in shown
     assert report.to_json().count("cut short") == 50
-
-
-# Real files
-
-
-def manifest():
-    path = SHARED / "bad" / "manifest.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-VERDICTS = {"valid": "ok", "warn": "warning", "error": "error"}
-# Two parts of one category may be two objects; guessing would lose their identity.
-OURS = {"12_no_track_two_parts": "error", "66_youtube_vis": "valid"}
-
-
-@pytest.mark.skipif(not manifest(), reason="needs the awkward files")
-@pytest.mark.parametrize("name", sorted(set(manifest()) - {"frame_dirs", "_versions"}))
-def test_awkward_real_files(name):
-    report = check(SHARED / "bad" / f"{name}.json", video_clip_length=6)
-    assert report.verdict == VERDICTS[OURS.get(name, manifest()[name]["verdict"])]
-    found = training(report)
-    assert (report.verdict == "ok") == (not found.errors and not found.warnings)
-
-
-@pytest.mark.skipif(not manifest(), reason="needs the awkward files")
-@pytest.mark.parametrize("name", sorted(set(manifest().get("frame_dirs", [])) - {"empty"}))
-def test_awkward_real_folders(name):
-    report = check(SHARED / "bad" / "frame_dirs" / name, "video")
-    assert report.verdict == "ok"
-    assert training(report).statistics["frames"] == 6
-
-
-@pytest.mark.skipif(not (SHARED / "davis_dev").exists(), reason="needs the real videos")
-def test_real_videos():
-    report = check(
-        SHARED / "davis_dev" / "annotations.json",
-        val_path=SHARED / "davis_twoup" / "annotations.json",
-    )
-    assert report.verdict == "ok"
-    assert [s.statistics["frames"] for s in report.splits.values()] == [100, 80]
-    # Of two objects in two videos, one enters at frame 8 of 40 and one leaves after frame 27.
-    assert report.splits["validation"].statistics["share_of_absent_frames"] == (8 + 12) / 160
 
 
 def test_one_split_for_both_is_warned_of():

@@ -1,26 +1,21 @@
 import shutil
 from dataclasses import replace
-from itertools import islice
 
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, SIZE, make_frames, same, to_pixels
+from conftest import SIZE, assert_workers_change_nothing, make_frames, same, to_pixels
 from PIL import Image
 from test_data_pictures import level, write_film
-from torch.utils.data import DataLoader
 
 from sam2train.clips import collate_fn, is_empty
 from sam2train.config import build
-from sam2train.data_loader import ClipSampler
 from sam2train.data_pictures import read_image
 from sam2train.data_synthetic import SyntheticConfig
 from sam2train.data_videos import MadeUpVideos, VideoFolders
 from sam2train.datasets import DatasetConfig, VideoDataset
 from sam2train.errors import UserError
 from sam2train.transforms import AugmentConfig
-
-FRAME_DIRS = SHARED / "bad" / "frame_dirs"
 
 
 def names(video):
@@ -340,13 +335,7 @@ def only(clips):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # on one core
 def test_two_workers_load_what_none_load(folder):
-    dataset = load(folder, augment=AugmentConfig(horizontal_flip=0.5))
-    epochs = []
-    for num_workers in (0, 2):
-        sampler = ClipSampler(len(dataset), shuffle=True, seed=3)
-        loader = DataLoader(dataset, 1, sampler=sampler, num_workers=num_workers, collate_fn=only)
-        epochs.append(list(islice(loader, 6)))
-    assert all(map(same, *epochs))
+    assert_workers_change_nothing(load(folder, augment=AugmentConfig(horizontal_flip=0.5)))
 
 
 def test_clips_make_a_batch(folder):
@@ -451,57 +440,6 @@ def test_folders_and_settings_that_do_not_work(folder):
     shutil.rmtree(folder / "video_002")
     with pytest.raises(UserError, match="no pictures"):
         load(folder)
-
-
-# Real folders
-
-
-@pytest.mark.skipif(not FRAME_DIRS.is_dir(), reason="needs the awkward folders")
-def test_awkward_real_folders():
-    videos = {video.video_id: video for video in VideoFolders(FRAME_DIRS).videos}
-    assert all(len(video.frames) == 6 and video.size == (240, 427) for video in videos.values())
-    assert names(videos["unpadded"]) == [f"frame_{t}.jpg" for t in range(8, 14)]
-    assert names(videos["upper_ext"]) == [f"frame_{t:03d}.JPG" for t in range(1, 7)]
-    assert names(videos["gap"]) == [f"frame_{t:03d}.jpg" for t in (1, 4, 7, 10, 13, 16)]
-    assert names(videos["with_junk"]) == [f"frame_{t:03d}.jpg" for t in range(1, 7)]
-    assert names(videos["mixed_ext"])[2:4] == ["frame_003.jpg", "frame_004.png"]
-    # Each of them alone is one video of the same frames.
-    for video_id, video in videos.items():
-        (alone,) = VideoFolders(FRAME_DIRS / video_id).videos
-        assert alone == video
-
-
-@pytest.mark.skipif(not (SHARED / "davis_dev").is_dir(), reason="needs the real videos")
-def test_real_videos():
-    source = VideoFolders(SHARED / "davis_dev" / "video_data")
-    videos, warnings = source.videos, source.warnings
-    assert [(v.video_id, v.size, len(v.frames)) for v in videos] == [
-        ("video_001", (480, 854), 40),
-        ("video_002", (480, 854), 60),
-    ]
-    assert warnings == []
-
-
-@pytest.mark.skipif(not (SHARED / "davis_dev").is_dir(), reason="needs the real videos")
-def test_made_up_objects_on_real_videos():
-    dataset = load(SHARED / "davis_dev" / "video_data", image_size=(128, 128))
-    for index in range(2):
-        sample = dataset[index]
-        assert sample.frame_size == (480, 854)
-        assert sample.masks[0].any()
-    video = dataset.videos[0]
-    assert dataset.read_mask(video, 0, 1).shape == (480, 854)
-    assert dataset.read_frame(video, 39).shape == (480, 854, 3)
-
-
-@pytest.mark.skipif(not (SHARED / "bad").is_dir(), reason="needs the awkward folders")
-def test_made_up_objects_on_awkward_real_folders():
-    dataset = load(SHARED / "bad" / "frame_dirs", video_clip_length=8)
-    assert len(dataset) >= 6
-    for index in range(len(dataset)):
-        sample = dataset[index]
-        assert sample.frame_valid.tolist() == [True] * 6 + [False] * 2
-        assert sample.masks[0].any()
 
 
 # Stacks, films, pictures of more than 8 bits

@@ -3,14 +3,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import OBJECT_COLOURS, SHARED, SIZE, load, moving_masks, same, to_pixels
+from conftest import OBJECT_COLOURS, SIZE, load, moving_masks, same, to_pixels
 from PIL import Image, ImageFilter
 
 from sam2train import data_vos
 from sam2train.config import build
 from sam2train.data_clips import ClipDataset, clip_settings
 from sam2train.data_pictures import read_id_mask
-from sam2train.data_rle import decode_segmentation
 from sam2train.data_vos import VosVideos
 from sam2train.datasets import build_dataset
 from sam2train.errors import UserError
@@ -377,33 +376,3 @@ def test_a_mask_that_changed_is_named(tmp_path):
     save_ids(tmp_path / "Annotations" / "bear" / "00000.png", np.ones((5, 6)))
     with pytest.raises(UserError, match=r"00000\.png: the mask is 6x5.*did it change"):
         dataset.read_mask(dataset.videos[0], 0, 1)
-
-
-# Real videos
-
-
-@pytest.mark.skipif(not (SHARED / "davis_twoup").exists(), reason="needs the real videos")
-def test_real_videos_as_folders_are_what_they_are_as_json(tmp_path):
-    source = load(SHARED / "davis_twoup" / "annotations.json")
-    for video in source.videos:
-        name = str(video.video_id)
-        (tmp_path / "JPEGImages" / "480p" / name).mkdir(parents=True)
-        for t, frame in enumerate(video.frames):
-            link = tmp_path / "JPEGImages" / "480p" / name / f"{t:05d}.jpg"
-            link.symlink_to(frame.path.resolve())
-            ids = np.zeros(video.size, np.uint8)
-            for k, o in enumerate(video.object_ids, start=1):
-                if o in frame.annotations:
-                    ids[decode_segmentation(frame.annotations[o].segmentation, video.size)] = k
-            save_ids(tmp_path / "Annotations" / "480p" / name / f"{t:05d}.png", ids)
-    dataset = dataset_of(tmp_path)
-    assert dataset.warnings == []
-    for ours, theirs in zip(dataset.videos, source.videos, strict=True):
-        assert [len(ours.visible(t)) for t in range(40)] == [
-            len(theirs.visible(t)) for t in range(40)
-        ]
-        for t in (0, 8, 27, 39):
-            for k, o in enumerate(theirs.object_ids, start=1):
-                np.testing.assert_array_equal(
-                    dataset.read_mask(ours, t, k), source.read_mask(theirs, t, o)
-                )

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import (
     OBJECT_COLOURS,
-    SHARED,
     SIZE,
+    assert_workers_change_nothing,
     edit,
     encode,
     load,
@@ -18,6 +18,7 @@ from conftest import (
     same,
     to_pixels,
 )
+from guide_blocks import VIDEO
 from torch.utils.data import DataLoader
 
 from sam2train import cli, data_coco
@@ -163,13 +164,8 @@ def only(clips):
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # on one core
 def test_two_workers_load_what_none_load(tmp_path):
     path = make_coco(tmp_path, num_videos=3, num_frames=8)
-    dataset = load(path, augment=AugmentConfig(horizontal_flip=0.5, frame_brightness=0.2))
-    epochs = []
-    for num_workers in (0, 2):
-        sampler = ClipSampler(len(dataset), shuffle=True, seed=3)
-        loader = DataLoader(dataset, 1, sampler=sampler, num_workers=num_workers, collate_fn=only)
-        epochs.append(list(islice(loader, 6)))
-    assert all(map(same, *epochs))
+    augment = AugmentConfig(horizontal_flip=0.5, frame_brightness=0.2)
+    assert_workers_change_nothing(load(path, augment=augment))
 
 
 def test_clips_of_a_dataset_make_a_batch(tmp_path):
@@ -545,28 +541,13 @@ def test_the_section_refuses_values_out_of_range(key, value):
         build(DatasetConfig, {"data_path": "a.json", key: value}, "dataset")
 
 
-GUIDE = """\
-dataset:
-  dataset_type: "video"
-  data_path: "/path/to/video/data"
-  image_size: [512, 512]
-  video_clip_length: 5
-  batch_size: 1
-  num_workers: 16
-  shuffle: True
-  prompt_types: ["point"]
-  num_of_pos_points: 1
-  include_center_point: True
-"""
-
-
 def video_section(**raw):
     return build(DatasetConfig, {"dataset_type": "video", "data_path": "videos", **raw}, "dataset")
 
 
 def test_the_guides_block_builds(tmp_path):
     path = tmp_path / "video.yaml"
-    path.write_text(GUIDE)
+    path.write_text(VIDEO)
     config = build(DatasetConfig, load_yaml(path)["dataset"], "dataset")
     assert config.dataset_type == "video"
     assert config.num_of_pos_points == 1
@@ -622,53 +603,3 @@ def test_pasting_is_a_key_of_its_own():
 def test_the_section_of_videos_refuses(raw, message):
     with pytest.raises(ConfigError, match=message):
         video_section(**raw)
-
-
-# Folders from users' reports: for each object its pixels on the first frame that shows it, and how
-# many frames do; labelled frames
-
-EIGHT = list(range(8))
-REPORTED = {
-    "mask_smooth_edges": ("vos", {1: (396, 8)}, EIGHT),
-    "palette_pillow_quantize": ("vos", {1: (396, 4), 2: (360, 8)}, EIGHT),
-    "mask_grey_127_255": ("vos", {127: (396, 8), 255: (360, 8)}, EIGHT),
-    "mask_rgb_colours": ("vos", {1: (396, 8), 2: (360, 8)}, EIGHT),
-    "mots_png_ignore": ("vos", {1003: (360, 8), 2001: (396, 8)}, EIGHT),
-    "cvat_mots_layout": ("vos", {1001: (396, 8), 1002: (360, 8)}, EIGHT),
-    "mask_void_ring": ("vos", {1: (396, 8), 2: (360, 8)}, EIGHT),
-    "list_dots_in_names": ("vos", {1: (396, 8), 2: (360, 8)}, EIGHT),
-    "frame_names_time_stamps": ("vos", {1: (224, 12)}, list(range(12))),
-    "mevis_mask_dict": ("vos", {0: (396, 4), 1: (360, 8)}, EIGHT),
-    "sav_every_5th": ("sav", {0: (224, 8), 1: (224, 8)}, list(range(0, 40, 5))),
-    "sav_trimmed_film": ("sav", {0: (224, 9), 1: (224, 9)}, list(range(0, 34, 4))),
-}
-
-
-@pytest.mark.skipif(not (SHARED / "reports").is_dir(), reason="needs the inputs of users' reports")
-@pytest.mark.parametrize("name", REPORTED)
-def test_reported_folders_have_their_right_values(name):
-    dataset_type, objects, labelled = REPORTED[name]
-    path = SHARED / "reports" / name / "train"
-    path = path / "list.txt" if name == "list_dots_in_names" else path
-    config = DatasetConfig(dataset_type=dataset_type, data_path=str(path))
-    data = build_dataset(config, AugmentConfig(), 0, str(path), training=False)
-    assert len(data.videos) == (3 if name == "list_dots_in_names" else 1)
-    for video in data.videos:
-        assert video.labelled == labelled
-        areas = {
-            object_id: [
-                int(data.read_mask(video, t, object_id).sum())
-                for t in video.labelled
-                if object_id in video.visible(t)
-            ]
-            for object_id in video.object_ids
-        }
-        assert {name: (found[0], len(found)) for name, found in areas.items()} == objects
-
-
-@pytest.mark.skipif(not (SHARED / "reports").is_dir(), reason="needs the inputs of users' reports")
-def test_reported_stacks_are_videos():
-    path = str(SHARED / "reports" / "tiff_stack" / "train")
-    config = DatasetConfig(dataset_type="video", data_path=path)
-    data = build_dataset(config, AugmentConfig(), 0, path, training=False)
-    assert [(v.video_id, len(v.frames)) for v in data.videos] == [("movie0", 8), ("movie1", 8)]

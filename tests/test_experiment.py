@@ -3,32 +3,11 @@
 from pathlib import Path
 
 import pytest
+from guide_blocks import COCO, MODEL
 
 from sam2train.config import to_yaml
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment, as_begun, load_experiment, untrained_rows
-
-GUIDE_COCO = """\
-dataset:
-  dataset_type: "coco"
-  data_path: "{data}"
-  image_size: [512, 512]
-  video_clip_length: 5
-  batch_size: 1
-  num_workers: 16
-  shuffle: True
-  prompt_types: ["point", "bbox"]
-  num_of_pos_points: 1
-  include_center_point: True
-"""
-GUIDE_MODEL = """\
-model:
-  checkpoint_path: "/path/to/sam2_checkpoint.pt"
-  config_path: "configs/sam2.1_hiera_t.yaml"
-  trainable_modules: ["memory_attention", "memory_encoder"]
-  image_size: 512
-  num_maskmem: 7
-"""
 
 
 @pytest.fixture
@@ -42,7 +21,7 @@ def write(tmp_path):
 
 
 def test_the_blocks_of_the_guide_load_unchanged(write):
-    experiment = load_experiment(write(GUIDE_COCO.format(data="/d/coco.json") + GUIDE_MODEL))
+    experiment = load_experiment(write(COCO + MODEL))
     assert experiment.dataset.include_center is True
     assert experiment.dataset.prompt_types == ("point", "bbox")
     assert experiment.model.trainable_modules == ("memory_attention", "memory_encoder")

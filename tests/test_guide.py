@@ -8,44 +8,10 @@ import pytest
 import torch
 import yaml
 from conftest import make_coco, make_frames
+from guide_blocks import COCO, MODEL, VIDEO
 
 from sam2train import checkpoint, cli
 from sam2train.pretrained import build_sam2, resolve_config
-
-VIDEO = """\
-dataset:
-  dataset_type: "video"
-  data_path: "/path/to/video/data"
-  image_size: [512, 512]
-  video_clip_length: 5
-  batch_size: 1
-  num_workers: 16
-  shuffle: True
-  prompt_types: ["point"]
-  num_of_pos_points: 1
-  include_center_point: True
-"""
-COCO = """\
-dataset:
-  dataset_type: "coco"
-  data_path: "/path/to/coco_annotations.json"
-  image_size: [512, 512]
-  video_clip_length: 5
-  batch_size: 1
-  num_workers: 16
-  shuffle: True
-  prompt_types: ["point", "bbox"]
-  num_of_pos_points: 1
-  include_center_point: True
-"""
-MODEL = """\
-model:
-  checkpoint_path: "/path/to/sam2_checkpoint.pt"
-  config_path: "configs/sam2.1_hiera_t.yaml"
-  trainable_modules: ["memory_attention", "memory_encoder"]
-  image_size: 512
-  num_maskmem: 7
-"""
 
 
 @pytest.fixture(scope="module")

@@ -3,20 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, edit, encode, make_coco
-from conftest import SIZE as COCO_SIZE
-from conftest import load as load_coco
 from test_data_mask_values import NUM_FRAMES, SIZE, TRUTH, _void_ring, write
 from test_losses import predict, random_frames
 
 from sam2train.clips import collate_fn
 from sam2train.corrections import InteractionConfig, SimulatedUser
 from sam2train.data_clips import ClipDataset, clip_settings
-from sam2train.data_coco import CocoVideos
 from sam2train.data_vos import VosVideos
-from sam2train.errors import UserError
 from sam2train.evaluate import EvaluationConfig, TrackedFrame, track_videos
-from sam2train.losses import LossConfig, compute_losses, dice_loss, mask_iou
+from sam2train.losses import LossConfig, compute_losses, mask_iou, mask_losses
 from sam2train.metrics import mean_scores, measure
 from sam2train.pictures import clip_sheet, comparison, draw_errors, hatch_ignored
 from sam2train.scores import score
@@ -94,75 +89,6 @@ def test_a_batch_has_them_for_each_object(root, tmp_path):
     assert collate_fn([fields]).ignore is None
 
 
-# Crowds of COCO
-
-
-def add_crowd(content, where=slice(0, 6), *, every=True, **more):
-    """A region at the top right of each frame, beside the objects."""
-    region = np.zeros(COCO_SIZE, bool)
-    region[where, -20:] = True
-    for image in content["images"]:
-        content["annotations"].append(
-            {"id": 900 + image["id"], "image_id": image["id"], "category_id": 1}
-            | {"segmentation": encode(region), "iscrowd": 1}
-            | more
-        )
-
-
-def test_crowds_are_ignored_and_no_object(tmp_path):
-    data = load_coco(edit(make_coco(tmp_path), add_crowd))
-    (video,) = data.videos
-    assert video.object_ids == [1, 2]
-    for t in range(6):
-        expected = np.zeros(COCO_SIZE, bool)
-        expected[:6, -20:] = True
-        for object_id in (1, 2):
-            expected &= ~data.read_mask(video, t, object_id)
-        np.testing.assert_array_equal(data.read_ignore(video, t), expected)
-    assert data[0].ignore.any()
-    assert any("6 annotations are regions to ignore" in note for note in data.source.notes)
-
-
-def test_regions_with_ignore_are_ignored(tmp_path):
-    more = {"iscrowd": 0, "ignore": 1}
-    data = load_coco(edit(make_coco(tmp_path), lambda content: add_crowd(content, **more)))
-    assert data.videos[0].object_ids == [1, 2]
-    assert data.read_ignore(data.videos[0], 0).any()
-
-
-def test_iscrowd_of_all_rles_says_how_they_are_written(tmp_path):
-    """As CVAT flags masks: they have tracks, and no RLE is without the flag."""
-
-    def flag(content):
-        for annotation in content["annotations"]:
-            annotation["iscrowd"] = 1
-
-    path = edit(make_coco(tmp_path), flag)
-    data = load_coco(path)
-    assert data.videos[0].object_ids == [1, 2]
-    assert data.read_ignore(data.videos[0], 0) is None
-    assert any("dataset.crowds: ignore" in note for note in data.source.notes)
-    with pytest.raises(UserError, match="no annotation has a mask"):
-        ClipDataset(CocoVideos(path, crowds="ignore"), clip_settings(COCO_SIZE))
-
-
-def test_crowds_may_be_objects(tmp_path):
-    path = edit(make_coco(tmp_path), lambda content: add_crowd(content, track_id=9))
-    assert load_coco(path).videos[0].object_ids == [1, 2]
-    source = CocoVideos(path, crowds="objects")
-    assert source.videos[0].object_ids == [1, 2, 9]
-
-
-def test_a_frame_with_a_crowd_alone_was_looked_at(tmp_path):
-    def thin(content):
-        add_crowd(content)
-        content["annotations"] = [
-            a for a in content["annotations"] if a["id"] > 900 or a["image_id"] in (1, 3, 5)
-        ]
-
-    assert load_coco(edit(make_coco(tmp_path), thin)).videos[0].labelled == list(range(6))
-
-
 # Losses
 
 
@@ -170,7 +96,8 @@ def test_terms_by_hand():
     logits, target = torch.full((1, 4), 30.0), torch.tensor([[1.0, 1.0, 0.0, 0.0]])
     kept = torch.tensor([[True, True, True, False]])
     # 2 of the 3 pixels that count are right.
-    assert dice_loss(logits, target, kept).item() == pytest.approx(1 - 5 / 6)
+    _, dice = mask_losses(logits[None, None], target[None] > 0, 0.25, 2.0, kept[None])
+    assert dice.item() == pytest.approx(1 - 5 / 6)
     assert mask_iou(logits, target, kept).item() == pytest.approx(2 / 3)
 
 
@@ -307,14 +234,3 @@ def test_sheets_show_them(root):
     with_void = clip_sheet({"a": clip})
     object.__setattr__(clip, "ignore", None)
     assert (clip_sheet({"a": clip}) != with_void).any()
-
-
-@pytest.mark.skipif(not (SHARED / "reports").exists(), reason="needs the inputs of users' reports")
-def test_the_ring_of_the_report():
-    data = ClipDataset(VosVideos(SHARED / "reports/mask_void_ring/train"), clip_settings((64, 96)))
-    (video,) = data.videos
-    for t in range(8):
-        void = data.read_ignore(video, t)[None]
-        truth = data.read_mask(video, t, 1)[None]
-        assert measure(truth | void, truth, ignore=void).J == 1
-        assert 0.5 < measure(truth | void, truth).J < 0.65

@@ -5,6 +5,7 @@ import torch
 from conftest import make_coco
 from test_model import (
     DEMO,
+    MEMORY,
     SIZE,
     assert_close,
     loss_of,
@@ -14,7 +15,7 @@ from test_model import (
 )
 
 from sam2train.clips import collate_fn
-from sam2train.corrections import SimulatedUser
+from sam2train.corrections import InteractionConfig, SimulatedUser
 from sam2train.datasets import build_dataset
 from sam2train.experiment import Experiment, untrained_rows
 from sam2train.losses import LossConfig, compute_losses
@@ -280,3 +281,44 @@ def test_no_object_pointers():
         model.sam2.obj_ptr_proj.layers[0].weight += 1
         model.sam2.obj_ptr_tpos_proj.weight += 1
         assert_close(model(collate_fn([clip])), before)
+
+
+@pytest.mark.parametrize("gradient", ["full", 1])
+def test_frames_that_are_computed_again_give_the_same_gradients(gradient):
+    """With dropout, correction clicks and a memory that is cut: to the last bit."""
+    batch = collate_fn([make_clip(("point", 0), ("bbox", 1), num_frames=4)])
+    found = []
+    for recompute in (False, True):
+        model = make_model(
+            MEMORY, memory_gradient=gradient, dropout=0.1, activation_checkpointing=recompute
+        ).train()
+        user = SimulatedUser(InteractionConfig(num_correction_pt_per_frame=2), 0)
+        torch.manual_seed(1)
+        frames = model(batch, interaction=user, only_frames=True)["frames"]
+        compute_losses(frames, batch.masks, LossConfig())["loss"].backward()
+        found.append([p.grad for p in model.trainable_parameters().values()])
+    assert any(g is not None and g.abs().max() > 0 for g in found[0])
+    for kept, again in zip(*found, strict=True):
+        assert (kept is None) == (again is None)
+        assert kept is None or torch.equal(kept, again)
+
+
+def test_computing_again_keeps_less():
+    """Bytes that autograd holds after the forward pass."""
+    batch = collate_fn([make_clip(("point", 0), num_frames=4)])
+    held = []
+    for recompute in (False, True):
+        model = make_model(MEMORY, activation_checkpointing=recompute).train()
+        blocks = {}
+
+        def keep(tensor, blocks=blocks):
+            storage = tensor.untyped_storage()
+            blocks[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            frames = model(batch, only_frames=True)["frames"]
+        assert frames
+        own = {p.untyped_storage().data_ptr() for p in model.sam2.parameters()}
+        held.append(sum(size for place, size in blocks.items() if place not in own))
+    assert held[1] < 0.4 * held[0]

@@ -151,6 +151,16 @@ def assert_same_gradients(ours, theirs):
             assert difference <= 1e-4 * norms[name] + rounding, name
 
 
+def assert_same_step(ours, theirs, outputs, their_frames, batch):
+    """The loss of both, and the gradients that it gives."""
+    losses = compute_losses(outputs["frames"], batch.masks, LossConfig(), batch.object_frame_valid)
+    expected = their_loss(their_frames, batch.masks)
+    assert losses["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    losses["loss"].backward()
+    expected.backward()
+    assert_same_gradients(ours, theirs)
+
+
 # T, objects of each clip, prompt, num_maskmem, image size, further settings
 CASES = [
     (1, (1,), "point", 7, 64, {}),
@@ -210,13 +220,7 @@ def test_forward_gradients_and_loss(num_frames, objects, prompt, num_maskmem, si
         expected = frame["pred_masks_high_res"][:, 0]
         torch.testing.assert_close(masks, expected, rtol=0, atol=1e-4)
         assert bool((expected == -1024).any()) == ("gated" in more)
-    losses = compute_losses(outputs["frames"], batch.masks, LossConfig(), batch.object_frame_valid)
-    expected = their_loss(their_frames, batch.masks)
-    assert losses["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
-
-    losses["loss"].backward()
-    expected.backward()
-    assert_same_gradients(ours, theirs)
+    assert_same_step(ours, theirs, outputs, their_frames, batch)
 
 
 def test_sam2s_own_datapoint():

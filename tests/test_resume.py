@@ -19,13 +19,15 @@ from sam2train.scores import HORIZON_COLUMNS, SCORE_COLUMNS, Scores
 from sam2train.trainer import Trainer
 
 NUM_STEPS = 8
-TIMED = ("seconds", "clips_per_second", "memory_gb")
+TIMED = ("seconds", "clips_per_second", "memory_gb", "features/hit_rate")
 
 
 class SmallModel:
     """What the loop asks of a model; nothing in it learns."""
 
-    def __init__(self, experiment):
+    trains_encoder, feature_counts = True, (0, 0)
+
+    def __init__(self, experiment, say):
         self.device = torch.device("cpu")
         self.sam2 = torch.nn.Linear(2, 2)
         self.num_maskmem, self.untrained_rows = 0, {}

@@ -37,7 +37,7 @@ GROUPS = {
         *("transforms", "prompts", "demo", "demo_videos"),
     },
     "model": {
-        *("memory", "model", "model_inputs", "corrections", "pretrained"),
+        *("features", "memory", "model", "model_inputs", "corrections", "pretrained"),
         "pretrained_download",
         *("losses", "optimizer"),
     },
@@ -61,6 +61,10 @@ GROUPS = {
     "reports": {
         *("results", "results_compare", "ablation", "compare", "figures"),
         *("sweep", "sweep_trials", "sweep_file", "sweep_search"),
+    },
+    "speed": {
+        *("speed", "speed_clock", "speed_reference", "speed_step", "speed_video"),
+        *("speed_data", "speed_runs"),
     },
     "door": {"commands", "cli"},
 }
@@ -95,6 +99,12 @@ def test_every_module_is_in_a_group():
     modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
     assert modules == set().union(*GROUPS.values())
     assert sum(len(modules) for modules in GROUPS.values()) == len(modules)
+
+
+def test_every_module_has_its_test_file():
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    tested = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
+    assert not {m for m in modules - tested if not m.startswith("speed_")}  # parts of `speed`
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -191,14 +201,13 @@ def _is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
-def test_no_public_name_has_two_meanings():
-    """Names at the top level of a module, defined there."""
+def test_no_name_has_two_meanings():
+    """Names at the top level of a module, defined there, private ones too."""
     found: dict[str, list[str]] = {}
     for path in PACKAGE.glob("*.py"):
         for node in ast.parse(path.read_text()).body:
             for name in _defined(node):
-                if not name.startswith("_"):
-                    found.setdefault(name, []).append(path.stem)
+                found.setdefault(name, []).append(path.stem)
     assert {"Trainer", "RunFolder", "FORMATS", "PROMPTS", "TRAINED"} <= found.keys()
     assert not {name: rooms for name, rooms in found.items() if len(set(rooms)) > 1}
 

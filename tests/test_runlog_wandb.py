@@ -1,0 +1,229 @@
+"""What W&B gets of a run, and that W&B never stops one."""
+
+import io
+import json
+import socket
+
+import numpy as np
+import pytest
+import torch
+import wandb
+from PIL import Image
+from rich.console import Console
+from small_runlog import OFF, OFFLINE, logs_of, overlay, records, rows, shown, without_wandb
+
+from sam2train import runlog_wandb
+from sam2train.errors import UserError
+from sam2train.runlog_wandb import TrackingConfig, choose_mode
+
+KEY = "a" * 40
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path, monkeypatch):
+    yield from without_wandb(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def screen():
+    return Console(file=io.StringIO(), width=100)
+
+
+@pytest.fixture
+def start(tmp_path, screen):
+    return logs_of(tmp_path, screen)
+
+
+@pytest.mark.parametrize("mode", ["offline", "disabled"])
+def test_mode_of_the_experiment_wins(monkeypatch, mode):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert choose_mode(TrackingConfig(mode=mode)) == (mode, f"tracking.mode is {mode}")
+
+
+@pytest.mark.parametrize(
+    ("value", "mode"), [("offline", "offline"), ("dryrun", "offline"), ("disabled", "disabled")]
+)
+def test_mode_from_the_environment_beats_a_key(monkeypatch, value, mode):
+    monkeypatch.setenv("WANDB_MODE", value)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert choose_mode(TrackingConfig()) == (mode, f"WANDB_MODE={value}")
+
+
+def test_mode_that_wandb_does_not_know(monkeypatch, start, screen):
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    with start(TrackingConfig()) as runlog:
+        runlog.record(1, {"a": 1})
+    assert "WANDB_MODE=ofline is none of online, offline, disabled" in shown(screen)
+
+
+@pytest.mark.parametrize("mode", ["offline", "disabled"])
+def test_mode_of_the_settings_file_beats_a_key(tmp_path, monkeypatch, mode):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb/settings").write_text(f"[default]\nmode = {mode}\n")
+    chosen, reason = choose_mode(TrackingConfig())
+    assert (chosen, f"wandb {mode}" in reason) == (mode, True)
+
+
+def test_key_makes_online_and_no_key_offline(monkeypatch):
+    chosen, reason = choose_mode(TrackingConfig())
+    assert (chosen, "wandb login" in reason) == ("offline", True)
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert choose_mode(TrackingConfig()) == ("online", "a key was found")
+
+
+def test_explicit_online_beats_the_environment_but_not_a_missing_key(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    chosen, reason = choose_mode(TrackingConfig(mode="online"))
+    assert (chosen, reason.startswith("tracking.mode is online, but no key")) == ("offline", True)
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert choose_mode(TrackingConfig(mode="online")) == ("online", "tracking.mode is online")
+    assert wandb.setup().settings.mode == "offline"  # asked, not changed
+
+
+def test_ill_formed_key_goes_offline_and_says_so(monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_API_KEY", "abc")
+    chosen, reason = choose_mode(TrackingConfig())
+    assert chosen == "offline"
+    assert "40+ characters" in reason
+    assert capsys.readouterr() == ("", "")
+
+
+def test_config_takes_a_yaml_list_and_refuses_names_that_wandb_refuses():
+    assert TrackingConfig.model_validate({"tags": ["a", "b"]}).tags == ("a", "b")
+    for bad in ("my/project", "", "p" * 129):
+        with pytest.raises(ValueError, match="project"):
+            TrackingConfig(project=bad)
+
+
+def test_offline_data_arrives(start, tmp_path, screen):
+    config = TrackingConfig(mode="offline", project="p", group="g", tags=("t",))
+    with start(config, num_steps=2) as runlog:
+        runlog.record(0, {"val/J": 0.5})
+        runlog.log(1, {"loss": torch.tensor(1.0)})
+        runlog.log(2, {"loss": torch.tensor(3.0)})
+        runlog.overlays(2, [overlay(tmp_path)])
+        runlog.summary({"status": "done", "best/J_and_F": 0.5})
+        assert runlog.wandb.mode == "offline"
+        first = shown(screen).splitlines()[0]
+        assert first.startswith("W&B is offline: tracking.mode is offline. Upload later: ")
+        assert first.endswith(runlog.wandb.how_to_sync)
+        folder = runlog.wandb.how_to_sync.removeprefix("wandb sync ")
+    assert (tmp_path / folder / "run-abc.wandb").is_file()
+    assert "off from here" not in shown(screen)
+
+    found = records(tmp_path)
+    (run,) = found["run"]
+    assert (run["run_id"], run["display_name"], run["project"]) == ("abc", "night", "p")
+    assert (run["tags"], run["run_group"], run["job_type"]) == (["t"], "g", "train")
+    assert run["config"]["update"]["model"] == {"num_maskmem": 7}
+    history = [row["item"] for row in found["history"]]
+    assert (history[0]["trainer/global_step"], history[0]["val/J"]) == (0, 0.5)
+    assert (history[1]["trainer/global_step"], history[1]["loss"]) == (2, 2.0)
+    pictures = history[2]
+    assert pictures["overlays/clip0.format"] == "png"
+    ids = pictures["masks/clip0.masks.prediction.path"]
+    assert "masks/clip0.masks.ground_truth.path" in pictures
+    with Image.open(tmp_path / folder / "files" / ids) as image:
+        assert np.array_equal(np.array(image), overlay(tmp_path).prediction)
+    assert {"status": "done", "best/J_and_F": 0.5} in [row["update"] for row in found["summary"]]
+    assert [row["exit_code"] for row in found["exit"]] == [0]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (None, 0),
+        (SystemExit(143), 143),
+        (SystemExit(), 0),
+        (SystemExit("text"), 1),
+        (KeyboardInterrupt(), 130),
+        (UserError("x"), 2),
+        (FloatingPointError("x"), 1),
+    ],
+)
+def test_wandb_is_told_what_the_shell_sees(start, monkeypatch, error, code):
+    told = []
+    monkeypatch.setattr(wandb.Run, "finish", lambda run, exit_code: told.append(exit_code))
+    monkeypatch.setattr(wandb, "init", lambda **_: wandb.Run(wandb.Settings(mode="disabled")))
+    monkeypatch.setattr(wandb.Run, "define_metric", lambda *_, **__: None)
+    monkeypatch.setattr(wandb.Run, "dir", "x/files")
+    runlog = start(OFFLINE)
+    runlog.__enter__()
+    assert not runlog.__exit__(type(error), error, None)
+    assert told == [code]
+
+
+def test_wandb_that_fails_later_costs_one_line(start, tmp_path, screen, monkeypatch):
+    def broken(*_, **__):
+        raise OSError("no space left on device\nsecond line")
+
+    with start(OFFLINE) as runlog:
+        runlog.log(1, {"loss": 1.0})
+        runlog.log(2, {"loss": 1.0})
+        monkeypatch.setattr(wandb.Run, "log", broken)
+        for step in range(3, 9):
+            runlog.log(step, {"loss": 1.0})
+        runlog.record(8, {"val/J": 0.5})
+        runlog.overlays(8, [overlay(tmp_path)])
+        runlog.summary({"status": "done"})
+    assert [row["step"] for row in rows(tmp_path)] == [2, 4, 6, 8, 8]
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == {"status": "done"}
+    complaints = [line for line in shown(screen).splitlines() if "off from here" in line]
+    assert len(complaints) == 1
+    assert "log failed (OSError: no space left on device)" in complaints[0]
+    assert complaints[0].endswith(runlog.wandb.how_to_sync)
+    # What W&B had got before is finished and readable.
+    assert [row["item"]["trainer/global_step"] for row in records(tmp_path)["history"]] == [2]
+
+
+def test_wandb_that_does_not_start_costs_one_line(start, tmp_path, screen, monkeypatch):
+    def broken(**_):
+        raise ImportError("libfoo.so")
+
+    monkeypatch.setattr(wandb, "init", broken)
+    with start(OFFLINE) as runlog:
+        runlog.record(1, {"a": 1})
+        assert (runlog.wandb.mode, runlog.wandb.how_to_sync) == ("disabled", None)
+    assert rows(tmp_path) == [{"step": 1, "a": 1}]
+    assert shown(screen) == "W&B is off, it did not start (ImportError: libfoo.so)\n"
+
+
+def test_online_without_a_server_falls_back_to_offline(start, tmp_path, screen, monkeypatch):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(runlog_wandb, "INIT_TIMEOUT", 1.0)
+    with start(TrackingConfig()) as runlog:
+        runlog.record(1, {"a": 1})
+        assert runlog.wandb.mode == "offline"
+    assert "W&B is offline: going online failed: " in shown(screen)
+    assert records(tmp_path)["history"][0]["item"]["a"] == 1
+
+
+def test_disabled_leaves_no_trace_of_wandb(start, tmp_path, screen):
+    with start(OFF) as runlog:
+        runlog.record(1, {"a": 1})
+        runlog.overlays(1, [overlay(tmp_path)])
+        assert (runlog.wandb.mode, runlog.wandb.how_to_sync) == ("disabled", None)
+    assert shown(screen) == "W&B is off: tracking.mode is disabled\n"
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"frame": np.zeros((6, 8, 3), np.float32)},
+        {"frame": np.zeros((6, 8), np.uint8)},
+        {"prediction": np.zeros((8, 6), np.int64)},
+        {"ground_truth": np.full((6, 8), 256)},
+        {"ground_truth": np.full((6, 8), -1)},
+    ],
+)
+def test_overlays_that_wandb_would_show_wrong_are_refused(tmp_path, changes):
+    with pytest.raises(ValueError, match=r"uint8|0\.\.255"):
+        overlay(tmp_path, **changes)

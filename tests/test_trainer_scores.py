@@ -1,0 +1,39 @@
+"""What a run scores: which checkpoint is best, and what is written of it."""
+
+import json
+
+import pytest
+from small_run import make_trainer, rows, small_experiments
+
+from sam2train import checkpoint
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    return small_experiments(tmp_path)
+
+
+def test_best_is_the_checkpoint_of_the_best_score(experiment, tmp_path):
+    run_dir = tmp_path / "run"
+    make_trainer(experiment(), run_dir).run()
+    scored = {row["step"]: row["val/J_and_F"] for row in rows(run_dir) if "val/J_and_F" in row}
+    best = checkpoint.load(run_dir / "checkpoints" / "best.pt")
+    assert best["step"] == max(scored, key=lambda step: (scored[step], -step))
+    assert best["scores"]["J_and_F"] == max(scored.values())
+
+
+def test_no_validation_videos_is_no_scores(experiment, tmp_path):
+    run_dir = tmp_path / "run"
+    settings = experiment(dataset={"val_path": None}, trainer={"num_steps": 2})
+    assert make_trainer(settings, run_dir).run() == {}
+    assert (run_dir / "checkpoints" / "last.pt").exists()
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert "val/J_and_F" not in summary
+    assert summary["status"] == "finished"
+
+
+def test_zero_steps_evaluates_and_saves(experiment, tmp_path):
+    settings = experiment(trainer={"num_steps": 0})
+    scores = make_trainer(settings, tmp_path / "run").run()
+    assert scores["J_and_F"] >= 0
+    assert (tmp_path / "run" / "checkpoints" / "last.pt").exists()
