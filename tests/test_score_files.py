@@ -10,7 +10,7 @@ from test_scores import data, lines_of, scored, truth  # noqa: F401
 from sam2train.evaluate import copy_first_mask
 from sam2train.metrics import TRAINED
 from sam2train.score_files import RowsFile, read_scores
-from sam2train.scores import SCORE_COLUMNS
+from sam2train.scores import SCORE_COLUMNS, difference
 
 
 def test_rows_come_back_as_scores(data, tmp_path):

@@ -60,7 +60,7 @@ GROUPS = {
     },
     "reports": {
         *("results", "results_compare", "ablation", "compare", "figures"),
-        *("sweep", "sweep_trials", "sweep_file", "sweep_search"),
+        *("sweep", "sweep_trials", "sweep_claims", "sweep_tables", "sweep_file", "sweep_search"),
     },
     "speed": {
         *("speed", "speed_clock", "speed_reference", "speed_step", "speed_video"),
