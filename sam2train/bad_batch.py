@@ -66,6 +66,7 @@ def save_bad_batch(
         batches: of that step, on the CPU.
         model: with the gradients of the step; its parameters are those before it.
     """
+    batches = [batch.to("cpu") for batch in batches]  # normalised
     found = next(_bad(batches, losses, model), "no single part; a sum overflows")
     content = {
         "step": step,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any, TypedDict
 
 import cv2
@@ -21,6 +22,10 @@ import numpy as np
 import torch
 
 from sam2train.errors import UserError
+
+# ImageNet statistics, which SAM 2 was trained with.
+MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 # SAM 2 writes this mask logit on a whole frame where its object score is 0 or less (`NO_OBJ_SCORE`
 # in its code); it carries no gradient. A frame before an object's first prompt gets the same logit,
@@ -63,7 +68,7 @@ def is_empty(prompt: Prompt) -> bool:
 class Clip:
     """One training sample. Fields read as attributes, and by name: `clip["images"]`."""
 
-    images: torch.Tensor  # (T, 3, H, W) float32, ImageNet-normalised
+    images: torch.Tensor  # (T, 3, H, W) float32, ImageNet-normalised; uint8: not yet
     masks: torch.Tensor  # (T, N, H, W) bool
     prompts: list[Prompt]  # at least one for each object, in the order of `object_ids`
     video_id: int | str
@@ -100,7 +105,7 @@ class BatchedVideoDatapoint:
     training model ignores them.
     """
 
-    img_batch: torch.Tensor  # (T, B, 3, H, W) float32
+    img_batch: torch.Tensor  # (T, B, 3, H, W) float32; uint8: not yet normalised, `to` does it
     obj_to_frame_idx: torch.Tensor  # (T, O, 2) int32: frame, clip
     masks: torch.Tensor  # (T, O, H, W) bool
     metadata: BatchedVideoMetaData
@@ -124,8 +129,8 @@ class BatchedVideoDatapoint:
 
     @property
     def flat_img_batch(self) -> torch.Tensor:
-        """(B * T, 3, H, W), clip by clip."""
-        return self.img_batch.transpose(0, 1).flatten(0, 1)
+        """(B * T, 3, H, W) float32, clip by clip."""
+        return normalise_pixels(self.img_batch.transpose(0, 1).flatten(0, 1))
 
     @property
     def flat_obj_to_img_idx(self) -> torch.Tensor:
@@ -135,8 +140,8 @@ class BatchedVideoDatapoint:
 
     @property
     def images(self) -> torch.Tensor:
-        """(B, T, C, H, W): the simplified layout."""
-        return self.img_batch.transpose(0, 1)
+        """(B, T, C, H, W) float32: the simplified layout."""
+        return normalise_pixels(self.img_batch.transpose(0, 1))
 
     @property
     def object_masks(self) -> torch.Tensor:
@@ -155,11 +160,14 @@ class BatchedVideoDatapoint:
         return None if self.ignore is None else self.ignore[:, clip_of_object]
 
     def to(self, device: torch.device | str) -> BatchedVideoDatapoint:
+        """The batch on a device. Frames that arrive as uint8 are normalised there, so that a
+        quarter of their bytes travels."""
         moved = {
             field.name: value.to(device, non_blocking=True)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), torch.Tensor)
         }
+        moved["img_batch"] = normalise_pixels(moved["img_batch"])
         return replace(self, **moved)
 
     def pin_memory(self) -> BatchedVideoDatapoint:
@@ -169,6 +177,24 @@ class BatchedVideoDatapoint:
             if isinstance(value := getattr(self, field.name), torch.Tensor)
         }
         return replace(self, **pinned)
+
+
+def normalise_pixels(pixels: torch.Tensor) -> torch.Tensor:
+    """(..., 3, H, W) float32, ImageNet-normalised, from uint8; floats are returned as they are.
+
+    The same to the last bit on every device: CUDA would multiply by the reciprocal of a plain
+    number.
+    """
+    if pixels.dtype != torch.uint8:
+        return pixels
+    peak, mean, std = _constants(pixels.device)
+    return pixels.float().div_(peak).sub_(mean).div_(std)
+
+
+@cache
+def _constants(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    peak = torch.full((1, 1, 1), 255.0, device=device)
+    return peak, *(torch.tensor(v, device=device).reshape(3, 1, 1) for v in (MEAN, STD))
 
 
 @dataclass(frozen=True)

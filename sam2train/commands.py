@@ -213,8 +213,11 @@ class DryRun(FileCommand):
 
         warn = partial(say, console)
         sections = experiment.dataset, experiment.augment, experiment.clips_seed
+        known: dict = {}  # a path that two splits name is read once
         datasets = {
-            split: build_dataset(*sections, path, training=split == "training", say=warn)
+            split: build_dataset(
+                *sections, path, training=split == "training", say=warn, known=known
+            )
             for split, path in paths.items()
             if path is not None
         }
@@ -248,6 +251,20 @@ class CheckData(FileCommand):
         else:
             report.show(_console())
         return report.exit_code
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe(FileCommand):
+    """Measure the peak memory of a training step for growing settings, and say which fit here."""
+
+    group, flag = "Look first", "--probe"
+
+    def run(self) -> int:
+        experiment = self.experiment()
+        from sam2train.probe import probe
+
+        probe(experiment, _console())
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -404,6 +421,7 @@ COMMANDS: tuple[type[Command], ...] = (
     ListExperiments,
     DryRun,
     CheckData,
+    Probe,
     Download,
     Evaluate,
     PromptMatrix,

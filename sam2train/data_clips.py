@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-import mmap
-import multiprocessing
 import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 
-from sam2train.clips import Clip, Prompt
+from sam2train.clips import Clip, Prompt, normalise_pixels
 from sam2train.data_fingerprint import fingerprint
+from sam2train.data_mask_cache import MaskCache
 from sam2train.data_source import ClipPixels, Video, VideoSource
 from sam2train.errors import UserError
 from sam2train.prompts import PromptGenerator, types_like
 from sam2train.transforms import (
     AugmentConfig,
     augment,
+    channels_first,
     image_keys,
-    normalise,
-    resize_image,
     resize_mask,
+    stack_frames,
 )
-
-# A process that was killed while it held the lock must not stop the others.
-_PATIENCE = 5.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,9 @@ class ClipDataset:
         self.videos, self.warnings = source.videos, source.warnings
         self.image_size, self.prompts = settings.image_size, settings.prompts
         self.epoch = 0
-        self.cache = MaskCache(mask_cache_mb * 2**20, self.videos, self.image_size)
+        ignoring = {video.video_id for video in self.videos if source.has_ignored(video)}
+        size = mask_cache_mb * 2**20
+        self.cache = MaskCache(size, self.videos, self.image_size, ignoring)
         trainable = [video for video in self.videos if source.is_trainable(video)]
         # Videos with how many clips of them an epoch has.
         self._groups = [
@@ -151,6 +149,12 @@ class ClipDataset:
         self.epoch = epoch
 
     def __getitem__(self, index: int | tuple[int, int]) -> Clip:
+        clip = self.load_clip(index)
+        return replace(clip, images=normalise_pixels(clip.images))
+
+    def load_clip(self, index: int | tuple[int, int]) -> Clip:
+        """`dataset[index]` with images as uint8, a quarter of the bytes; a batch of such clips is
+        normalised by its `to`."""
         place, rng = locate_clip(index, len(self), self.settings.seed, self.epoch)
         epoch = index[0] if isinstance(index, tuple) else self.epoch
         video, settings = self.video_of(epoch, place), self.settings
@@ -161,15 +165,19 @@ class ClipDataset:
         pixels = self.source.sample_clip(video, indices, size, most, rng)
         if pixels is None:
             objects = sample_objects(video, indices, most, rng)
-            images = [resize_image(self.read_frame(video, t), size) for t in indices]
+            images = [self.read_frame(video, t, size) for t in indices]
             masks = [[self.read_mask(video, t, o, size) for o in objects] for t in indices]
             ignore = stack_ignored([self.read_ignore(video, t, size) for t in indices], size)
-            pixels = ClipPixels(np.stack(images), np.stack(masks), objects, ignore)
+            pixels = ClipPixels(stack_frames(images), np.stack(masks), objects, ignore)
         return finish_clip(video, indices, pixels, num_padding, settings, rng)
 
-    def read_frame(self, video: Video, frame_idx: int) -> np.ndarray:
-        """(H, W, 3) uint8 at the video's own size."""
-        return self.source.read_frame(video, frame_idx)
+    def read_frame(
+        self, video: Video, frame_idx: int, size: tuple[int, int] | None = None
+    ) -> np.ndarray:
+        """(H, W, 3) uint8 at `size`, or the video's own where none is given."""
+        if size is None:
+            return self.source.read_frame(video, frame_idx)
+        return self.source.read_small_frame(video, frame_idx, size)
 
     def read_mask(
         self,
@@ -185,10 +193,11 @@ class ClipDataset:
             return np.zeros(size, bool)
         mask = self.cache.get(video, frame_idx, object_id, size)
         if mask is None:
-            decoded = {
-                o: resize_mask(mask, size)
-                for o, mask in self.source.read_masks(video, frame_idx, object_id).items()
-            }
+            place = video, frame_idx, object_id
+            if size == video.size:
+                decoded = self.source.read_masks(*place)
+            else:
+                decoded = self.source.read_small_masks(*place, size)
             for other_id, other in decoded.items():
                 self.cache.put(video, frame_idx, other_id, other)
             mask = decoded[object_id]
@@ -201,13 +210,15 @@ class ClipDataset:
         video's own; None where there are none."""
         if video.frames[frame_idx].ignored is None:
             return None
-        ignored = self.source.read_ignore(video, frame_idx)
-        if ignored is None:
-            return None
-        ignored = resize_mask(ignored, video.size if size is None else tuple(size))
-        for object_id in video.visible(frame_idx):  # what an object covers has been decided
-            ignored = ignored & ~self.read_mask(video, frame_idx, object_id, size)
-        return ignored if ignored.any() else None
+        size = video.size if size is None else tuple(size)
+        kept = self.cache.get(video, frame_idx, None, size)
+        if kept is None:
+            found = self.source.read_ignore(video, frame_idx)
+            kept = np.zeros(size, bool) if found is None else resize_mask(found, size)
+            for object_id in video.visible(frame_idx):  # what an object covers has been decided
+                kept = kept & ~self.read_mask(video, frame_idx, object_id, size)
+            self.cache.put(video, frame_idx, None, kept)
+        return kept if kept.any() else None
 
 
 def stack_ignored(ignored: Sequence[np.ndarray | None], size: tuple[int, int]) -> np.ndarray | None:
@@ -325,7 +336,7 @@ def finish_clip(
     settings: ClipSettings,
     rng: np.random.Generator,
 ) -> Clip:
-    """A clip from its frames and masks: augmented, prompted, padded.
+    """A clip from its frames and masks, augmented, prompted and padded; images are uint8.
 
     Args:
         indices: positions of the frames in the video, ascending.
@@ -357,7 +368,7 @@ def finish_clip(
             ignore = np.concatenate([ignore, np.zeros((num_padding, *ignore.shape[1:]), bool)])
         indices = [*indices, *[indices[-1]] * num_padding]
     return Clip(
-        images=normalise(images),
+        images=channels_first(images),
         image_keys=image_keys(images) if settings.augment.repeats_images else None,
         masks=torch.from_numpy(np.ascontiguousarray(masks)),
         prompts=prompts,
@@ -382,85 +393,3 @@ def view_rngs(
     seeds = [settings.seed, name, int(rng.integers(num_views))]
     of_frames = [np.random.default_rng([*seeds, int(t)]) for t in indices]
     return np.random.default_rng(seeds), of_frames
-
-
-class MaskCache:
-    """Masks of videos, packed to bits, in one block of memory that forked processes share.
-
-    A mask that is in the cache is never dropped. Each epoch visits the videos in a new order, so
-    dropping the mask that was not used for longest would often drop one that is needed next. Masks
-    are kept at two sizes: that of the clips and the video's own. A copy sent to a process that was
-    not forked keeps nothing.
-
-    Args:
-        max_bytes: size of the block, its table included; memory is taken as it fills.
-        videos: those whose masks may come.
-        image_size: (H, W) of the clips.
-    """
-
-    def __init__(self, max_bytes: int, videos: Sequence[Video], image_size: tuple[int, int]):
-        self.image_size = image_size
-        self._first: dict[int | str, int] = {}  # video id -> row of its first frame and object
-        num_rows = 0
-        for video in videos:
-            self._first[video.video_id] = num_rows
-            num_rows += len(video.frames) * len(video.object_ids)
-        num_words = 1 + 2 * num_rows
-        # An anonymous map, not /dev/shm: containers often give that 64 MB.
-        self._block = mmap.mmap(-1, max_bytes) if max_bytes > 8 * num_words else None
-        if self._block is not None:
-            words = np.frombuffer(self._block, np.int64, num_words)
-            self._end = words[:1]  # where the next mask goes
-            self._offsets = words[1:].reshape(2, num_rows)  # of each mask in the block; 0 is none
-            self._bytes = np.frombuffer(self._block, np.uint8)
-            self._end[0] = 8 * num_words
-            self._lock = multiprocessing.Lock()
-
-    def __reduce__(self) -> tuple:
-        return MaskCache, (0, [], self.image_size)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that the table and the masks take so far."""
-        return 0 if self._block is None else int(self._end[0])
-
-    def get(
-        self, video: Video, frame_idx: int, object_id: int | str, size: tuple[int, int]
-    ) -> np.ndarray | None:
-        """(H, W) bool, a copy that the caller may change; None where it is not in the cache."""
-        place = self._place(video, frame_idx, object_id, size)
-        if place is None or not self._lock.acquire(timeout=_PATIENCE):
-            return None
-        offset = int(self._offsets[place])
-        self._lock.release()
-        if offset == 0:
-            return None
-        num_pixels = size[0] * size[1]
-        packed = self._bytes[offset : offset + (num_pixels + 7) // 8]
-        return np.unpackbits(packed, count=num_pixels).view(bool).reshape(size)
-
-    def put(self, video: Video, frame_idx: int, object_id: int | str, mask: np.ndarray) -> None:
-        """Keep a mask (H, W) bool, if there is room and its size is one of the two."""
-        place = self._place(video, frame_idx, object_id, mask.shape)
-        if place is None:
-            return
-        packed = np.packbits(mask)
-        if not self._lock.acquire(timeout=_PATIENCE):
-            return
-        try:
-            offset = int(self._end[0])
-            if self._offsets[place] == 0 and offset + packed.nbytes <= len(self._bytes):
-                self._bytes[offset : offset + packed.nbytes] = packed
-                self._end[0] = offset + packed.nbytes
-                self._offsets[place] = offset  # last: from now on others read it
-        finally:
-            self._lock.release()
-
-    def _place(
-        self, video: Video, frame_idx: int, object_id: int | str, size: tuple[int, int]
-    ) -> tuple[int, int] | None:
-        """Where the table has a mask; None for one that is never kept."""
-        if self._block is None or size not in (self.image_size, video.size):
-            return None
-        row = self._first[video.video_id] + frame_idx * len(video.object_ids)
-        return int(size != self.image_size), row + video.object_ids.index(object_id)

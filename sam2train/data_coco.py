@@ -6,7 +6,7 @@ import codecs
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -26,7 +26,7 @@ from sam2train.data_coco_objects import (
     read_annotations,
     whole_number,
 )
-from sam2train.data_rle import Parts, decode_segmentation
+from sam2train.data_rle import Parts, decode_part, decode_segmentation
 from sam2train.data_source import (
     Annotation,
     Frame,
@@ -38,6 +38,7 @@ from sam2train.data_source import (
 )
 from sam2train.errors import UserError
 from sam2train.files import natural_key, read_json
+from sam2train.transforms import resize_mask
 
 Unlabelled = Literal["absent", "ignore", "auto"]
 # Where the place of a frame in its video is; the file names where an image has none of these.
@@ -93,7 +94,7 @@ class CocoVideos(VideoSource):
         content = read_coco(path) if content is None else content
         _check_top(path, content)
         found = Findings(notes=list(notes))
-        if _starts_with_mark(path):
+        if starts_with_mark(path):
             found.warnings.append("the file begins with a byte order mark; read without it")
         objects, ignored = split_crowds(content["annotations"], crowds, found)
         content = {**content, "annotations": objects}
@@ -113,7 +114,7 @@ class CocoVideos(VideoSource):
         regions = read_crowds(ignored, images.known, found)
         videos = _make_videos(images, annotations, regions, found)
         if not alone:
-            videos = _find_unlabelled(videos, images, unlabelled_frames, found)
+            videos = find_unlabelled(videos, images.label_key, unlabelled_frames, found)
         found.problems += shared_pictures(videos)
         found.warnings += tracking_warnings(videos)
         super().__init__(path, videos, found.warnings, found.problems, found.notes)
@@ -122,9 +123,21 @@ class CocoVideos(VideoSource):
         self, video: Video, frame_idx: int, object_id: int | str
     ) -> dict[int | str, np.ndarray]:
         """The mask of one object: each has a segmentation of its own."""
+        return {object_id: self._decode(decode_segmentation, video, frame_idx, object_id)}
+
+    def read_small_masks(
+        self, video: Video, frame_idx: int, object_id: int | str, size: tuple[int, int]
+    ) -> dict[int | str, np.ndarray]:
+        """The same at `size`; only the rectangle around the object is decoded."""
+        part = self._decode(decode_part, video, frame_idx, object_id)
+        return {object_id: resize_mask(part, size)}
+
+    def _decode(
+        self, how: Callable[..., Any], video: Video, frame_idx: int, object_id: int | str
+    ) -> Any:
         annotation = video.frames[frame_idx].annotations[object_id]
         try:
-            return {object_id: decode_segmentation(annotation.segmentation, video.size)}
+            return how(annotation.segmentation, video.size)
         except ValueError as problem:
             raise UserError(
                 f"annotation {annotation.annotation_id} (object {object_id}, "
@@ -151,7 +164,8 @@ def _check_top(path: Path, content: Mapping[str, Any]) -> None:
             raise UserError(f"{path}: `{key}` is empty; {_WANTED}")
 
 
-def _starts_with_mark(path: Path) -> bool:
+def starts_with_mark(path: Path) -> bool:
+    """Whether a file begins with a byte order mark."""
     with open(path, "rb") as file:
         return file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
 
@@ -375,13 +389,13 @@ def _make_videos(
 # Frames that nobody looked at
 
 
-def _find_unlabelled(
-    videos: list[Video], images: _Images, how: Unlabelled, found: Findings
+def find_unlabelled(
+    videos: list[Video], label_key: str | None, how: Unlabelled, found: Findings
 ) -> list[Video]:
     """The videos with those frames marked that nobody looked at, as far as the file tells."""
-    if images.label_key is not None:
+    if label_key is not None:
         for video in videos:
-            _tell(video, f"`{images.label_key}`", found)
+            _tell(video, f"`{label_key}`", found)
         return videos
     gaps = [[not (f.annotations or f.ignored) for f in video.frames] for video in videos]
     if how == "ignore":

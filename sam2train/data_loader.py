@@ -10,7 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from sam2train import distributed
-from sam2train.clips import BatchedVideoDatapoint, Clip, collate_fn
+from sam2train.clips import BatchedVideoDatapoint, Clip, Prompt, collate_fn
 from sam2train.data_clips import ClipDataset
 from sam2train.datasets import DatasetConfig
 from sam2train.errors import MachineFault
@@ -88,7 +88,8 @@ def load_batches(
     """Batches of clips without end, in an order that the seed gives. Of several processes each has
     its share of the batches.
 
-    Batches come through shared memory, or, where /dev/shm is full, through pipes, which is told.
+    Frames are uint8 in them: `batch.to(device)` normalises. They come through shared memory, or,
+    where /dev/shm is full, through pipes, which is told.
 
     Args:
         start: clips that all processes used before, which a resumed run leaves out.
@@ -156,7 +157,7 @@ def _unwrap(
                 )
                 told = True
             batch = pickle.loads(batch)  # of a process of our own
-        yield batch
+        yield batch.unpack() if isinstance(batch, _Packed) else batch
 
 
 def _explain(problem: RuntimeError, workers: int) -> MachineFault | None:
@@ -205,7 +206,7 @@ class _Clips(Dataset):
     def __getitem__(self, place: tuple[int, int]) -> Clip | _Failure:
         try:
             with _time_limit(self.dataset, place):
-                return self.dataset[place]
+                return self.dataset.load_clip(place)
         except Exception as error:
             return _Failure.of(error)
 
@@ -234,23 +235,72 @@ def _time_limit(dataset: ClipDataset, place: tuple[int, int]) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _collate(clips: Sequence[Clip | _Failure]) -> BatchedVideoDatapoint | _Failure | bytes:
+def _collate(
+    clips: Sequence[Clip | _Failure],
+) -> BatchedVideoDatapoint | _Failure | _Packed | bytes:
     try:
         if failed := [clip for clip in clips if isinstance(clip, _Failure)]:
             return failed[0]
         batch = collate_fn(clips)
-        return batch if get_worker_info() is None else _share(batch)
+        return batch if get_worker_info() is None else _share(_Packed.of(batch))
     except Exception as error:
         return _Failure.of(error)
 
 
-def _share(batch: BatchedVideoDatapoint) -> BatchedVideoDatapoint | bytes:
+@dataclass(frozen=True)
+class _Packed:
+    """A batch on its way out of a worker: frames as uint8, masks as bits."""
+
+    batch: BatchedVideoDatapoint
+    shapes: dict[str, torch.Size]  # of the tensors of bits
+    prompt_size: tuple[int, int]  # (H, W) of the masks of prompts
+
+    @classmethod
+    def of(cls, batch: BatchedVideoDatapoint) -> _Packed:
+        masks = {name: getattr(batch, name) for name in ("masks", "ignore")}
+        masks = {name: mask for name, mask in masks.items() if mask is not None}
+        bits = {name: torch.from_numpy(np.packbits(mask)) for name, mask in masks.items()}
+        prompts = _with_masks(batch.prompts, np.packbits)
+        shapes = {name: mask.shape for name, mask in masks.items()}
+        return cls(replace(batch, prompts=prompts, **bits), shapes, tuple(batch.masks.shape[-2:]))
+
+    def unpack(self) -> BatchedVideoDatapoint:
+        masks = {
+            name: torch.from_numpy(_unpacked(getattr(self.batch, name).numpy(), shape))
+            for name, shape in self.shapes.items()
+        }
+        prompts = _with_masks(self.batch.prompts, lambda bits: _unpacked(bits, self.prompt_size))
+        return replace(self.batch, prompts=prompts, **masks)
+
+    def pin_memory(self) -> BatchedVideoDatapoint:
+        """Called by torch, in a thread of its own."""
+        return self.unpack().pin_memory()
+
+
+def _with_masks(
+    prompts: list[list[Prompt]], change: Callable[[np.ndarray], np.ndarray]
+) -> list[list[Prompt]]:
+    """The prompts with other masks."""
+    return [
+        [
+            prompt if prompt["mask"] is None else {**prompt, "mask": change(prompt["mask"])}
+            for prompt in of_clip
+        ]
+        for of_clip in prompts
+    ]
+
+
+def _unpacked(bits: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    return np.unpackbits(bits, count=int(np.prod(shape))).view(bool).reshape(shape)
+
+
+def _share(packed: _Packed) -> _Packed | bytes:
     """The batch with its tensors in shared memory, pickled where there is no room: torch would try
     the same later in a thread whose error is lost, and the run would wait for ever."""
     try:
-        for field in fields(batch):
-            if isinstance(value := getattr(batch, field.name), torch.Tensor):
+        for field in fields(packed.batch):
+            if isinstance(value := getattr(packed.batch, field.name), torch.Tensor):
                 value.share_memory_()
     except (RuntimeError, OSError):
-        return pickle.dumps(batch)
-    return batch
+        return pickle.dumps(packed)
+    return packed

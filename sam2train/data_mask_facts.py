@@ -13,6 +13,7 @@ import numpy as np
 from sam2train.data_pictures import pack_grey, read_mask_picture
 from sam2train.errors import UserError
 
+_SMALL_IDS = 127  # of 255: brighter objects on black are told from it in a JPEG, too
 _MAX_COLOURS = 256  # of one picture; a photograph has more
 
 
@@ -53,10 +54,16 @@ def read_facts(path: Path) -> MaskFacts:
     """What a mask picture holds.
 
     Raises:
-        UserError: missing, damaged, no picture, or one with more colours than masks have.
+        UserError: missing, damaged, no picture, a JPEG of ids, or one with more colours than masks
+            have.
     """
     picture = read_mask_picture(path)
     values = picture.values
+    if picture.is_jpeg and not picture.is_colour and 0 < values.max() <= _SMALL_IDS:
+        raise UserError(
+            f"{path}: a JPEG, in which small ids such as 1 and 2 are not exact: this one has the "
+            f"values 0 to {values.max()}; write the masks again as PNG, from where they were made"
+        )
     names: np.ndarray | None = None
     if picture.is_colour:
         # Runs along rows first: a mask has few, and sorting them is far cheaper than all pixels.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sam2train.data_source import ClipPixels, IntensityRange, Video, VideoSource
+from sam2train.data_source import ClipPixels, IntensityRange, Video, VideoSource, shared_pictures
 
 
 class Mixture(VideoSource):
@@ -21,6 +21,9 @@ class Mixture(VideoSource):
         parts: at least one, with videos in each.
         weights: one for each part: how often an epoch visits each of its videos; with 0.5, half of
             them, and the other half in the next epoch.
+
+    Raises:
+        DataError: parts share pictures, so that one's masks lie on the pictures of the other.
     """
 
     mask_hint = "expected at least one object with a pixel in one of the data sets"
@@ -38,7 +41,7 @@ class Mixture(VideoSource):
         self._sources = list(zip(parts, weights, strict=True))
         path = Path(" + ".join(str(part.path) for part in parts))
         warnings = [f"{part.path}: {line}" for part in parts for line in part.warnings]
-        super().__init__(path, videos, warnings)
+        super().__init__(path, videos, warnings, shared_pictures(videos))
 
     def scale_levels(self, wanted: IntensityRange) -> None:
         """See `VideoSource.scale_levels`; each part has chosen its own for "auto" already."""
@@ -65,9 +68,19 @@ class Mixture(VideoSource):
         part, own = self._own(video)
         return part.read_masks(own, frame_idx, object_id)
 
+    def read_small_masks(
+        self, video: Video, frame_idx: int, object_id: int | str, size: tuple[int, int]
+    ) -> dict[int | str, np.ndarray]:
+        part, own = self._own(video)
+        return part.read_small_masks(own, frame_idx, object_id, size)
+
     def read_frame(self, video: Video, frame_idx: int) -> np.ndarray:
         part, own = self._own(video)
         return part.read_frame(own, frame_idx)
+
+    def read_small_frame(self, video: Video, frame_idx: int, size: tuple[int, int]) -> np.ndarray:
+        part, own = self._own(video)
+        return part.read_small_frame(own, frame_idx, size)
 
     def has_mask(self, video: Video, frame_idx: int, object_id: int | str) -> bool:
         part, own = self._own(video)
@@ -76,6 +89,10 @@ class Mixture(VideoSource):
     def read_ignore(self, video: Video, frame_idx: int) -> np.ndarray | None:
         part, own = self._own(video)
         return part.read_ignore(own, frame_idx)
+
+    def has_ignored(self, video: Video) -> bool:
+        part, own = self._own(video)
+        return part.has_ignored(own)
 
     def is_trainable(self, video: Video) -> bool:
         part, own = self._own(video)

@@ -93,6 +93,7 @@ def read_image(
     size: tuple[int, int] | None = None,
     page: int | None = None,
     levels: tuple[float, float] | None = None,
+    least: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """(H, W, 3) uint8 RGB; transparency is dropped.
 
@@ -102,6 +103,8 @@ def read_image(
             range of the file's type.
         size: (H, W) the picture must have. Where the stored pixels fit it, the EXIF orientation is
             left alone; else it is applied. None applies it.
+        least: (H, W) that is enough: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that has
+            as many pixels, which skips a part of the work.
 
     Raises:
         UserError: missing, truncated, no picture, or of another size.
@@ -110,13 +113,20 @@ def read_image(
         with Image.open(path) as image:
             if page is not None:
                 image.seek(page)
+            stored = (image.height, image.width)
+            turn = size is None or stored != tuple(size)
+            if least is not None and image.format == "JPEG":
+                swap = turn and 5 <= image.getexif().get(_EXIF_ORIENTATION, 1) <= 8
+                if size is None or (stored[::-1] if swap else stored) == tuple(size):
+                    image.draft(None, least if swap else (least[1], least[0]))
+            is_reduced = (image.height, image.width) != stored
             image.load()  # raises for a truncated file, of which OpenCV returns half a picture
-            if size is None or (image.height, image.width) != tuple(size):
+            if turn:
                 image = ImageOps.exif_transpose(image)
             pixels = _to_rgb(image, levels)
     except Exception as problem:
         raise UserError(_why_unreadable(path, problem)) from problem
-    if size is not None and pixels.shape[:2] != tuple(size):
+    if size is not None and not is_reduced and pixels.shape[:2] != tuple(size):
         raise UserError(
             f"{path}: the picture is {pixels.shape[1]}x{pixels.shape[0]}, expected "
             f"{size[1]}x{size[0]} (width x height)"
@@ -130,6 +140,7 @@ class MaskPicture(NamedTuple):
     values: np.ndarray  # (H, W) palette indices or grey values, uint16; of colours uint32, packed
     palette: np.ndarray | None  # (256,) uint32, packed colours of the indices; None: no palette
     is_colour: bool  # values are R + 256 G + 65536 B
+    is_jpeg: bool = False  # whatever the name of the file says: its values are not exact
 
 
 def pack_grey(values: np.ndarray | int) -> np.ndarray | int:
@@ -176,7 +187,7 @@ def read_mask_picture(path: Path) -> MaskPicture:
     try:
         with Image.open(path) as image:
             image.load()
-            mode, pixels = image.mode, np.asarray(image)
+            mode, pixels, is_jpeg = image.mode, np.asarray(image), image.format in ("JPEG", "MPO")
             if mode == "P":
                 colours = np.zeros((256, 3), np.uint32)
                 given = np.array(image.getpalette("RGB"), np.uint32).reshape(-1, 3)
@@ -190,13 +201,13 @@ def read_mask_picture(path: Path) -> MaskPicture:
             pixels = colours[..., 0]
         elif colours.dtype == np.uint8:
             red, green, blue = np.moveaxis(colours.astype(np.uint32), -1, 0)
-            return MaskPicture(red + 256 * green + 65536 * blue, None, True)
+            return MaskPicture(red + 256 * green + 65536 * blue, None, True, is_jpeg)
     if pixels.ndim != 2 or pixels.dtype.kind not in "bui" or not 0 <= pixels.min() <= MAX_ID:
         raise UserError(
             f"{path}: a picture of mode {mode}; expected a palette or grey PNG whose pixels are "
             f"the ids of objects, up to {MAX_ID}"
         )
-    return MaskPicture(pixels.astype(np.uint16), palette, False)
+    return MaskPicture(pixels.astype(np.uint16), palette, False, is_jpeg)
 
 
 def _to_rgb(image: Image.Image, levels: tuple[float, float] | None) -> np.ndarray:
@@ -211,7 +222,7 @@ def _to_rgb(image: Image.Image, levels: tuple[float, float] | None) -> np.ndarra
         return np.repeat(grey[..., None], 3, axis=2)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # straight to RGB, Pillow warns
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _why_unreadable(path: Path, problem: Exception) -> str:
@@ -236,11 +247,11 @@ def _why_unreadable(path: Path, problem: Exception) -> str:
 
 
 class Film:
-    """Frames of films, read in order: the next frame is decoded at once, an earlier one means
-    starting over.
+    """Frames of films in any order; those after the last one read cost the least.
 
-    Frames are counted by decoding, never sought: seeking lands beside the wanted frame in some
-    films. Each thread and each process keeps one film open.
+    Far frames of an MP4 are sought, and taken only if their time is that of the wanted frame in the
+    head of the file: seeking by itself lands beside it in some films. Other films are decoded from
+    their start. Each thread and each process keeps one film open.
     """
 
     def __init__(self) -> None:
@@ -255,21 +266,74 @@ class Film:
         Raises:
             UserError: the film cannot be read that far.
         """
-        process, opened, capture, position = getattr(self._state, "open", (None, None, None, 0))
+        film = getattr(self._state, "film", None)
         # A forked process would share the position in the file with its parent.
-        if (process, opened) != (os.getpid(), path) or position > frame_idx:
-            # A decoder with threads of its own cannot be closed in a forked process: it would wait
-            # for threads that exist in its parent only.
-            one_thread = [cv2.CAP_PROP_N_THREADS, 1]
-            capture, position = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, one_thread), 0
-        while position < frame_idx and capture.grab():
-            position += 1
-        good, pixels = capture.read()
-        if not good:
-            self._state.open = (None, None, None, 0)
-            raise UserError(f"{path}: ends or is damaged at frame {position}")
-        self._state.open = (os.getpid(), path, capture, position + 1)
+        if film is None or (film.process, film.path) != (os.getpid(), path):
+            film = self._state.film = _OpenFilm(path)
+        pixels = film.read(frame_idx)
+        if pixels is None:
+            self._state.film = None
+            raise UserError(f"{path}: ends or is damaged at frame {film.position}")
         return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+
+
+class _OpenFilm:
+    """A film with the position of its decoder."""
+
+    def __init__(self, path: Path):
+        self.path, self.process, self.position = path, os.getpid(), 0
+        self.times = _frame_times(path)  # None: never sought
+        self._open()
+
+    def _open(self) -> None:
+        # A decoder with threads of its own cannot be closed in a forked process: it would wait for
+        # threads that exist in its parent only.
+        one_thread = [cv2.CAP_PROP_N_THREADS, 1]
+        self.capture = cv2.VideoCapture(str(self.path), cv2.CAP_FFMPEG, one_thread)
+        self.position = 0
+
+    def read(self, frame_idx: int) -> np.ndarray | None:
+        """(H, W, 3) uint8 in OpenCV's order of colours; None where the film ends before."""
+        good = False
+        if not 0 <= frame_idx - self.position < _NEAR:
+            good = frame_idx >= _NEAR and self._seek(frame_idx)
+            if not good:
+                self._open()
+        if not good:
+            while self.position < frame_idx and self.capture.grab():
+                self.position += 1
+            good = self.capture.grab()
+        good, pixels = self.capture.retrieve() if good else (False, None)
+        if not good:
+            return None
+        self.position = frame_idx + 1
+        return pixels
+
+    def _seek(self, frame_idx: int) -> bool:
+        """Whether the decoder holds the frame now, by its time."""
+        if self.times is None or frame_idx >= len(self.times):
+            return False
+        if self.position == 0 and self.capture.grab():
+            self.times = self.times + self.capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+        time = self.times[frame_idx]
+        near = 0.4 * np.diff(self.times).min()
+        start = int((time - self.times[0]) * self.capture.get(cv2.CAP_PROP_FPS)) - 2
+        self.capture.set(cv2.CAP_PROP_POS_FRAMES, max(start, 0))
+        self.position = 1  # somewhere, but no longer before the first frame
+        for _ in range(_MAX_GROUP):
+            if not self.capture.grab():
+                break
+            found = self.capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+            if found >= time - near:
+                if found <= time + near:
+                    return True
+                break
+        self.times = None
+        return False
+
+
+_NEAR = 16  # frames that are decoded rather than sought
+_MAX_GROUP = 1000  # frames from one that stands for itself to the next; codecs use up to 250
 
 
 def read_film_header(path: Path) -> tuple[tuple[int, int], int]:
@@ -286,7 +350,8 @@ def read_film_header(path: Path) -> tuple[tuple[int, int], int]:
     num_frames = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
     if not good or num_frames < 1:
         raise UserError(f"{path}: is no film that OpenCV can read")
-    if not _shows_all_frames(path, num_frames):
+    times = _frame_times(path)
+    if times is None or len(times) != num_frames:
         num_frames = 1
         while capture.grab():
             num_frames += 1
@@ -296,28 +361,41 @@ def read_film_header(path: Path) -> tuple[tuple[int, int], int]:
 _CONTAINERS = {b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts"}
 
 
-def _shows_all_frames(path: Path, num_frames: int) -> bool:
-    """Whether the head of an MP4 says that the film has so many frames and hides none of them.
+def _frame_times(path: Path) -> np.ndarray | None:
+    """(F,) seconds after the first frame, of all frames of an MP4 in the order of showing; None
+    where its head does not say so or hides some of them.
 
     ISO/IEC 14496-12: the edit list `elst` of a track says which part is shown, in units of the film
-    (`mvhd`); `stts` says how long each frame is, in units of the track (`mdhd`).
+    (`mvhd`); `stts` says how long each frame is, in units of the track (`mdhd`), and `ctts` how
+    much later than decoded it is shown.
     """
     try:
         with path.open("rb") as file:
             film_scale, tracks = _read_tracks(file, path.stat().st_size)
     except (OSError, ValueError, struct.error):
-        return False
-    for track in tracks:
-        if track.get("kind") != b"vide":
-            continue
-        frames = sum(count for count, _ in track["times"])
-        length = sum(count * each for count, each in track["times"]) / track["scale"]  # seconds
-        frame = length / max(frames, 1)
-        edits = [edit for edit in track["edits"] if edit[1] >= 0]  # -1 is a pause before the film
-        shown = sum(duration for duration, _ in edits) / film_scale
-        whole = not edits or (len(edits) == 1 and shown > length - frame / 2)
-        return frames == num_frames and whole
-    return False
+        return None
+    track = next((track for track in tracks if track.get("kind") == b"vide"), None)
+    if track is None or not track["times"] or not track["scale"]:
+        return None
+    counts, lengths = np.array(track["times"]).T
+    if not 0 < counts.sum() < _MAX_FILM:
+        return None
+    length = (counts * lengths).sum() / track["scale"]  # seconds
+    edits = [edit for edit in track["edits"] if edit[1] >= 0]  # -1 is a pause before the film
+    shown = sum(duration for duration, _ in edits) / film_scale
+    if edits and (len(edits) > 1 or shown <= length - length / counts.sum() / 2):
+        return None
+    times = np.cumsum(np.repeat(lengths, counts)) - lengths[0]
+    if track["offsets"]:
+        counts, offsets = np.array(track["offsets"]).T
+        if counts.sum() != len(times):
+            return None
+        times = np.sort(times + np.repeat(offsets, counts))
+    times = (times - times[0]) / track["scale"]
+    return times if (np.diff(times) > 0).all() else None
+
+
+_MAX_FILM = 10**7  # frames, for counts that are none
 
 
 def _read_tracks(file: BinaryIO, end: int) -> tuple[int, list[dict[str, Any]]]:
@@ -337,10 +415,10 @@ def _read_tracks(file: BinaryIO, end: int) -> tuple[int, list[dict[str, Any]]]:
             raise ValueError(f"a box of {size} bytes")
         if name in _CONTAINERS:
             if name == b"trak":
-                tracks.append({"times": [], "edits": [], "scale": 1})
+                tracks.append({"times": [], "offsets": [], "edits": [], "scale": 1})
             ends.append(after)
             continue
-        if name in (b"mvhd", b"mdhd", b"hdlr", b"stts", b"elst"):
+        if name in (b"mvhd", b"mdhd", b"hdlr", b"stts", b"ctts", b"elst"):
             body = file.read(after - file.tell())
             version = body[0]
             if name in (b"mvhd", b"mdhd"):
@@ -353,6 +431,8 @@ def _read_tracks(file: BinaryIO, end: int) -> tuple[int, list[dict[str, Any]]]:
                 tracks[-1].setdefault("kind", body[8:12])
             elif name == b"stts":
                 tracks[-1]["times"] = list(struct.iter_unpack(">II", body[8:]))
+            elif name == b"ctts":
+                tracks[-1]["offsets"] = list(struct.iter_unpack(">Ii", body[8:]))
             else:
                 entry = ">Qqi" if version else ">Iii"
                 found = struct.iter_unpack(entry, body[8:])

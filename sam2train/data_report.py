@@ -113,6 +113,8 @@ def check_data(config: DatasetConfig, console: Console | None = None) -> DataRep
     splits: dict[str, SplitReport] = {}
     videos: dict[str, list[Video]] = {}
     pictures: dict[str, dict[bytes, Path]] = {}
+    known: dict[tuple[str, str], VideoSource] = {}
+    decoded: dict[int, tuple[dict[bytes, Path], list[str], list[str]]] = {}  # by source
     for name, path in paths.items():
         if path is None:
             continue
@@ -121,9 +123,13 @@ def check_data(config: DatasetConfig, console: Console | None = None) -> DataRep
         if console is not None and console.is_terminal:
             waiting = console.status(f"indexing {name}")
         with waiting:
-            source = _index(config, path, name == "training", report)
+            source = _index(config, path, name == "training", report, known)
         videos[name] = [] if source is None else source.videos
-        pictures[name] = {} if source is None else _decode_frames(source, name, report, console)
+        if source is not None and id(source) not in decoded:
+            decoded[id(source)] = _decode_frames(source, name, console)
+        pictures[name], errors, warnings = decoded[id(source)] if source else ({}, [], [])
+        report.errors += errors
+        report.warnings += warnings
         clip_length = config.video_clip_length if name == "training" else None
         _look_for_oddities(videos[name], clip_length, report)
         report.statistics = _statistics(videos[name], config.video_clip_length)
@@ -150,13 +156,17 @@ def check_data(config: DatasetConfig, console: Console | None = None) -> DataRep
 
 
 def _index(
-    config: DatasetConfig, path: str | Sequence[DataPart], training: bool, report: SplitReport
+    config: DatasetConfig,
+    path: str | Sequence[DataPart],
+    training: bool,
+    report: SplitReport,
+    known: dict[tuple[str, str], VideoSource],
 ) -> VideoSource | None:
     """The videos that can be read at all; what is wrong with the others goes into the report."""
     try:
         # Neither the augmentation nor the seed matters: no clip is drawn.
         dataset = build_dataset(
-            config, AugmentConfig(), 0, path, training=training, say=lambda text: None
+            config, AugmentConfig(), 0, path, training=training, say=lambda text: None, known=known
         )
     except DataError as problem:
         report.errors += problem.problems
@@ -172,9 +182,10 @@ def _index(
 
 
 def _decode_frames(
-    source: VideoSource, name: str, report: SplitReport, console: Console | None
-) -> dict[bytes, Path]:
-    """Digest -> file of all frames; broken files and copies go into the report."""
+    source: VideoSource, name: str, console: Console | None
+) -> tuple[dict[bytes, Path], list[str], list[str]]:
+    """Digest -> file of all frames, with the errors of broken files and warnings of copies."""
+    errors, warnings = [], []
     # File -> its pages, each with a frame that uses it.
     uses: dict[Path, dict[int | None, tuple[Video, int]]] = {}
     for video in source.videos:
@@ -191,15 +202,15 @@ def _decode_frames(
     copies = []
     for path, digest in zip(uses, found, strict=True):
         if isinstance(digest, str):
-            report.errors.append(digest)
+            errors.append(digest)
         elif (other := files.setdefault(digest, path)) != path:
             copies.append(f"{path} = {other}")
     if copies:
-        report.warnings.append(f"{len(copies)} frames are copies of others: {listed(copies)}")
+        warnings.append(f"{len(copies)} frames are copies of others: {listed(copies)}")
     num_frames = sum(len(video.frames) for video in source.videos)
     if again := num_frames - sum(len(pages) for pages in uses.values()):
-        report.warnings.append(f"{again} frames are files that are used more than once")
-    return files
+        warnings.append(f"{again} frames are files that are used more than once")
+    return files, errors, warnings
 
 
 def _decode_file(

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from pycocotools import mask as rle
 
+from sam2train.transforms import MaskPart, cut_mask
+
 # Bounds of the polygons of one mask: pycocotools needs time and memory in proportion to both.
 MAX_CORNERS = 100_000
 MAX_OUTLINE = 1_000_000  # pixels
@@ -33,9 +35,30 @@ def decode_segmentation(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
     if isinstance(segmentation, Parts):
         parts = [decode_segmentation(part, size) for part in segmentation.segmentations]
         return np.logical_or.reduce(parts)
+    part = decode_part(segmentation, size)
+    mask, (top, left) = np.zeros(size, bool), part.corner
+    height, width = part.pixels.shape
+    mask[top : top + height, left : left + width] = part.pixels
+    return mask
+
+
+def decode_part(segmentation: Any, size: tuple[int, int]) -> MaskPart:
+    """The rectangle around a segmentation, so that a small object costs little; see
+    `decode_segmentation`."""
+    if isinstance(segmentation, Parts):
+        return cut_mask(decode_segmentation(segmentation, size))
     runs = run_lengths(segmentation, size)
-    columns = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size[1], size[0])
-    return np.ascontiguousarray(columns.T)
+    box = bounding_box(runs, size[0])
+    if box is None:
+        return MaskPart(np.zeros((0, 0), bool), (0, 0), size)
+    left, top, right, bottom = box
+    start, end = left * size[0], (right + 1) * size[0]
+    lengths = np.diff(np.clip(np.cumsum(runs), start, end), prepend=start)
+    inside = np.arange(len(runs)) % 2 == 1
+    columns = np.repeat(inside, lengths)
+    columns = np.append(columns, np.zeros(end - start - len(columns), bool))
+    columns = columns.reshape(right + 1 - left, size[0])[:, top : bottom + 1]
+    return MaskPart(columns.T, (top, left), size)
 
 
 def segmentation_area(segmentation: Any, size: tuple[int, int]) -> int:

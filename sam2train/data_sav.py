@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from sam2train.data_mask_values import MaskValues
 from sam2train.data_pictures import read_film_header
-from sam2train.data_rle import decode_segmentation, segmentation_area
+from sam2train.data_rle import decode_part, decode_segmentation, segmentation_area
 from sam2train.data_source import (
     Annotation,
     Frame,
@@ -25,6 +26,7 @@ from sam2train.data_videos import index_frames, list_pictures
 from sam2train.data_vos import VosVideos, find_masks, read_list
 from sam2train.errors import UserError
 from sam2train.files import natural_key, read_json
+from sam2train.transforms import resize_mask
 
 MAX_FRAMES = 10**7  # of a film, for counts that are none
 FRAME_FOLDERS = ("JPEGImages_24fps", "JPEGImages", ".")
@@ -113,12 +115,24 @@ class SavVideos(VideoSource):
         self, video: Video, frame_idx: int, object_id: int | str
     ) -> dict[int | str, np.ndarray]:
         """The mask of one object: each has an RLE of its own."""
+        return {object_id: self._decode(decode_segmentation, video, frame_idx, object_id)}
+
+    def read_small_masks(
+        self, video: Video, frame_idx: int, object_id: int | str, size: tuple[int, int]
+    ) -> dict[int | str, np.ndarray]:
+        """The same at `size`; only the rectangle around the object is decoded."""
+        part = self._decode(decode_part, video, frame_idx, object_id)
+        return {object_id: resize_mask(part, size)}
+
+    def _decode(
+        self, how: Callable[..., Any], video: Video, frame_idx: int, object_id: int | str
+    ) -> Any:
         place = video.frames[frame_idx].annotations[object_id].segmentation
         if self._masklets[0] != place.path:
             self._masklets = (place.path, _read_masklets(place.path)["masklet"])
         rle = self._masklets[1][place.row][place.column]
         try:
-            return {object_id: decode_segmentation(rle, video.size)}
+            return how(rle, video.size)
         except ValueError as problem:
             where = f"{place.path}: masklet[{place.row}][{place.column}]"
             raise UserError(f"{where}: {problem}") from None

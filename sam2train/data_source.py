@@ -13,6 +13,7 @@ import numpy as np
 
 from sam2train.data_pictures import STACK_SUFFIXES, Film, read_image, read_levels
 from sam2train.errors import UserError
+from sam2train.transforms import resize_frame, resize_mask
 
 _SHOWN_PROBLEMS = 12
 
@@ -124,13 +125,20 @@ class VideoSource:
         """
         return self.read_pixels(video, frame_idx, video.size)
 
-    def read_pixels(self, video: Video, frame_idx: int, size: tuple[int, int] | None) -> np.ndarray:
+    def read_pixels(
+        self,
+        video: Video,
+        frame_idx: int,
+        size: tuple[int, int] | None,
+        least: tuple[int, int] | None = None,
+    ) -> np.ndarray:
         """`read_picture`, of a film, a stack or a picture that must have the size, if one is given;
         else its EXIF orientation is applied."""
         frame = video.frames[frame_idx]
         if frame.page is not None and frame.path.suffix.lower() not in STACK_SUFFIXES:
             return self._film.read(frame.path, frame.page)
-        return read_image(frame.path, size, frame.page, self._levels.get(video.video_id))
+        levels = self._levels.get(video.video_id)
+        return read_image(frame.path, size, frame.page, levels, least)
 
     def scale_levels(self, wanted: IntensityRange) -> None:
         """Choose what becomes black and white in videos of more than 8 bits: one scale for all
@@ -165,6 +173,14 @@ class VideoSource:
         """
         raise NotImplementedError
 
+    def read_small_masks(
+        self, video: Video, frame_idx: int, object_id: int | str, size: tuple[int, int]
+    ) -> dict[int | str, np.ndarray]:
+        """`read_masks`, resized to `size`; formats that can do so without all pixels of a mask
+        implement it."""
+        masks = self.read_masks(video, frame_idx, object_id)
+        return {o: resize_mask(mask, size) for o, mask in masks.items()}
+
     def read_ignore(self, video: Video, frame_idx: int) -> np.ndarray | None:
         """(H, W) bool at the video's own size: the pixels of a frame that the annotators left
         undecided (void, crowds), which neither the loss nor a score may count; None where there are
@@ -179,10 +195,23 @@ class VideoSource:
         """(H, W, 3) uint8: a frame as a model sees it, at the video's own size."""
         return self.read_picture(video, frame_idx)
 
+    def read_small_frame(self, video: Video, frame_idx: int, size: tuple[int, int]) -> np.ndarray:
+        """`read_frame`, resized to `size`. Where frames are pictures, a JPEG is decoded at 1/2, 1/4
+        or 1/8 of its size if that is enough: on photographs, one value in 100 differs from that of
+        the full decoding by more than 4 of 255."""
+        kind, base = type(self), VideoSource
+        if kind.read_picture is base.read_picture and kind.read_frame is base.read_frame:
+            return resize_frame(self.read_pixels(video, frame_idx, video.size, size), size)
+        return resize_frame(self.read_frame(video, frame_idx), size)
+
     def has_mask(self, video: Video, frame_idx: int, object_id: int | str) -> bool:
         """Whether `read_masks` would find a pixel of the object, as far as the index knows."""
         annotation = video.frames[frame_idx].annotations.get(object_id)
         return annotation is not None and annotation.area > 0
+
+    def has_ignored(self, video: Video) -> bool:
+        """Whether `read_ignore` may find a pixel on one of the frames."""
+        return any(frame.ignored is not None for frame in video.frames)
 
     def is_trainable(self, video: Video) -> bool:
         """Whether clips of a video have objects."""
@@ -285,15 +314,19 @@ def shared_pictures(videos: Sequence[Video]) -> list[str]:
 
 def tracking_warnings(videos: Sequence[Video]) -> list[str]:
     """Warnings about videos from which no tracking can be learned."""
-    without, short = [], []
-    for video in videos:
-        num_shown = Counter(o for t in video.labelled for o in video.visible(t))
-        if not num_shown:
-            without.append(f"video {video.video_id!r}")
-        elif max(num_shown.values()) == 1:
-            short.append(f"video {video.video_id!r}")
-    told = {
-        "no object, so no clip for training": without,
-        "no object is on more than one frame: nothing to track": short,
+    most = [
+        max(Counter(o for t in video.labelled for o in video.visible(t)).values(), default=0)
+        for video in videos
+    ]
+    return video_warnings([video.video_id for video in videos], most)
+
+
+def video_warnings(video_ids: Sequence[int | str], most: Sequence[int]) -> list[str]:
+    """`tracking_warnings`, from the labelled frames that show the object which shows most often."""
+    told = {"no object, so no clip for training": 0}
+    told["no object is on more than one frame: nothing to track"] = 1
+    named = {
+        what: [f"video {v!r}" for v, number in zip(video_ids, most, strict=True) if number == bad]
+        for what, bad in told.items()
     }
-    return [f"{listed(names)}: {what}" for what, names in told.items() if names]
+    return [f"{listed(names)}: {what}" for what, names in named.items() if names]

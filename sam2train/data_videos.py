@@ -25,7 +25,7 @@ from sam2train.data_source import ClipPixels, Frame, Video, VideoSource, listed,
 from sam2train.data_synthetic import Scene, SyntheticConfig, sample_num_objects, sample_scene
 from sam2train.errors import UserError
 from sam2train.files import natural_key
-from sam2train.transforms import resize_image
+from sam2train.transforms import resize_frame
 
 # Suffixes of pictures that Pillow reads and that are usual for frames.
 PICTURE_SUFFIXES = {
@@ -341,7 +341,7 @@ class MadeUpVideos(VideoFolders):
     ) -> ClipPixels:
         """Frames at `size` with new objects, and their masks."""
         place, first = self._places[video.video_id], indices[0]
-        images = [resize_image(self.read_picture(video, t), size) for t in indices]
+        images = [resize_frame(self.read_picture(video, t), size) for t in indices]
         num_objects = sample_num_objects(self.synthetic, max_objects, rng)
         scene = self._sample_scene(place, images[0], indices[-1] - first + 1, num_objects, rng)
         composed = [

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +17,7 @@ from sam2train.data_burst import burst_to_coco, is_burst
 from sam2train.data_clips import ClipDataset, clip_settings
 from sam2train.data_coco import CocoVideos, Unlabelled, read_coco
 from sam2train.data_coco_crowds import Crowds
+from sam2train.data_coco_index import read_large_coco
 from sam2train.data_mask_values import MaskValues
 from sam2train.data_mevis import MevisVideos
 from sam2train.data_mixture import Mixture
@@ -72,14 +74,23 @@ def _read_json_videos(path: Path, config: DatasetConfig, layout: str | None = No
 def _json_videos(
     path: Path, image_root: str | Path | None, layout: str | None = None, **settings: Any
 ) -> CocoVideos:
-    content, notes = read_coco(path), []
-    if layout is None:
-        layout = next((name for name, (is_it, _) in _LAYOUTS.items() if is_it(content)), None)
-        if layout is not None:
-            notes.append(f"the file has the layout of {layout}, and is read as such")
-    if layout is not None:
-        content = _LAYOUTS[layout][1](path, content)
-    return CocoVideos(path, image_root, content=content, notes=notes, **settings)
+    content = functools.cache(lambda: read_coco(path))
+
+    def as_coco() -> Mapping[str, Any]:
+        """Nothing where it has another layout."""
+        known = layout or any(is_it(content()) for is_it, _ in _LAYOUTS.values())
+        return {} if known else content()
+
+    def read() -> CocoVideos:
+        kind, notes = layout, []
+        if kind is None:
+            kind = next((name for name, (is_it, _) in _LAYOUTS.items() if is_it(content())), None)
+            if kind is not None:
+                notes.append(f"the file has the layout of {kind}, and is read as such")
+        found = content() if kind is None else _LAYOUTS[kind][1](path, content())
+        return CocoVideos(path, image_root, content=found, notes=notes, **settings)
+
+    return read_large_coco(path, image_root, {"layout": layout, **settings}, read, as_coco)
 
 
 _JSON_KEYS = ("image_root", "unlabelled_frames", "same_object_twice", "crowds")
@@ -278,6 +289,7 @@ def build_dataset(
     *,
     training: bool,
     say: Callable[[str], None] = print,
+    known: dict[tuple[str, str], VideoSource] | None = None,
 ) -> ClipDataset:
     """The data set at one of the paths of a section; augmented where it is for training.
 
@@ -285,6 +297,7 @@ def build_dataset(
         path: or the parts of a mixture; the demo data is drawn where it belongs if it is missing.
         say: gets a line for what takes a while, for what was concluded from the files, and for what
             looks odd in the data.
+        known: sources by path and format, which are not read again; new ones are added.
 
     Raises:
         UserError: what is wrong with the data, all of it.
@@ -305,11 +318,11 @@ def build_dataset(
         seed=seed,
     )
     if isinstance(path, str):
-        source = _read_source(config, path, config.dataset_type, training, say)
+        source = _read_source(config, path, config.dataset_type, training, say, known)
     else:
         kinds = [part.dataset_type or config.dataset_type for part in path]
         parts = [
-            _read_source(config, part.path, kind, training, say)
+            _read_source(config, part.path, kind, training, say, known)
             for part, kind in zip(path, kinds, strict=True)
         ]
         source = Mixture(parts, [part.weight for part in path])
@@ -325,13 +338,22 @@ def build_dataset(
 
 
 def _read_source(
-    config: DatasetConfig, path: str, kind: str, training: bool, say: Callable[[str], None]
+    config: DatasetConfig,
+    path: str,
+    kind: str,
+    training: bool,
+    say: Callable[[str], None],
+    known: dict[tuple[str, str], VideoSource] | None,
 ) -> VideoSource:
-    path, known = demo.resolve_data_path(path, say), FORMATS[kind]
+    path = demo.resolve_data_path(path, say)
     # A COCO JSON has real masks: what trains on anything else can be validated on them.
-    if path.suffix == ".json" and not training and not known.takes_json:
-        known = FORMATS["coco"]
-    return known.read(path, config)
+    if path.suffix == ".json" and not training and not FORMATS[kind].takes_json:
+        kind = "coco"
+    known = {} if known is None else known
+    key = str(path.resolve()), kind
+    if key not in known:
+        known[key] = FORMATS[kind].read(path, config)
+    return known[key]
 
 
 def data_paths(path: str | Sequence[DataPart] | None) -> list[str]:

@@ -24,7 +24,7 @@ from sam2train.model import SAM2Model
 from sam2train.prompts import PROMPTS, PromptGenerator, mask_to_box, move_point, type_of
 from sam2train.score_figures import matrix_figure
 from sam2train.scores import SCORE_COLUMNS, Scores, difference
-from sam2train.transforms import image_keys, normalise, resize_image
+from sam2train.transforms import image_keys, normalise
 
 MATRIX_COLUMNS = (
     *("step", "split", "model", "prompt", "clicks", "noise"),
@@ -121,7 +121,7 @@ def segment_frame(
     model.eval()
     try:
         t = prompt["frame_index"]
-        frame = resize_image(dataset.read_frame(video, t), dataset.image_size)
+        frame = dataset.read_frame(video, t, dataset.image_size)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             features = model.encode_images(normalise(frame[None]), image_keys(frame[None]))
             # A video that ends on the prompted frame.

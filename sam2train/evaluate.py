@@ -33,7 +33,7 @@ from sam2train.metrics import (
 )
 from sam2train.model import SAM2Model
 from sam2train.prompts import PromptGenerator, TypeName
-from sam2train.transforms import image_keys, normalise, resize_image
+from sam2train.transforms import image_keys, normalise, stack_frames
 
 # Keeps the random numbers of evaluation prompts apart from those of training clips.
 _PROMPT_STREAM = (1,)
@@ -326,9 +326,7 @@ def _encode_frames(
     together = 1 if model.caches_features else _ENCODED_TOGETHER
     for begin in range(frames.start, frames.stop, together):
         places = range(begin, min(begin + together, frames.stop))
-        images = np.stack(
-            [resize_image(dataset.read_frame(video, t), dataset.image_size) for t in places]
-        )
+        images = stack_frames([dataset.read_frame(video, t, dataset.image_size) for t in places])
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             features = model.encode_images(normalise(images), image_keys(images))
         for place, t in enumerate(places):

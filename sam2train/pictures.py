@@ -390,18 +390,8 @@ def read_png(path: str | Path) -> np.ndarray:
 
 def save_png(picture: np.ndarray, path: str | Path) -> None:
     """Write `picture` (H, W, 3) uint8 to `path`, whole or not at all; creates the folder."""
-    _save(Image.fromarray(picture), path, format="PNG")
-
-
-def save_clip(pictures: np.ndarray, path: str | Path) -> None:
-    """Write `pictures` (T, H, W, 3) uint8 as an endless GIF of about 6 pictures a second."""
-    first, *rest = map(Image.fromarray, pictures)
-    _save(first, path, format="GIF", save_all=True, append_images=rest, duration=160, loop=0)
-
-
-def _save(image: Image.Image, path: str | Path, **options) -> None:
     with replacing(Path(path)) as partial:
-        image.save(partial, **options)
+        Image.fromarray(picture).save(partial, format="PNG")
 
 
 def _gap(height: int) -> np.ndarray:

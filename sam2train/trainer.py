@@ -96,9 +96,12 @@ class Trainer:
         data, val = experiment.dataset.data_path, experiment.dataset.val_path
         test = experiment.dataset.test_path
         sections = experiment.dataset, experiment.augment, experiment.clips_seed
-        self.train_data = build_dataset(*sections, data, training=True, say=warn)
-        self.val_data = val and build_dataset(*sections, val, training=False, say=warn)
-        self.test_data = test and build_dataset(*sections, test, training=False, say=warn)
+        known: dict = {}  # a path that two splits name is read once
+        self.train_data = build_dataset(*sections, data, training=True, say=warn, known=known)
+        self.val_data = val and build_dataset(*sections, val, training=False, say=warn, known=known)
+        self.test_data = test and build_dataset(
+            *sections, test, training=False, say=warn, known=known
+        )
         splits = {"train": self.train_data, "val": self.val_data, "test": self.test_data}
         self.splits = {name: part for name, part in splits.items() if part}
         self.fingerprints = {name: part.fingerprint for name, part in self.splits.items()}

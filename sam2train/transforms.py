@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
 from PIL import Image
 from pydantic import Field
 
+from sam2train.clips import MEAN as MEAN
+from sam2train.clips import STD as STD  # beside the functions that use them
+from sam2train.clips import normalise_pixels
 from sam2train.config import Section
 
 if TYPE_CHECKING:
     import torch
-
-# ImageNet statistics, which SAM 2 was trained with.
-MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
 class AugmentConfig(Section):
@@ -61,22 +60,95 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC))
 
 
-def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resize_frame(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The same, in a third of the time where both sides shrink: torch's code for uint8 clamps and
+    rounds in another order, so that a value of a photograph may differ by 2 of 255."""
+    if image.shape[0] < size[0] or image.shape[1] < size[1] or image.shape[:2] == tuple(size):
+        return resize_image(image, size)
+    import torch
+
+    pixels = torch.from_numpy(image if image.flags.writeable else image.copy())
+    resized = torch.nn.functional.interpolate(
+        pixels.permute(2, 0, 1)[None], size=tuple(size), mode="bicubic", antialias=True
+    )
+    return resized[0].permute(1, 2, 0).numpy()
+
+
+def stack_frames(frames: Sequence[np.ndarray]) -> np.ndarray:
+    """(T, H, W, 3) uint8 of frames (H, W, 3); in memory, colours come before rows, as a model and
+    `resize_frame` have them."""
+    stacked = np.empty((len(frames), 3, *frames[0].shape[:2]), np.uint8).transpose(0, 2, 3, 1)
+    for place, frame in zip(stacked, frames, strict=True):
+        place[:] = frame
+    return stacked
+
+
+class MaskPart(NamedTuple):
+    """A mask by the rectangle around its pixels."""
+
+    pixels: np.ndarray  # (h, w) bool or uint8; all else of the mask is empty
+    corner: tuple[int, int]  # row and column of its first pixel
+    size: tuple[int, int]  # (H, W) of the whole mask
+
+
+def cut_mask(mask: np.ndarray) -> MaskPart:
+    """The part of a mask (H, W) bool that has its pixels."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return MaskPart(mask[:0, :0], (0, 0), mask.shape)
+    top, left = int(rows[0]), int(columns[0])
+    return MaskPart(mask[top : rows[-1] + 1, left : columns[-1] + 1], (top, left), mask.shape)
+
+
+def resize_mask(mask: np.ndarray | MaskPart, size: tuple[int, int]) -> np.ndarray:
     """(H, W) bool: a pixel is set where at least half of the area it covers is.
 
     A side that grows is interpolated and thresholded at one half. An object too thin for that keeps
     the pixel that it covers most, so that its mask does not say that it is absent.
     """
-    if mask.shape == tuple(size):
-        return mask
-    height, width = np.minimum(mask.shape, size).tolist()
+    if isinstance(mask, np.ndarray):
+        if mask.shape == tuple(size):
+            return mask
+        mask = cut_mask(mask)
+    resized = np.zeros(size, bool)
+    if not mask.pixels.size:
+        return resized
     # First the sides that shrink: only there does the area rule hold.
-    coverage = cv2.resize(mask.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
-    coverage = cv2.resize(coverage, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
-    resized = coverage >= 0.5
-    if not resized.any() and mask.any():
-        resized.flat[coverage.argmax()] = True
+    smaller = np.minimum(mask.size, size)
+    coverage, (top, left) = _coverage(mask, smaller)
+    if tuple(smaller) != tuple(size):
+        whole = np.zeros(smaller, np.float32)
+        whole[top : top + coverage.shape[0], left : left + coverage.shape[1]] = coverage
+        coverage, top, left = cv2.resize(whole, size[::-1], interpolation=cv2.INTER_LINEAR), 0, 0
+    part = resized[top : top + coverage.shape[0], left : left + coverage.shape[1]]
+    np.greater_equal(coverage, 0.5 - _ROUNDING, out=part)
+    if not part.any():
+        part.flat[coverage.argmax()] = True
     return resized
+
+
+_ROUNDING = 1e-9  # of areas: exactly half counts as half, whatever the fractions of pixels
+
+
+def _coverage(mask: MaskPart, size: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+    """Shares of the cells of a smaller grid that the mask covers, and row and column of the first.
+
+    The sum of the pixels above and left of a point, interpolated, is the area there: so four of its
+    values give the area in any rectangle.
+    """
+    sums = cv2.integral(np.ascontiguousarray(mask.pixels).view(np.uint8))  # (h + 1, w + 1)
+    first = []
+    for axis in (0, 1):
+        cell = mask.size[axis] / size[axis]  # pixels
+        start, length = mask.corner[axis], mask.pixels.shape[axis]
+        cells = np.arange(int(start / cell), int(np.ceil((start + length) / cell - _ROUNDING)) + 1)
+        edges = np.clip(cells * cell - start, 0, length)
+        whole = np.minimum(edges.astype(np.int64), length - 1)
+        share = (edges - whole).reshape(-1, 1) if axis == 0 else edges - whole
+        low, high = sums.take(whole, axis), sums.take(whole + 1, axis)
+        sums = np.diff(low + share * (high - low), axis=axis) / cell
+        first.append(int(cells[0]))
+    return sums, tuple(first)
 
 
 def resize_mask_to_paint(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -98,17 +170,22 @@ def resize_mask_smoothly(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def normalise(images: np.ndarray) -> torch.Tensor:
     """(T, H, W, 3) uint8 -> (T, 3, H, W) float32, ImageNet-normalised."""
+    return normalise_pixels(channels_first(images))
+
+
+def channels_first(images: np.ndarray) -> torch.Tensor:
+    """(T, H, W, 3) uint8 -> (T, 3, H, W) uint8."""
     import torch
 
-    scaled = (images.astype(np.float32) / 255.0 - MEAN) / STD
-    return torch.from_numpy(scaled.transpose(0, 3, 1, 2).copy())
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
 
 def image_keys(images: np.ndarray) -> list[str]:
     """A key for each image that only the same pixels have. `images` is (T, H, W, 3) uint8."""
     size = f"{images.shape[1]}x{images.shape[2]}"
     return [
-        f"{hashlib.sha256(np.ascontiguousarray(image)).hexdigest()[:32]}-{size}" for image in images
+        f"{hashlib.sha256(image).hexdigest()[:32]}-{size}"
+        for image in np.ascontiguousarray(images.transpose(0, 3, 1, 2))
     ]
 
 

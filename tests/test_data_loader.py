@@ -1,15 +1,18 @@
 """Batches from processes that load data: errors arrive as they were, and nothing waits for ever."""
 
 import os
+import pickle
 import signal
 import time
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
-from conftest import load
+from conftest import SIZE, edit, encode, load
 
 from sam2train import data_loader
+from sam2train.clips import MEAN, STD, collate_fn, normalise_pixels
 from sam2train.data_loader import ClipSampler, load_batches
 from sam2train.datasets import DatasetConfig
 from sam2train.errors import MachineFault, UserError
@@ -89,6 +92,53 @@ def test_a_full_shared_memory_is_told_and_gone_around(coco, two_cores, monkeypat
     assert found[0].names == whole.names
     assert len(said) == 1
     assert "/dev/shm is full" in said[0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_are_those_of_the_data_set_once_they_are_on_the_device(coco, two_cores, workers):
+    """Frames, masks, regions to ignore and the masks of prompts, bit for bit."""
+
+    def ignore(content):
+        crowd = {**content["annotations"][6], "id": 99, "iscrowd": 1, "track_id": 9}
+        content["annotations"].append(crowd | {"segmentation": _corner()})
+
+    dataset = load(edit(coco, ignore), prompt_types=["mask"], video_clip_length=5)
+    expected = collate_fn([dataset[0, 0]])
+    assert expected.img_batch.dtype == torch.float32
+    assert expected.ignore is not None
+    batch = next(batches(dataset, workers))
+    assert batch.img_batch.dtype == torch.uint8
+    batch = batch.to("cpu")
+    for name in ("img_batch", "masks", "ignore", "frame_valid", "obj_to_frame_idx"):
+        assert torch.equal(getattr(batch, name), getattr(expected, name))
+        assert getattr(batch, name).dtype == getattr(expected, name).dtype
+    for found, wanted in zip(batch.prompts[0], expected.prompts[0], strict=True):
+        np.testing.assert_array_equal(found["mask"], wanted["mask"])
+        assert found["mask"].dtype == bool
+        assert found["mask"].any()
+
+
+def _corner():
+    mask = np.zeros(SIZE, bool)
+    mask[-9:, -12:] = True
+    return encode(mask)
+
+
+def test_a_quarter_of_the_bytes_goes_through_the_pipe_of_a_worker(coco):
+    dataset = load(coco, prompt_types=["mask"])
+    whole = collate_fn([dataset[0, 0]])
+    packed = data_loader._Packed.of(collate_fn([dataset.load_clip((0, 0))]))
+    assert len(pickle.dumps(packed)) < len(pickle.dumps(whole)) / 4
+    pinned = packed.unpack()  # what `pin_memory` pins
+    assert torch.equal(pinned.to("cpu").img_batch, whole.img_batch)
+
+
+def test_frames_are_normalised_as_numpy_does_it():
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
+    expected = (pixels.astype(np.float32) / 255.0 - MEAN) / STD
+    found = normalise_pixels(torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()))
+    assert np.array_equal(found.numpy(), expected.transpose(0, 3, 1, 2))
+    assert normalise_pixels(found) is found
 
 
 # The order of clips

@@ -8,6 +8,8 @@ import pytest
 from PIL import Image, ImageFilter
 
 from sam2train.data_clips import ClipDataset, clip_settings
+from sam2train.data_mask_facts import read_facts
+from sam2train.data_mask_values import decide
 from sam2train.data_vos import VosVideos
 from sam2train.errors import UserError
 
@@ -346,3 +348,19 @@ def test_the_setting_decides(tmp_path, setting, change, areas):
 def test_one_object_of_any_colour(tmp_path):
     data = load(write(tmp_path, lambda ids, t: palette(ids, DAVIS)), mask_values="binary")
     np.testing.assert_array_equal(masks_of(data)[1], TRUTH > 0)
+
+
+@pytest.mark.parametrize("quality", [60, 95])
+@pytest.mark.parametrize("ids", [(1,), (1, 2), (3, 5)])
+def test_ids_in_a_jpeg_are_refused_whatever_its_name(tmp_path, quality, ids):
+    """They come out with other values and on other pixels."""
+    mask = np.zeros((96, 128), np.uint8)
+    for place, value in enumerate(ids):
+        cv2.circle(mask, (35 + 40 * place, 45), 14, value, -1)
+    Image.fromarray(mask).save(tmp_path / "00000.png", "JPEG", quality=quality)
+    with pytest.raises(UserError, match=r"00000\.png: a JPEG, in which small ids"):
+        read_facts(tmp_path / "00000.png")
+    Image.fromarray(mask).save(tmp_path / "00000.png")
+    assert sorted(decide([read_facts(tmp_path / "00000.png")]).objects) == list(ids)
+    Image.fromarray((mask > 0).astype(np.uint8) * 255).save(tmp_path / "00000.png", "JPEG")
+    assert len(decide([read_facts(tmp_path / "00000.png")]).objects) == 1

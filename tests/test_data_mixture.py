@@ -9,6 +9,7 @@ from test_data_vos import make_vos
 from sam2train import cli
 from sam2train.config import ConfigError, build
 from sam2train.datasets import DatasetConfig, build_dataset
+from sam2train.errors import UserError
 from sam2train.transforms import AugmentConfig
 
 
@@ -50,6 +51,13 @@ def test_weights_say_how_often_an_epoch_visits_a_video(two):
     first, second = visits(data, 0), visits(data, 1)
     assert first == {"1/1": 1, "1/2": 1, "2/1": 3}
     assert second == {"1/3": 1, "1/4": 1, "2/1": 3}
+
+
+def test_parts_that_share_pictures_are_refused_as_videos_of_one_file_are(two):
+    again = Path(two[0]).with_name("again.json")
+    again.write_text(Path(two[0]).read_text())
+    with pytest.raises(UserError, match=r"videos '1/1' and '2/1' share 6 pictures"):
+        mixed([two[0], str(again)])
 
 
 def test_a_mixture_of_one_is_the_data_set_itself(two):

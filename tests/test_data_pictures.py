@@ -9,6 +9,7 @@ import pytest
 from conftest import SIZE as FILM_SIZE
 from PIL import Image
 
+from sam2train import data_pictures
 from sam2train.data_pictures import (
     Film,
     count_pages,
@@ -18,6 +19,7 @@ from sam2train.data_pictures import (
     read_levels,
 )
 from sam2train.errors import UserError
+from sam2train.transforms import resize_image
 
 ORIENTATION = 0x0112
 
@@ -150,6 +152,35 @@ def test_a_truncated_jpeg_is_an_error_not_half_a_picture(tmp_path):
         read_image(path)
 
 
+@pytest.mark.parametrize("orientation", [None, 3, 6])
+def test_a_jpeg_is_decoded_no_larger_than_it_must_be(tmp_path, orientation):
+    """At a fraction of its size that still has enough pixels, turned as the whole one is."""
+    rng = np.random.default_rng(1)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 8, 3), dtype=np.uint8))
+    pixels = np.asarray(coarse.resize((328, 203), Image.Resampling.BICUBIC))
+    path = save(tmp_path / "a.jpg", pixels, orientation=orientation)
+    for size in (None, (203, 328), (328, 203) if orientation == 6 else (203, 328)):
+        whole = read_image(path, size)
+        for least in ((60, 90), (102, 160), (30, 30), (300, 300), (203, 328)):
+            small = read_image(path, size, least=least)
+            scale = next(
+                k for k in (8, 4, 2, 1) if k == 1 or min(np.array(whole.shape[:2]) // least) >= k
+            )
+            assert small.shape[:2] == tuple(-(-side // scale) for side in whole.shape[:2])
+            difference = resize_image(whole, small.shape[:2]).astype(int) - small
+            assert np.abs(difference).mean() < 1.5
+
+
+def test_a_reduced_jpeg_is_checked_like_a_whole_one(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), "uint8")
+    path = save(tmp_path / "a.jpg", noise)
+    with pytest.raises(UserError, match=r"the picture is 64x64, expected 65x64"):
+        read_image(path, (64, 65), least=(8, 8))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"a\.jpg: is damaged or cut short"):
+        read_image(path, (64, 64), least=(8, 8))
+
+
 @pytest.mark.parametrize("read", [read_header, read_image])
 @pytest.mark.parametrize(
     ("content", "message"),
@@ -238,6 +269,46 @@ def test_frames_of_a_film_in_any_order(tmp_path):
     with pytest.raises(UserError, match=r"b\.mp4: ends or is damaged at frame 3"):
         film.read(tmp_path / "b.mp4", 5)
     assert pickle.loads(pickle.dumps(film)).read(tmp_path / "a.mp4", 2)[0, 0, 0] > 0
+
+
+@pytest.mark.parametrize("kind", ["mp4", "avi", "wrong"])
+def test_a_frame_costs_the_same_wherever_it_lies(tmp_path, monkeypatch, kind):
+    """The wanted frame to the last bit, in any order; in an MP4 after a few decoded frames."""
+    suffix = "avi" if kind == "avi" else "mp4"
+    path, rng = tmp_path / f"a.{suffix}", np.random.default_rng(0)
+    code = cv2.VideoWriter_fourcc(*("MJPG" if kind == "avi" else "mp4v"))
+    writer = cv2.VideoWriter(str(path), code, 24, FILM_SIZE[::-1])
+    for t in range(240):
+        picture = np.full((*FILM_SIZE, 3), t, np.uint8)
+        picture[: t % 40 + 1, : t % 50 + 1] = rng.integers(0, 256, 3)
+        writer.write(picture)
+    writer.release()
+    if kind == "wrong":  # the head of the file and the decoder do not agree
+        times = data_pictures._frame_times(path)
+        monkeypatch.setattr(data_pictures, "_frame_times", lambda path: times * 1.5)
+    whole = Film()
+    expected = [whole.read(path, t) for t in range(240)]
+    grabs = []
+
+    class Counting:
+        def __init__(self, *arguments):
+            self.capture = VideoCapture(*arguments)
+
+        def grab(self):
+            grabs.append(1)
+            return self.capture.grab()
+
+        def __getattr__(self, name):
+            return getattr(self.capture, name)
+
+    VideoCapture = cv2.VideoCapture
+    monkeypatch.setattr(cv2, "VideoCapture", Counting)
+    film, most = Film(), 0
+    for t in (200, 30, 239, 0, 100, 104, 108, 99, 17, 16, 15, 231):
+        grabs.clear()
+        np.testing.assert_array_equal(film.read(path, t), expected[t])
+        most = max(most, len(grabs))
+    assert (most < 40) == (kind == "mp4")
 
 
 def test_threads_read_different_films_at_the_same_time(tmp_path):

@@ -12,8 +12,9 @@ from test_data_pictures import write_film
 from test_data_sav import write_json
 from test_data_vos import make_vos
 
-from sam2train import cli, data_report
+from sam2train import cli, data_report, data_source
 from sam2train.config import build
+from sam2train.data_pictures import read_image as whole
 from sam2train.data_report import check_data, shared_split_warning
 from sam2train.datasets import DatasetConfig
 
@@ -32,6 +33,25 @@ def training(report):
 
 def cut(path):
     path.write_bytes(path.read_bytes()[:-40])
+
+
+@pytest.mark.parametrize("kind", ["coco", "vos"])
+def test_a_path_of_two_splits_is_read_once(tmp_path, monkeypatch, kind):
+    """Indexed once, and each picture is decoded once."""
+    path = make_coco(tmp_path) if kind == "coco" else make_vos(tmp_path)
+    path = path if kind == "coco" else tmp_path
+    opened = []
+    monkeypatch.setattr(
+        data_source, "read_image", lambda path, *rest: (opened.append(path), whole(path, *rest))[1]
+    )
+    alone = check(path, kind)
+    once = sorted(opened)
+    opened.clear()
+    both = check(path, kind, val_path=path, test_path=path)
+    assert sorted(opened) == once
+    assert len(once) == len({*once}) > 0
+    assert both.splits["test"].statistics == training(alone).statistics
+    assert "pictures of validation are also in training" in " ".join(both.errors)
 
 
 # Statistics

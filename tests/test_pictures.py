@@ -20,7 +20,6 @@ from sam2train.pictures import (
     object_colours,
     paint_prompts,
     pick_frames,
-    save_clip,
     save_png,
     to_uint8,
 )
@@ -422,14 +421,3 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
         save_png(grey(8, 8), path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["a.png"]
-
-
-def test_clip_is_an_endless_gif_of_all_pictures(tmp_path):
-    pictures = np.stack([np.full((8, 10, 3), value, np.uint8) for value in (0, 90, 200)])
-    save_clip(pictures, tmp_path / "clip.gif")
-    with Image.open(tmp_path / "clip.gif") as image:
-        assert (image.n_frames, image.size, image.info["loop"]) == (3, (10, 8), 0)
-        for index, value in enumerate((0, 90, 200)):
-            image.seek(index)
-            assert 5 < 1000 / image.info["duration"] < 7
-            assert image.convert("RGB").getpixel((4, 4)) == (value, value, value)

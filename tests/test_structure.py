@@ -33,7 +33,8 @@ GROUPS = {
         *("data_sav", "data_synthetic", "data_pictures", "data_report", "data_loader"),
         *("data_mask_facts", "data_mask_values", "data_mots", "data_mevis", "data_coco_crowds"),
         *("data_rle", "data_fingerprint", "data_mixture", "data_coco_files", "data_coco_objects"),
-        *("data_youtube_vis", "data_burst"),
+        *("data_youtube_vis", "data_burst", "data_index", "data_coco_plain", "data_coco_index"),
+        "data_mask_cache",
         *("transforms", "prompts", "demo", "demo_videos"),
     },
     "model": {
@@ -52,6 +53,7 @@ GROUPS = {
             "trainer",
             "trainer_scores",
             "trainer_processes",
+            "probe",
             "training_run",
             "eval_checkpoint",
             "eval_prompts",

@@ -14,6 +14,7 @@ from sam2train.transforms import (
     AugmentConfig,
     augment,
     normalise,
+    resize_frame,
     resize_image,
     resize_mask,
     resize_mask_smoothly,
@@ -69,6 +70,25 @@ def test_a_mask_shrinks_by_area():
     np.testing.assert_array_equal(resize_mask(mask, (2, 2)), expected)
 
 
+@settings(max_examples=100)
+@given(
+    st.tuples(st.integers(1, 24), st.integers(1, 24)).flatmap(lambda shape: arrays(bool, shape)),
+    st.data(),
+)
+def test_a_mask_shrinks_by_the_area_in_fractions(mask, data):
+    """Exactly half is set, whatever the two sizes; worked out with whole numbers."""
+    size = tuple(data.draw(st.integers(1, side)) for side in mask.shape)
+    fine = np.kron(mask, np.ones(size, int))  # both grids fit this one
+    cells = fine.reshape(size[0], mask.shape[0], size[1], mask.shape[1]).sum(axis=(1, 3))
+    expected = 2 * cells >= mask.size
+    resized = resize_mask(mask, size)
+    if expected.any():
+        np.testing.assert_array_equal(resized, expected)
+    else:
+        assert resized.sum() == mask.any()
+        assert not mask.any() or cells[resized] == cells.max()
+
+
 def test_each_side_is_resized_in_its_own_way():
     mask = np.zeros((2, 40), bool)
     mask[1, ::8] = True  # 1 pixel of 8: below one half wherever it falls
@@ -117,6 +137,30 @@ def test_frames_are_stretched_as_by_the_video_predictor_of_sam2():
     expected = np.asarray(Image.fromarray(image).resize((16, 16)))
     np.testing.assert_array_equal(resize_image(image, (16, 16)), expected)
     np.testing.assert_array_equal(resize_image(image, (20, 33)), image)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (100, 200), (119, 90)])
+def test_frames_of_the_loader_are_those_of_the_predictor_but_for_rounding(size):
+    image = photograph((120, 214))
+    found, expected = resize_frame(image, size).astype(int), resize_image(image, size)
+    assert found.shape == (*size, 3)
+    assert 0 <= np.abs(found - expected).max() <= 2
+    assert (found != expected).mean() < 0.02
+
+
+def test_frames_that_grow_or_stay_are_those_of_the_predictor():
+    image = photograph((60, 80))
+    for size in ((60, 80), (61, 40), (90, 200)):
+        np.testing.assert_array_equal(resize_frame(image, size), resize_image(image, size))
+
+
+def photograph(size):
+    """Smooth shapes, edges and a little noise."""
+    rng = np.random.default_rng(4)
+    coarse = rng.integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    image = np.asarray(Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC)).copy()
+    cv2.circle(image, (size[1] // 2, size[0] // 2), size[0] // 4, (250, 20, 30), -1)
+    return np.clip(image.astype(int) + rng.integers(-6, 7, image.shape), 0, 255).astype(np.uint8)
 
 
 def test_frame_and_mask_stay_together_when_resized():
