@@ -256,7 +256,10 @@ def _optimizer(value: Any) -> bool:
     return value is None or (
         isinstance(value, Mapping)
         and isinstance(value.get("state"), Mapping)
+        and all(isinstance(of_one, Mapping) for of_one in value["state"].values())
         and isinstance(value.get("param_groups"), list)
+        and all(isinstance(group, Mapping) for group in value["param_groups"])
+        and all(isinstance(group.get("params"), list) for group in value["param_groups"])
     )
 
 
@@ -302,6 +305,7 @@ _PARTS = {
         ),
         since_format_1=False,
     ),
+    "left_out": _Part("counts by text", _named_numbers, since_format_1=False),
     "untrained_rows": _Part(
         "a list of row numbers",
         lambda value: isinstance(value, list | tuple) and all(map(_count, value)),
@@ -329,7 +333,7 @@ def restore_optimizer(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     try:
         optimizer.load_state_dict(dict(state))
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as problem:
+    except Exception as problem:  # torch looks at no type before it computes with a value
         raise UserError(
             f"{path}: optimizer does not fit the trained parameters ({problem}); give the settings "
             "of the run"

@@ -45,9 +45,9 @@ fault of the machine, 2 a mistake in what was asked for, 130 and 143 stopped by 
 def main(words: Sequence[str]) -> int:
     """Run one command. Returns the exit code; a user's mistake is a message and code 2."""
     wants_help = not set(words).isdisjoint(HELP)
-    command = None
+    command, came = None, []
     try:
-        with interruptible():
+        with interruptible() as came:
             if wants_help or not words:
                 print(help_text(words))
             command = None if wants_help else parse(words)
@@ -73,6 +73,9 @@ def main(words: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
+        if came:  # a library made another error of it
+            print(f"interrupted by {Signals(came[0]).name}", file=sys.stderr)
+            return 128 + came[0]
         text = explain(error, partial(_settings_of, command))
         if text is None:
             raise  # a bug in this program: the traceback is needed to fix it
@@ -139,7 +142,7 @@ def parse(words: Sequence[str]) -> Command:
         return _build(command, given)
 
     # A FILE may have "=" in its name; a setting always has one.
-    file = next((word for word in others if "=" not in word or Path(word).is_file()), None)
+    file = next((word for word in others if "=" not in word or os.path.isfile(word)), None)
     if file is None:
         _check_options(command or _by_file("experiment"), given)
         raise UserError("no experiment given; for example experiments/coco_point_bbox.yaml")
@@ -186,7 +189,7 @@ def _detach(words: Sequence[str], flags: Sequence[str]) -> list[str]:
     kept, last = [], []
     for word, following in zip_longest(words, words[1:], fillvalue=""):
         own = following.endswith((".yaml", ".yml")) or (
-            "=" in following and not Path(following).exists()
+            "=" in following and not os.path.exists(following)
         )
         (last if word in flags and own else kept).append(word)
     return kept + last

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sam2train import distributed
+from sam2train.files import check_regular
 from sam2train.run_folder import RUNS, RunFolder
 
 if TYPE_CHECKING:
@@ -178,6 +179,7 @@ class ListExperiments(Command):
     def run(self) -> int:
         rows = []
         for path in sorted(EXPERIMENTS.glob("*.yaml")):
+            check_regular(path)
             first = path.read_text(encoding="utf-8").split("\n", 1)[0]
             text = first.lstrip("# ") if first[:1] == "#" else ""
             rows.append((f"experiments/{path.name}", text))

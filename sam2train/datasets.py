@@ -23,7 +23,7 @@ from sam2train.data_mevis import MevisVideos
 from sam2train.data_mixture import Mixture
 from sam2train.data_mots import MotsVideos
 from sam2train.data_sav import read_sav
-from sam2train.data_source import VideoSource
+from sam2train.data_source import DataError, VideoSource, files_outside, listed
 from sam2train.data_synthetic import SyntheticConfig
 from sam2train.data_videos import MadeUpVideos
 from sam2train.data_vos import VosVideos, find_masks
@@ -238,6 +238,22 @@ class DatasetConfig(Section):
     mask_cache_mb: int = Field(
         256, ge=0, description="decoded masks kept in memory, of one data set in all processes"
     )
+    restrict_to_root: bool = Field(
+        False,
+        description="refuse frames and masks that lie outside of the data's folder and image_root, "
+        "links included; false tells of them",
+    )
+    on_bad_sample: Literal["error", "skip"] = Field(
+        "error",
+        description="a frame or mask that cannot be read while training: error stops and names it; "
+        "skip draws another clip, tells and counts. What is scored always stops",
+    )
+    max_bad_fraction: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="skip: the share of clips, of an epoch at least, beyond which training stops",
+    )
     synthetic: SyntheticConfig = Field(
         default_factory=SyntheticConfig, description="video: the made-up objects"
     )
@@ -352,8 +368,29 @@ def _read_source(
     known = {} if known is None else known
     key = str(path.resolve()), kind
     if key not in known:
-        known[key] = FORMATS[kind].read(path, config)
+        source = FORMATS[kind].read(path, config)
+        _check_root(source, path, config)
+        known[key] = source
     return known[key]
+
+
+def _check_root(source: VideoSource, path: Path, config: DatasetConfig) -> None:
+    """Refuse files outside the data's folder, or tell of them, as `restrict_to_root` says.
+
+    The folder is that of the path, or of the file; of a list of videos, the one with the frames and
+    masks. dataset.image_root is another.
+    """
+    above = find_masks(path) if path.suffix == ".txt" else None
+    root = above[0].parent if above else path if path.is_dir() else path.parent
+    roots = [root, *([Path(config.image_root)] if config.image_root else [])]
+    found = files_outside(source.videos, roots, every=config.restrict_to_root)
+    where = " and ".join(map(str, roots))
+    if found and config.restrict_to_root:
+        lies = [f"{file}: lies outside of {where}, at {file.resolve()}" for file in found]
+        raise DataError(source, [f"{one}; dataset.restrict_to_root refuses it" for one in lies])
+    if found:
+        told = f"{listed([str(file) for file in found])}: outside of {where}"
+        source.notes.append(f"{told}; dataset.restrict_to_root refuses such files")
 
 
 def data_paths(path: str | Sequence[DataPart] | None) -> list[str]:

@@ -22,7 +22,7 @@ from sam2train.errors import MachineFault
 if TYPE_CHECKING:
     import torch
 
-T = TypeVar("T")
+Value = TypeVar("Value")
 
 # Elements of gradients that travel at once: 128 MB in float32.
 BUCKET = 1 << 25
@@ -180,7 +180,7 @@ def wait_for_all() -> None:
     _reduce([0], "SUM")
 
 
-def gather(value: T) -> list[T]:
+def gather(value: Value) -> list[Value]:
     """What each process has, in their order, for all of them."""
     group = _group()
     if group is None:
@@ -191,7 +191,7 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def share(value: T) -> T:
+def share(value: Value) -> Value:
     """The value that the main process has, for all of them."""
     group = _group()
     if group is None:
@@ -202,7 +202,7 @@ def share(value: T) -> T:
     return values[0]
 
 
-def from_main(function: Callable[[], T]) -> T:
+def from_main(function: Callable[[], Value]) -> Value:
     """What a function gives that the main process alone runs. Where it raises there, the others end
     without a word, with the exit code of a user's mistake."""
     if _group() is None:

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from sam2train import distributed
-from sam2train.errors import UserError
+from sam2train.errors import MachineFault, UserError
 from sam2train.files import printable
 
 if TYPE_CHECKING:
@@ -176,15 +176,21 @@ class StopRequests:
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Let the signals that ask for an end raise Interrupted, and Ctrl-C KeyboardInterrupt."""
+def interruptible() -> Iterator[list[int]]:
+    """Let the signals that ask for an end raise Interrupted, and Ctrl-C KeyboardInterrupt.
+
+    Yields the signals that came: they are raised in the middle of anything, and a library may make
+    another error of them.
+    """
+    came: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
+        came.append(number)
         raise KeyboardInterrupt if number == signal.SIGINT else Interrupted(128 + number)
 
     before = _handle(stop)
     try:
-        yield
+        yield came
     finally:
         _restore(before)
 
@@ -204,6 +210,29 @@ def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, objec
 def _restore(before: Mapping[int, object]) -> None:
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float, text: Callable[[], str]) -> Iterator[None]:
+    """Raise MachineFault with the text where the block takes longer, such as on a network disk that
+    does not answer. Inside another such block, that one's limit holds; outside the main thread and
+    on Windows there is none."""
+    here = hasattr(signal, "setitimer")
+    here = here and threading.current_thread() is threading.main_thread()
+    if not here or signal.getitimer(signal.ITIMER_REAL)[0]:
+        yield
+        return
+
+    def give_up(number: int, frame: FrameType | None) -> None:
+        raise MachineFault(text())
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def leave_group(worker: int) -> None:

@@ -102,7 +102,7 @@ def probe(experiment: Experiment, console: Console) -> list[Found]:
         for settings in settings_of(experiment)
         for found in _grow(experiment, settings, limit)
     ]
-    table = Table("frames", "objects", "image size", "checkpointing", title="Memory of a step")
+    table = Table("frames", "objects", "image size", "again", title="Memory of a step")
     for heading in ("peak GB", "s/step", "fits here"):
         table.add_column(heading, justify="right")
     for row in rows:
@@ -116,9 +116,10 @@ def probe(experiment: Experiment, console: Console) -> list[Found]:
     console.print(table)
     say(
         console,
-        "dataset.video_clip_length, dataset.max_objects, model.image_size with dataset.image_size, "
-        "trainer.activation_checkpointing; dataset.batch_size multiplies what a clip takes. The "
-        "first step of a process: later ones are faster",
+        "the columns are dataset.video_clip_length, dataset.max_objects, model.image_size with "
+        "dataset.image_size, and whether trainer.activation_checkpointing computes again in the "
+        "backward; dataset.batch_size multiplies what a clip takes. s/step is that of the "
+        "first step of a process, later ones are faster",
     )
     return rows
 

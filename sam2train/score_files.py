@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sam2train import distributed
+from sam2train.errors import UserError
 from sam2train.files import write_rows
+from sam2train.run_files import Say, read_table
 from sam2train.scores import Scores
 
 
@@ -64,41 +64,21 @@ class RowsFile:
         columns: Sequence[str],
         last_step: int | None = None,
         *,
-        say: Callable[[str], None] = print,
+        say: Say = print,
     ):
         self.path, self.columns = path, tuple(columns)
         self.rows: list[Mapping[str, Any]] = []
         if last_step is None or not path.is_file():
             return
-        text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "\ufffd")
         try:
-            found = list(csv.DictReader(io.StringIO(text, newline="")))
-        except csv.Error:  # a field of more than 131,072 characters
-            found = [{}]
-        whole = [row for row in found if _is_whole(row)]
-        self.rows = [row for row in whole if int(row["step"]) <= last_step]
-        if broken := len(found) - len(whole):
-            say(
-                f"{path}: {broken} of {len(found)} rows are not as this run wrote them, with "
-                f"{', '.join(columns)}; left out"
-            )
+            _, rows = read_table(path, columns, say)
+        except UserError as problem:
+            say(f"{problem}; its rows are left out")
+            return
+        self.rows = [row for row in rows if int(row["step"]) <= last_step]
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows and write the file."""
         self.rows += rows
         if distributed.is_main():
             write_rows(self.path, self.rows, self.columns)
-
-
-_TEXTS = {"split", "model", "metric", "video_id", "object_id", "frame_policy", "void", "prompt"}
-
-
-def _is_whole(row: Mapping[str | None, Any]) -> bool:
-    """Whether a row that was read has a cell for each heading, and numbers where they belong."""
-    if None in row or None in row.values() or not (row.get("step") or "").isdecimal():
-        return False
-    try:
-        [float(cell) for name, cell in row.items() if name not in _TEXTS and cell != ""]
-    except ValueError:
-        return False
-    return True

@@ -140,10 +140,10 @@ def _is_stale(path: Path) -> bool:
     """Whether the process of a claim is gone, for one that holds the lock. On this host the lock
     tells: that process keeps it, or its trial does, as long as either lives."""
     host, *_ = path.read_text().split(" ")
-    return host == socket.gethostname() or _now(path.parent) - path.stat().st_mtime > STALE
+    return host == socket.gethostname() or _file_time(path.parent) - path.stat().st_mtime > STALE
 
 
-def _now(folder: Path) -> float:
+def _file_time(folder: Path) -> float:
     """The time of the clock that gives files theirs, which may be a server's."""
     probe = folder / f"clock.{secrets.token_hex(4)}"
     probe.touch()

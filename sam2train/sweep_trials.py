@@ -22,6 +22,7 @@ from sam2train.errors import UserError
 from sam2train.files import read_json, write_text
 from sam2train.machine import STOP_SIGNALS, num_cores, say
 from sam2train.results import load_metrics
+from sam2train.run_files import read_summary
 from sam2train.run_folder import RunFolder
 from sam2train.sweep_claims import Claim
 
@@ -51,6 +52,7 @@ class Trial:
     baseline: float | None = None  # J&F before training
     history: list[float] = field(default_factory=list)  # of the sweep's metric, finite numbers
     diverged: bool = False  # whether the last value of the metric is no finite number
+    finished: bool = False  # whether its run says so
     problem: str | None = None  # what is wrong with its files, or why it could not start
     process: subprocess.Popen | None = None
     gpu: str | None = None  # that it was started on, where --jobs spread them
@@ -132,19 +134,22 @@ class Trial:
             self.process.kill()
 
     def look(self, metric: str) -> None:
-        """Read how far the run has come. Where a file cannot be read, `problem` names it, and what
-        was known before stays."""
-        self.problem = None
+        """Read how far the run has come. Where a file is not as a run writes it, `problem` names
+        it, and what was known before stays: the trial is run again, and its run mends the file."""
+        self.problem, self.finished = None, False
+        folder, said = RunFolder(self.folder), []
         try:
-            summary = read_summary(self.folder)
-            written = RunFolder(self.folder).metrics.is_file()
-            metrics = load_metrics(self.folder) if written else None
+            # A value that is no number is a result, if one that cannot be ranked.
+            tell = {"say": said.append, "say_value": lambda line: None}
+            summary = read_summary(folder.summary, folder.metrics, **tell)
+            written = folder.metrics.is_file()
+            metrics = load_metrics(self.folder, **tell) if written else None
         except UserError as error:
-            self.problem = str(error)
+            said.append(str(error))
+        if said:
+            self.problem = "; ".join(dict.fromkeys(said))
             return
-        except (OSError, ValueError) as error:
-            self.problem = f"{self.folder}: its files cannot be read: {error}"
-            return
+        self.finished = summary.get("status") == "finished"
         rows = {} if metrics is None else {name: metrics[name].tolist() for name in metrics}
         if rows:
             self.step = int(metrics.index[-1])
@@ -165,7 +170,7 @@ class Trial:
             self.state = "waiting"
         elif self.problem:
             self.state = "failed"  # it is run again
-        elif read_summary(self.folder).get("status") == "finished":
+        elif self.finished:
             self.state = "finished"
         elif self.state in ("running", "finished"):  # the sweep was killed with it
             self.state = "interrupted"
@@ -218,12 +223,6 @@ def stop_all(trials: Sequence[Trial]) -> None:
                 trial.process.kill()
                 trial.process.wait()
             trial.poll()
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """`summary.json` of a run, empty if there is none yet; UserError if it holds anything else."""
-    way_out = f"expected the JSON that the run wrote; delete the folder {folder} to run it again"
-    return read_json(RunFolder(folder).summary, way_out, optional=True)
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

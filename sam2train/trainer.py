@@ -18,7 +18,7 @@ from sam2train.clips import BatchedVideoDatapoint
 from sam2train.config import to_yaml
 from sam2train.config_yaml import read_yaml
 from sam2train.corrections import SimulatedUser
-from sam2train.data_loader import load_batches
+from sam2train.data_loader import LeftOut, load_batches
 from sam2train.data_report import shared_video_warnings
 from sam2train.datasets import build_dataset
 from sam2train.errors import UserError
@@ -143,6 +143,8 @@ class Trainer:
             resume=content and content.get("window"),
             console=console,
         )
+        before = content.get("left_out", {}) if content else {}
+        self.left_out = LeftOut(before, self.runlog.say)
         self.scores = TrainerScores(
             experiment,
             self.folder,
@@ -281,10 +283,11 @@ class Trainer:
         # All of them first, on the CPU: each loss is divided by the objects of the whole step.
         collected = self._next_batches(batches)
         before = checkpoint.rng_states(), self.audited
-        num_objects, num_tracked = distributed.sum_over_processes(
+        num_objects, num_tracked, num_left_out = distributed.sum_over_processes(
             [
                 sum(batch.masks.shape[1] for batch in collected),
                 sum(map(has_tracked_frame, collected)),
+                sum(len(batch.left_out) for batch in collected),
             ]
         )
         sums: dict[str, torch.Tensor] = {}
@@ -333,6 +336,7 @@ class Trainer:
             scalars["grad_norm"] = grad_norm
             raise self._not_finite(collected, scalars, *before)
         self.optimizer.step()
+        self._count_left_out(collected, num_left_out)
         lr = max(group["lr"] for group in self.optimizer.param_groups)
         return {**scalars, "grad_norm": grad_norm, "lr": lr}
 
@@ -364,6 +368,17 @@ class Trainer:
             )
         distributed.wait_for_all()
         return error if distributed.is_main() else SystemExit(1)
+
+    def _count_left_out(self, batches: list[BatchedVideoDatapoint], num_left_out: int) -> None:
+        """Count the clips of a step that could not be read, in all processes; UserError where they
+        are too many."""
+        if not num_left_out:
+            return
+        own = [problem for batch in batches for problem in batch.left_out]
+        problems = [problem for part in distributed.gather(own) for problem in part]
+        used = self.num_clips + self.clips_per_step
+        dataset = self.experiment.dataset
+        self.left_out.add(problems, max(used, len(self.train_data)), dataset)
 
     def evaluate(self) -> None:
         """Score the validation videos; keep the weights whose score is the highest so far."""
@@ -416,6 +431,7 @@ class Trainer:
                 "run_id": self.run_id,
                 "data": self.fingerprints,
                 "audited": self.audited,
+                "left_out": dict(self.left_out.counts),
                 # best.pt is for use, last.pt for going on.
                 "optimizer": self.optimizer.state_dict() if path == self.folder.last else None,
                 "rng": rng,
@@ -443,4 +459,6 @@ class Trainer:
 
     def _summarise(self, status: str) -> None:
         counts = {"steps": self.step, "seconds": self.runlog.seconds, "status": status}
+        if self.left_out.counts:
+            counts["clips_left_out"] = self.left_out.counts.total()
         self.runlog.summary(self.scores.summary() | counts)

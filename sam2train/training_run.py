@@ -21,8 +21,8 @@ from sam2train.datasets import data_paths
 from sam2train.demo import resolve_data_path
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment, as_begun, load_experiment
-from sam2train.files import read_json
 from sam2train.machine import Interrupted
+from sam2train.run_files import read_summary
 from sam2train.run_folder import RunFolder
 from sam2train.trainer import Trainer
 
@@ -158,7 +158,7 @@ def find_unfinished(run_dir: Path | None, runs: Path) -> Path | None:
     if folder is None or not folder.can_go_on:
         return None
     if run_dir is None:
-        summary = read_json(folder.summary, "expected the summary of a run", optional=True)
+        summary = read_summary(folder.summary, folder.metrics, lambda line: None)
         if summary.get("status") == "finished":
             return None
     return folder.last

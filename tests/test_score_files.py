@@ -54,7 +54,7 @@ def test_broken_rows_are_told_and_left_out(data, tmp_path, how):
         for place, row in enumerate(file.rows)
         if place != (last - 1 if last > 0 else len(file.rows) - 1)
     ]
-    assert "scores.csv: 1 of 12 rows are not as this run wrote them" in said[0]
+    assert "scores.csv: 1 of 12 rows are not as a run writes them" in said[0]
 
 
 def test_a_file_with_other_headings_has_no_whole_row(tmp_path):

@@ -27,6 +27,7 @@ GROUPS = {
         "clips",
         "faults",
         "distributed",
+        "run_files",
     },
     "data": {
         *("datasets", "data_source", "data_clips", "data_videos", "data_coco", "data_vos"),
