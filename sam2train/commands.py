@@ -129,7 +129,8 @@ class Train(FileCommand):
         def find() -> Path | None:
             named = None if self.resume is True else self.resume
             auto = named == Path("auto") and not named.exists()
-            if auto or distributed.is_restarted():  # torchrun lets the job go on by itself
+            # torchrun lets a job go on by itself that it starts again.
+            if auto or (named is None and distributed.is_restarted()):
                 return find_unfinished(self.run_dir, runs)
             return self.resume and find_checkpoint(named, self.run_dir, runs)
 
