@@ -1,5 +1,6 @@
 """Several processes run one sweep: no trial twice, and those of a dead process once more."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -114,18 +115,10 @@ def test_the_trial_of_a_dead_process_is_taken_over(small):
     wait_for(lambda: (folder / "002" / "metrics.jsonl").is_file())
     Path("slow").unlink()
     # The process of the sweep and that of its trial, as where a host goes down.
-    (trial,) = [
-        int(name.name)
-        for name in Path("/proc").iterdir()
-        if name.name.isdecimal() and f"{folder}/001".encode() in _command_line(name)
-    ]
+    (trial,) = processes_of(folder / "001")
     os.kill(first.pid, signal.SIGKILL)
     os.kill(trial, signal.SIGKILL)
-    (sleeping,) = [
-        int(name.name)
-        for name in Path("/proc").iterdir()
-        if name.name.isdecimal() and f"{folder}/002".encode() in _command_line(name)
-    ]
+    (sleeping,) = processes_of(folder / "002")
     os.kill(sleeping, signal.SIGTERM)  # that one is interrupted, and its sweep goes on
     second.join(60)
     counts = Counter(call["trial"] for call in calls())
@@ -134,11 +127,15 @@ def test_the_trial_of_a_dead_process_is_taken_over(small):
     first.join()
 
 
-def _command_line(process):
-    try:
-        return (process / "cmdline").read_bytes()
-    except OSError:
-        return b""
+def processes_of(folder):
+    """The numbers of the trials that this test runs in a folder; other tests have such folders."""
+    found = []
+    for process in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if str(folder).encode() in words and (process / "cwd").resolve() == Path.cwd():
+                found.append(int(process.name))
+    return found
 
 
 def test_jobs_are_spread_over_the_gpus(small, monkeypatch):
