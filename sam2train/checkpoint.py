@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from sam2train import distributed
 from sam2train.config_yaml import read_yaml
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment, base_hash
@@ -286,6 +287,8 @@ _PARTS = {
     "base": _Part("path, sha256 and config_path, each a text or None", _base),
     "config": _Part("the settings as YAML text", lambda value: isinstance(value, str)),
     "step": _Part("a whole number from 0", _count),
+    "clips": _Part("a whole number from 0", _count, since_format_1=False),
+    "clips_per_step": _Part("a whole number from 0", _count, since_format_1=False),
     "best": _Part("a number", lambda v: isinstance(v, int | float) and not math.isnan(v)),
     "scores": _Part("numbers by name", _named_numbers),
     "baseline": _Part("numbers by name", _named_numbers),
@@ -346,7 +349,11 @@ def restore_optimizer(
 
 def rng_states() -> dict[str, Any]:
     """Of torch's generators: what dropout draws from."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = []
+    if torch.cuda.is_available():
+        # Of several processes each has one GPU, and makes no context on those of the others.
+        one = distributed.is_launched()
+        cuda = [torch.cuda.get_rng_state()] if one else torch.cuda.get_rng_state_all()
     return {"torch": torch.get_rng_state(), "cuda": cuda}
 
 
@@ -355,7 +362,9 @@ def restore_rng(states: Mapping[str, Any], path: Path) -> None:
     not."""
     try:
         torch.set_rng_state(states["torch"])
-        if torch.cuda.is_available():  # another machine may have fewer devices
+        if torch.cuda.is_available() and states["cuda"] and distributed.is_launched():
+            torch.cuda.set_rng_state(states["cuda"][0])
+        elif torch.cuda.is_available():  # another machine may have fewer devices
             torch.cuda.set_rng_state_all(states["cuda"][: torch.cuda.device_count()])
     except (RuntimeError, TypeError) as problem:
         raise UserError(

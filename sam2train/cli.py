@@ -20,6 +20,7 @@ from pathlib import Path
 from signal import Signals
 from typing import Any, NoReturn, TextIO
 
+from sam2train import distributed
 from sam2train.commands import COMMANDS, Command, FileCommand
 from sam2train.errors import UserError
 from sam2train.faults import explain
@@ -50,7 +51,7 @@ def main(words: Sequence[str]) -> int:
             if wants_help or not words:
                 print(help_text(words))
             command = None if wants_help else parse(words)
-            code = 0 if command is None else command.run()
+            code = 0 if command is None else _run_command(command)
             if sys.stdout is not None:
                 sys.stdout.flush()
             return code
@@ -82,12 +83,26 @@ def main(words: Sequence[str]) -> int:
         return 1
 
 
+def _run_command(command: Command) -> int:
+    """Run a command in each of the processes that `torchrun` started, or in the main one alone."""
+    if command.together:
+        with distributed.joined():
+            return command.run()
+    if distributed.is_launched() and command.takes == "sweep":
+        raise UserError(
+            "a sweep starts a process for each trial by itself; run it without torchrun, with "
+            "--jobs N for N trials at a time"
+        )
+    return command.run() if distributed.is_main() else 0
+
+
 def _show_error(text: str, words: Sequence[str]) -> None:
     """Print the message of the error that is being handled, after its traceback if that is asked
     for."""
     if TRACEBACK in words:
         traceback.print_exc()
-    print(f"error: {printable(text, lines=True)}", file=sys.stderr)
+    number = "" if distributed.is_main() else f" in process {distributed.rank()}"
+    print(f"error{number}: {printable(text, lines=True)}", file=sys.stderr)
 
 
 def _settings_of(command: Command | None) -> dict[str, Any]:

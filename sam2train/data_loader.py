@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from sam2train import distributed
 from sam2train.clips import BatchedVideoDatapoint, Clip, Prompt, collate_fn
 from sam2train.data_clips import ClipDataset
 from sam2train.datasets import DatasetConfig
@@ -38,15 +39,34 @@ class ClipSampler:
     Args:
         num_clips: clips of an epoch.
         start: first position; a resumed run has used those before it.
+        block: from `start` on, positions come in blocks of so many clips.
+        share: (k, n): of n processes the k-th, from 0, has every n-th block from the k-th on.
     """
 
-    def __init__(self, num_clips: int, *, shuffle: bool, seed: int, start: int = 0):
+    def __init__(
+        self,
+        num_clips: int,
+        *,
+        shuffle: bool,
+        seed: int,
+        start: int = 0,
+        block: int = 1,
+        share: tuple[int, int] = (0, 1),
+    ):
         self.num_clips = num_clips
         self.shuffle = shuffle
         self.seed = seed
         self.start = start
+        self.block, self.share = block, share
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
+        which, count = self.share
+        for place, clip in enumerate(self._all_clips()):
+            if place // self.block % count == which:
+                yield clip
+
+    def _all_clips(self) -> Iterator[tuple[int, int]]:
+        """Those of all processes."""
         epoch, first = divmod(self.start, self.num_clips)
         while True:
             order = np.arange(self.num_clips)
@@ -67,24 +87,33 @@ def load_batches(
     pin_memory: bool,
     say: Callable[[str], None] = print,
 ) -> Iterator[BatchedVideoDatapoint]:
-    """Batches of clips without end, in an order that the seed gives.
+    """Batches of clips without end, in an order that the seed gives. Of several processes each has
+    its share of the batches.
 
     Frames are uint8 in them: `batch.to(device)` normalises. They come through shared memory, or,
     where /dev/shm is full, through pipes, which is told.
 
     Args:
-        start: clips that were used before, which a resumed run leaves out.
+        start: clips that all processes used before, which a resumed run leaves out.
 
     Raises:
         UserError: as it was raised where the clip was loaded.
         MachineFault: a process that ended, or a clip that does not come.
     """
     # More processes than cores only wait for each other; the clips are the same.
-    workers = min(config.num_workers, num_cores())
+    workers = min(config.num_workers, max(num_cores() // distributed.num_local(), 1))
+    share = distributed.rank(), distributed.num_processes()
     loader = DataLoader(
         _Clips(data, config.on_bad_sample == "skip"),
         batch_size=config.batch_size,
-        sampler=ClipSampler(len(data), shuffle=config.shuffle, seed=seed, start=start),
+        sampler=ClipSampler(
+            len(data),
+            shuffle=config.shuffle,
+            seed=seed,
+            start=start,
+            block=config.batch_size,
+            share=share if share[1] > 1 else (0, 1),
+        ),
         num_workers=workers,
         collate_fn=_collate,
         worker_init_fn=_begin_worker,

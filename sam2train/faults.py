@@ -109,6 +109,7 @@ def _explain_memory(
     return (
         f"out of memory on {place}: {first}\n"
         f"these settings lower it, the first ones most; now they are: {now or ', '.join(names)}\n"
+        "the same command with --probe measures which fit\n"
         f"{_GO_ON}"
     )
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from sam2train import distributed
 from sam2train.errors import MachineFault, UserError
 from sam2train.files import printable
 
@@ -27,12 +28,21 @@ _PACKAGES = ("torch", "torchvision", "sam2", "numpy", "opencv-python", "pycocoto
 
 
 def choose_device(name: str) -> torch.device:
-    """The device an experiment names; `auto` is CUDA where there is one, else the CPU."""
+    """The device an experiment names; `auto` is CUDA where there is one, else the CPU. Under
+    `torchrun` each process of a node has the GPU of its number."""
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return read_device(name)
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = read_device(name)
+    if device.type != "cuda" or distributed.local_rank() is None:
+        return device
+    if device.index is not None and distributed.num_local() > 1:
+        raise UserError(
+            f"trainer.device: {name} is one GPU, and torchrun started {distributed.num_local()} "
+            "processes here; with `cuda` or `auto` each has its own"
+        )
+    return torch.device("cuda", distributed.local_rank() if device.index is None else device.index)
 
 
 def read_device(name: str | torch.device) -> torch.device:
@@ -93,6 +103,7 @@ def describe_environment(device: torch.device) -> dict:
         "packages": versions,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
+        "processes": distributed.num_processes(),
         "code": code,
     }
 
@@ -119,6 +130,7 @@ class StopRequests:
         self.received: int | None = None
         self._when = 0.0
         self._waiting = False
+        self._own = False  # whether this process got a signal
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequests:
@@ -129,16 +141,23 @@ class StopRequests:
         _restore(self._before)
 
     def _keep(self, number: int, frame: FrameType | None) -> None:
-        if self.received is None:
-            self.received, self._when = number, time.monotonic()
-            name = signal.Signals(number).name
-            with contextlib.suppress(OSError):
-                os.write(2, f"{name}: saving first; a second signal ends at once\n".encode())
+        if not self._own:
+            self._own, self._when = True, time.monotonic()
+            self.heed(number)
+            if distributed.is_main():
+                name = signal.Signals(number).name
+                with contextlib.suppress(OSError):
+                    os.write(2, f"{name}: saving first; a second signal ends at once\n".encode())
         elif time.monotonic() - self._when > _ONE_REQUEST:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         if self._waiting:
             raise self.interrupted()
+
+    def heed(self, number: int) -> None:
+        """Take over a signal that another process of the job got, unless there is one already."""
+        if self.received is None:
+            self.received = number
 
     @contextlib.contextmanager
     def while_waiting(self) -> Iterator[None]:

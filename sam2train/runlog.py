@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from sam2train import distributed
 from sam2train.errors import UserError
 from sam2train.files import naming, printable, write_text
 from sam2train.machine import describe_environment, say
@@ -41,7 +42,8 @@ _UNSURE = 30 * FLUSH_INTERVAL  # seconds of rows before a kill that W&B may not 
 
 
 class RunLog:
-    """Context manager around one run. Steps count what is done: the last is `num_steps`.
+    """Context manager around one run. Of several processes the main one alone writes, and gives W&B
+    what it logs. Steps count what is done: the last is `num_steps`.
 
     A resumed run gives `resume`, the `state_dict` of its last checkpoint: what was written to
     `metrics.jsonl` after it is dropped, as it comes again, and the steps since the last line count.
@@ -89,6 +91,10 @@ class RunLog:
         return {"sums": sums, "counts": dict(self._counts), "lines": self._lines}
 
     def __enter__(self) -> "RunLog":
+        if not distributed.is_main():
+            self._seconds_before, self._lines = 0.0, 0
+            self._entered = self._mark = time.perf_counter()
+            return self
         try:
             self.folder.path.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
@@ -166,7 +172,8 @@ class RunLog:
     def environment(self, device: "torch.device") -> None:
         """Write what the run computes with: code, versions, machine."""
         text = json.dumps(describe_environment(device), indent=2)
-        write_text(self.folder.environment, text + "\n")
+        if distributed.is_main():
+            write_text(self.folder.environment, text + "\n")
 
     def parameters(self, report: Mapping[str, tuple[int, int]]) -> None:
         """Show and summarise module -> (trainable, total) parameters.
@@ -228,6 +235,8 @@ class RunLog:
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Merge into `summary.json` (replaced as a whole, never half written) and W&B's summary."""
+        if not distributed.is_main():
+            return
         path = self.folder.summary
         known = read_summary(path, self.folder.metrics, self.say)
         text = json.dumps({**known, **plain_values(values, finite=True)}, indent=2, allow_nan=False)
@@ -259,6 +268,8 @@ class RunLog:
 
     def _write(self, step: int, scalars: Mapping[str, Any], *, to_wandb: bool = True) -> None:
         row = json.dumps({"step": step, **plain_values(scalars, finite=True)}, allow_nan=False)
+        if not distributed.is_main():
+            return
         with naming(self.folder.metrics), self.folder.metrics.open("a") as file:
             file.write(row + "\n")
         self._lines += 1

@@ -1,9 +1,8 @@
 """One trial of a local sweep: its values, its process, and how far its run has come on disk; what
-an earlier sitting decided about all trials; and the claim on the folder of a sweep."""
+an earlier sitting decided about all trials"""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
@@ -11,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from sam2train.machine import STOP_SIGNALS, num_cores, say
 from sam2train.results import load_metrics
 from sam2train.run_files import read_summary
 from sam2train.run_folder import RunFolder
+from sam2train.sweep_claims import Claim
 
 LOG = "log.txt"  # all that a trial printed
 VALUES = "sweep_parameters.yaml"  # what an agent's trial finds through WANDB_SWEEP_PARAM_PATH
@@ -55,6 +55,8 @@ class Trial:
     finished: bool = False  # whether its run says so
     problem: str | None = None  # what is wrong with its files, or why it could not start
     process: subprocess.Popen | None = None
+    gpu: str | None = None  # that it was started on, where --jobs spread them
+    claim: Claim | None = None  # while this process runs it
     early: float | None = None  # when hyperband asked for its end, time.monotonic()
 
     @property
@@ -67,13 +69,12 @@ class Trial:
         """Whether the trial is never run again."""
         return self.state in ("finished", "stopped")
 
-    def start(self, command: Sequence[str], environment: Mapping[str, str], lock: int) -> None:
+    def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         """Start the process, which prints to the trial's log, or let it go on from its checkpoint.
 
         Args:
             command: that of `wandb agent`; the folder, and `--resume` if need be, are added.
             environment: that of the process.
-            lock: an open file that the process keeps open.
 
         Raises:
             OSError: the folder cannot be written, or the process not started.
@@ -99,7 +100,8 @@ class Trial:
                 },
                 # A group of its own: Ctrl-C reaches the sweep, which lets its trials save.
                 start_new_session=True,
-                pass_fds=(lock,),
+                # A trial that outlives a killed sweep keeps its claim.
+                pass_fds=(self.claim.lock.fileno(),) if self.claim else (),
             )
         self.state, self.early, self.problem = "running", None, None
 
@@ -257,31 +259,27 @@ def _read_trial(folder: Path, row: Mapping[str, Any]) -> Trial:
     return Trial(**{key: row[key] for key in _RECORDED}, folder=folder / row["name"])
 
 
+def release_all(trials: Sequence[Trial]) -> None:
+    """Let other processes have the trials that this one does not run any more."""
+    for trial in trials:
+        if trial.claim is not None and trial.process is None:
+            trial.claim.release()
+            trial.claim = None
+
+
+def gpus_for_jobs() -> list[str]:
+    """The names of the GPUs that trials may use, as CUDA_VISIBLE_DEVICES takes them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name for name in given.split(",") if name.strip()]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
 def record_row(trial: Trial) -> dict[str, Any]:
     """What `read_record` needs to know of a trial."""
     return {key: getattr(trial, key) for key in _RECORDED}
-
-
-@contextlib.contextmanager
-def claim(folder: Path) -> Iterator[int]:
-    """Claim the folder of a sweep for this process. The number of the open lock file comes out.
-
-    Trials get the file, too, so that those that outlive a killed sweep are not started twice.
-
-    Raises:
-        UserError: another process runs this sweep.
-    """
-    import fcntl
-
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"{folder}: this sweep is running already, or one of its trials still is; wait for "
-                "it, or end it"
-            ) from error
-        yield file.fileno()
 
 
 def trial_environment(

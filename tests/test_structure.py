@@ -26,6 +26,7 @@ GROUPS = {
         "stats",
         "clips",
         "faults",
+        "distributed",
         "run_files",
     },
     "data": {
@@ -43,7 +44,7 @@ GROUPS = {
         *("losses", "optimizer"),
     },
     "scores": {
-        *("metrics", "evaluate", "scores"),
+        *("metrics", "evaluate", "scores", "score_files"),
         *("pictures", "video_pictures", "score_figures"),
     },
     "runs": {
@@ -52,6 +53,8 @@ GROUPS = {
             "bad_batch",
             "trainer",
             "trainer_scores",
+            "trainer_processes",
+            "probe",
             "training_run",
             "eval_checkpoint",
             "eval_prompts",
@@ -60,7 +63,7 @@ GROUPS = {
     },
     "reports": {
         *("results", "results_compare", "ablation", "compare", "figures"),
-        *("sweep", "sweep_trials", "sweep_file", "sweep_search"),
+        *("sweep", "sweep_trials", "sweep_claims", "sweep_tables", "sweep_file", "sweep_search"),
     },
     "speed": {
         *("speed", "speed_clock", "speed_reference", "speed_step", "speed_video"),

@@ -1,7 +1,6 @@
 """One trial of a sweep: its files, its process, the record of all trials, the claim on a folder."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -12,7 +11,6 @@ from sam2train.sweep_trials import (
     RECORD,
     VALUES,
     Trial,
-    claim,
     is_finite,
     read_record,
     record_row,
@@ -35,8 +33,7 @@ def write(trial: Trial, rows=(), **summary) -> None:
 
 
 def start(trial: Trial, code: str, tmp_path) -> None:
-    with (tmp_path / "lock").open("w") as lock:
-        trial.start([sys.executable, "-c", code], trial_environment_of_tests(), lock.fileno())
+    trial.start([sys.executable, "-c", code], trial_environment_of_tests())
 
 
 def trial_environment_of_tests() -> dict[str, str]:
@@ -197,16 +194,6 @@ class TestRecord:
         (tmp_path / RECORD).write_text(json.dumps(content))
         with pytest.raises(UserError, match=RECORD):
             read_record(tmp_path)
-
-
-def test_one_process_claims_a_folder(tmp_path):
-    code = "import sys, fcntl; fcntl.flock(open(sys.argv[1], 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
-    other = [sys.executable, "-c", code, str(tmp_path / ".lock")]
-    with claim(tmp_path):
-        with pytest.raises(UserError, match="running already"), claim(tmp_path):
-            pass
-        assert subprocess.run(other, capture_output=True).returncode != 0
-    assert subprocess.run(other, capture_output=True).returncode == 0
 
 
 class TestEnvironment:
