@@ -30,7 +30,7 @@ _POINTERS = {"obj_ptr_proj", "obj_ptr_tpos_proj", "no_obj_ptr"}
 def audit_step(
     model: SAM2Model,
     experiment: Experiment,
-    batches: Sequence[BatchedVideoDatapoint],
+    tracked: bool,
     say: Callable[[str], None],
     *,
     may_wait: bool,
@@ -38,7 +38,7 @@ def audit_step(
     """`audit_gradients` of a step; {} where a later step decides.
 
     Args:
-        batches: of the step.
+        tracked: whether a batch of the step has a frame after a prompt.
         say: gets a warning for each listed module without gradient that does not stop the run.
         may_wait: whether later steps have other clips. Clips whose objects show on the last frame
             alone give the memory no gradient, and then say nothing.
@@ -47,7 +47,6 @@ def audit_step(
         UserError: a module of `model.trainable_modules` without gradient, where `trainer.audit`
             is `stop`.
     """
-    tracked = any(map(has_tracked_frame, batches))
     if may_wait and experiment.dataset.video_clip_length > 1 and not tracked:
         return {}
     found = modules_without_gradient(model, experiment)

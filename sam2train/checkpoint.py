@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from sam2train import distributed
 from sam2train.config_yaml import read_yaml
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment, base_hash
@@ -255,7 +256,10 @@ def _optimizer(value: Any) -> bool:
     return value is None or (
         isinstance(value, Mapping)
         and isinstance(value.get("state"), Mapping)
+        and all(isinstance(of_one, Mapping) for of_one in value["state"].values())
         and isinstance(value.get("param_groups"), list)
+        and all(isinstance(group, Mapping) for group in value["param_groups"])
+        and all(isinstance(group.get("params"), list) for group in value["param_groups"])
     )
 
 
@@ -283,6 +287,8 @@ _PARTS = {
     "base": _Part("path, sha256 and config_path, each a text or None", _base),
     "config": _Part("the settings as YAML text", lambda value: isinstance(value, str)),
     "step": _Part("a whole number from 0", _count),
+    "clips": _Part("a whole number from 0", _count, since_format_1=False),
+    "clips_per_step": _Part("a whole number from 0", _count, since_format_1=False),
     "best": _Part("a number", lambda v: isinstance(v, int | float) and not math.isnan(v)),
     "scores": _Part("numbers by name", _named_numbers),
     "baseline": _Part("numbers by name", _named_numbers),
@@ -299,6 +305,7 @@ _PARTS = {
         ),
         since_format_1=False,
     ),
+    "left_out": _Part("counts by text", _named_numbers, since_format_1=False),
     "untrained_rows": _Part(
         "a list of row numbers",
         lambda value: isinstance(value, list | tuple) and all(map(_count, value)),
@@ -326,7 +333,7 @@ def restore_optimizer(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     try:
         optimizer.load_state_dict(dict(state))
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as problem:
+    except Exception as problem:  # torch looks at no type before it computes with a value
         raise UserError(
             f"{path}: optimizer does not fit the trained parameters ({problem}); give the settings "
             "of the run"
@@ -342,7 +349,11 @@ def restore_optimizer(
 
 def rng_states() -> dict[str, Any]:
     """Of torch's generators: what dropout draws from."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = []
+    if torch.cuda.is_available():
+        # Of several processes each has one GPU, and makes no context on those of the others.
+        one = distributed.is_launched()
+        cuda = [torch.cuda.get_rng_state()] if one else torch.cuda.get_rng_state_all()
     return {"torch": torch.get_rng_state(), "cuda": cuda}
 
 
@@ -351,7 +362,9 @@ def restore_rng(states: Mapping[str, Any], path: Path) -> None:
     not."""
     try:
         torch.set_rng_state(states["torch"])
-        if torch.cuda.is_available():  # another machine may have fewer devices
+        if torch.cuda.is_available() and states["cuda"] and distributed.is_launched():
+            torch.cuda.set_rng_state(states["cuda"][0])
+        elif torch.cuda.is_available():  # another machine may have fewer devices
             torch.cuda.set_rng_state_all(states["cuda"][: torch.cuda.device_count()])
     except (RuntimeError, TypeError) as problem:
         raise UserError(

@@ -20,6 +20,7 @@ from pathlib import Path
 from signal import Signals
 from typing import Any, NoReturn, TextIO
 
+from sam2train import distributed
 from sam2train.commands import COMMANDS, Command, FileCommand
 from sam2train.errors import UserError
 from sam2train.faults import explain
@@ -44,13 +45,13 @@ fault of the machine, 2 a mistake in what was asked for, 130 and 143 stopped by 
 def main(words: Sequence[str]) -> int:
     """Run one command. Returns the exit code; a user's mistake is a message and code 2."""
     wants_help = not set(words).isdisjoint(HELP)
-    command = None
+    command, came = None, []
     try:
-        with interruptible():
+        with interruptible() as came:
             if wants_help or not words:
                 print(help_text(words))
             command = None if wants_help else parse(words)
-            code = 0 if command is None else command.run()
+            code = 0 if command is None else _run_command(command)
             if sys.stdout is not None:
                 sys.stdout.flush()
             return code
@@ -72,6 +73,9 @@ def main(words: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
+        if came:  # a library made another error of it
+            print(f"interrupted by {Signals(came[0]).name}", file=sys.stderr)
+            return 128 + came[0]
         text = explain(error, partial(_settings_of, command))
         if text is None:
             raise  # a bug in this program: the traceback is needed to fix it
@@ -79,12 +83,26 @@ def main(words: Sequence[str]) -> int:
         return 1
 
 
+def _run_command(command: Command) -> int:
+    """Run a command in each of the processes that `torchrun` started, or in the main one alone."""
+    if command.together:
+        with distributed.joined():
+            return command.run()
+    if distributed.is_launched() and command.takes == "sweep":
+        raise UserError(
+            "a sweep starts a process for each trial by itself; run it without torchrun, with "
+            "--jobs N for N trials at a time"
+        )
+    return command.run() if distributed.is_main() else 0
+
+
 def _show_error(text: str, words: Sequence[str]) -> None:
     """Print the message of the error that is being handled, after its traceback if that is asked
     for."""
     if TRACEBACK in words:
         traceback.print_exc()
-    print(f"error: {printable(text, lines=True)}", file=sys.stderr)
+    number = "" if distributed.is_main() else f" in process {distributed.rank()}"
+    print(f"error{number}: {printable(text, lines=True)}", file=sys.stderr)
 
 
 def _settings_of(command: Command | None) -> dict[str, Any]:
@@ -124,7 +142,7 @@ def parse(words: Sequence[str]) -> Command:
         return _build(command, given)
 
     # A FILE may have "=" in its name; a setting always has one.
-    file = next((word for word in others if "=" not in word or Path(word).is_file()), None)
+    file = next((word for word in others if "=" not in word or os.path.isfile(word)), None)
     if file is None:
         _check_options(command or _by_file("experiment"), given)
         raise UserError("no experiment given; for example experiments/coco_point_bbox.yaml")
@@ -171,7 +189,7 @@ def _detach(words: Sequence[str], flags: Sequence[str]) -> list[str]:
     kept, last = [], []
     for word, following in zip_longest(words, words[1:], fillvalue=""):
         own = following.endswith((".yaml", ".yml")) or (
-            "=" in following and not Path(following).exists()
+            "=" in following and not os.path.exists(following)
         )
         (last if word in flags and own else kept).append(word)
     return kept + last

@@ -78,6 +78,7 @@ class Clip:
     frame_size: tuple[int, int]  # (H, W) of the source frames
     # (T, H, W) bool: pixels without a label, which no loss counts; None where there are none
     ignore: torch.Tensor | None = None
+    left_out: tuple[str, ...] = ()  # what was wrong with the clips in whose place this one is
     # (T,) of `transforms.image_keys`, for the feature cache; None where no image comes twice
     image_keys: list[str] | None = None
 
@@ -116,6 +117,7 @@ class BatchedVideoDatapoint:
     dict_key: str = "sam2train"
     # (T, B, H, W) bool: pixels without a label; None: no clip has any
     ignore: torch.Tensor | None = None
+    left_out: tuple[str, ...] = ()  # of all its clips
     # (B * T,) keys of `flat_img_batch`; None where a clip has none
     image_keys: list[str] | None = None
 

@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from sam2train import distributed
+from sam2train.files import check_regular
 from sam2train.run_folder import RUNS, RunFolder
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ class Command:
     group: ClassVar[str]  # its heading in the overview
     flag: ClassVar[str] = ""  # the option that asks for it; none: a FILE alone does
     takes: ClassVar[Literal["experiment", "sweep", None]] = None  # what its FILE must be
+    together: ClassVar[bool] = False  # whether the processes of `torchrun` divide the work
     traceback: bool = option("--traceback", "show where in the program an error arose", False)
 
     @classmethod
@@ -95,6 +98,8 @@ class FileCommand(Command):
         from sam2train.config import parse_overrides
         from sam2train.experiment import prepare_experiment
 
+        if not distributed.is_main():
+            say = _say_nothing
         return prepare_experiment(self.path, parse_overrides(self.words), smoke=self.smoke, say=say)
 
 
@@ -102,7 +107,7 @@ class FileCommand(Command):
 class Train(FileCommand):
     """Train the experiment of a YAML file."""
 
-    group = "Train"
+    group, together = "Train", True
     run_dir: Path | None = option("--run-dir", "the folder of this run", type=Path, metavar="PATH")
     resume: Path | Literal[True] | None = option(
         "--resume",
@@ -115,17 +120,21 @@ class Train(FileCommand):
     )
 
     def run(self) -> int:
-        from sam2train.training_run import find_checkpoint, find_unfinished, train
+        from sam2train.training_run import draw_demo_data, find_checkpoint, find_unfinished, train
 
-        checkpoint = None
         experiment = self.experiment()
-        if self.resume is not None:
-            runs = RunFolder.of_experiment(self.name)
+        draw_demo_data(experiment)
+        runs = RunFolder.of_experiment(self.name)
+
+        def find() -> Path | None:
             named = None if self.resume is True else self.resume
-            if named == Path("auto") and not named.exists():
-                checkpoint = find_unfinished(self.run_dir, runs)
-            else:
-                checkpoint = find_checkpoint(named, self.run_dir, runs)
+            auto = named == Path("auto") and not named.exists()
+            # torchrun lets a job go on by itself that it starts again.
+            if auto or (named is None and distributed.is_restarted()):
+                return find_unfinished(self.run_dir, runs)
+            return self.resume and find_checkpoint(named, self.run_dir, runs)
+
+        checkpoint = distributed.from_main(find)
         words = [self.path, *self.words, *["--smoke"] * self.smoke]
         return train(
             experiment,
@@ -171,6 +180,7 @@ class ListExperiments(Command):
     def run(self) -> int:
         rows = []
         for path in sorted(EXPERIMENTS.glob("*.yaml")):
+            check_regular(path)
             first = path.read_text(encoding="utf-8").split("\n", 1)[0]
             text = first.lstrip("# ") if first[:1] == "#" else ""
             rows.append((f"experiments/{path.name}", text))
@@ -247,6 +257,20 @@ class CheckData(FileCommand):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Probe(FileCommand):
+    """Measure the peak memory of a training step for growing settings, and say which fit here."""
+
+    group, flag = "Look first", "--probe"
+
+    def run(self) -> int:
+        experiment = self.experiment()
+        from sam2train.probe import probe
+
+        probe(experiment, _console())
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Download(FileCommand):
     """Fetch the file of model.checkpoint_path, which Meta publishes."""
 
@@ -265,7 +289,7 @@ class Download(FileCommand):
 class _Scoring(FileCommand):
     """What both ways to score a checkpoint take."""
 
-    group = "Score and export a checkpoint"
+    group, together = "Score and export a checkpoint", True
     split: Literal["val", "test"] = option(
         "--split",
         "the videos to score: val (the default) or test",
@@ -282,9 +306,10 @@ class _Scoring(FileCommand):
         """What scores a checkpoint, into a folder of its own."""
         experiment = self.experiment()
         from sam2train.eval_checkpoint import Evaluation
-        from sam2train.training_run import new_run_id
+        from sam2train.training_run import draw_demo_data, new_run_id
 
-        kind, run_id = self.flag.removeprefix("--"), new_run_id()
+        draw_demo_data(experiment)
+        kind, run_id = self.flag.removeprefix("--"), distributed.share(new_run_id())
         folder = RunFolder.of_evaluations(self.name) / f"{run_id}-{kind}-{self.split}"
         return Evaluation(
             experiment,
@@ -399,6 +424,7 @@ COMMANDS: tuple[type[Command], ...] = (
     ListExperiments,
     DryRun,
     CheckData,
+    Probe,
     Download,
     Evaluate,
     PromptMatrix,
@@ -417,4 +443,8 @@ def _console() -> Console:
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError
 
-    return PlainConsole()
+    return PlainConsole(quiet=not distributed.is_main())
+
+
+def _say_nothing(text: str) -> None:
+    """For the processes beside the main one."""

@@ -71,7 +71,8 @@ def show_runs(folder: Path, console: Console) -> None:
         if table := _groups_table(scored):
             console.print(table)
         for row in part[part["problem"].notna()].itertuples():
-            say(console, f"unreadable: {row.problem}")
+            how = "unreadable" if row.status == "unreadable" else "odd"
+            say(console, f"{how}: {row.problem}")
         console.print()
     if (runs["status"] == "crashed").any():
         say(console, "crashed: it has written nothing for long; `--resume RUN` goes on with it")

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from sam2train.errors import UserError
+from sam2train.files import shorten
 
 INT = r"[-+]?(?:0|[1-9][0-9]*)$"
 FLOAT = r"[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$"
@@ -22,7 +23,6 @@ _NOT_FINITE = r"(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"  # read, so that 
 MAX_BYTES = 1 << 20  # of a file, and of its text once every alias is written out
 MAX_VALUES = 10_000  # of a file, a value counted wherever an alias repeats it
 MAX_DEPTH = 32  # levels of nesting, in a file and in a dotted key
-_MAX_SHOWN = 80  # characters of a key or a value in a message
 
 
 class _Loader(yaml.SafeLoader):
@@ -208,8 +208,3 @@ def dump_yaml(content: Any) -> str:
 def quote(value: Any) -> str:
     """A value as JSON, cut to what a message can show."""
     return shorten(json.dumps(value, ensure_ascii=False, default=str))
-
-
-def shorten(text: str) -> str:
-    """The text, cut to what a message can show."""
-    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."

@@ -157,14 +157,19 @@ class SimulatedUser:
             return center_clicks(truth, predicted)
         return uniform_clicks(truth, predicted, draws)
 
-    def take_scalars(self) -> dict[str, torch.Tensor]:
-        """Mean IoU of the visible objects before and after the clicks, since the last call; 0 where
-        none was visible, no entry where nothing was corrected."""
-        if not self._ious:
-            return {}
-        ious = torch.cat(self._ious, dim=1)
-        before, after = ious.nansum(1) / (~ious.isnan()).sum(1).clamp(min=1)
+    def take_sums(self, device: torch.device) -> tuple[torch.Tensor, int]:
+        """Since the last call: (3,) float32, the sums over the visible objects of their IoU before
+        and after the clicks, and their number; and how many times something was corrected."""
+        ious = torch.cat([torch.zeros(2, 0, device=device), *self._ious], dim=1)
+        num_corrected = len(self._ious)
         self._ious.clear()
+        return torch.cat([ious.nansum(1), (~ious[:1].isnan()).sum(1)]), num_corrected
+
+    @staticmethod
+    def scalars(sums: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Mean IoU of the visible objects before and after the clicks, 0 where none was visible,
+        from the sums of `take_sums`."""
+        before, after = sums[:2] / sums[2].clamp(min=1)
         return {"interaction/iou_before": before, "interaction/iou_after": after}
 
     def keep_ious(

@@ -14,7 +14,7 @@ import torch
 from sam2train.clips import Clip, Prompt, normalise_pixels
 from sam2train.data_fingerprint import fingerprint
 from sam2train.data_mask_cache import MaskCache
-from sam2train.data_source import ClipPixels, Video, VideoSource
+from sam2train.data_source import ClipPixels, Video, VideoSource, in_time
 from sam2train.errors import UserError
 from sam2train.prompts import PromptGenerator, types_like
 from sam2train.transforms import (
@@ -171,6 +171,7 @@ class ClipDataset:
             pixels = ClipPixels(stack_frames(images), np.stack(masks), objects, ignore)
         return finish_clip(video, indices, pixels, num_padding, settings, rng)
 
+    @in_time
     def read_frame(
         self, video: Video, frame_idx: int, size: tuple[int, int] | None = None
     ) -> np.ndarray:
@@ -179,6 +180,7 @@ class ClipDataset:
             return self.source.read_frame(video, frame_idx)
         return self.source.read_small_frame(video, frame_idx, size)
 
+    @in_time
     def read_mask(
         self,
         video: Video,
@@ -203,6 +205,7 @@ class ClipDataset:
             mask = decoded[object_id]
         return mask
 
+    @in_time
     def read_ignore(
         self, video: Video, frame_idx: int, size: tuple[int, int] | None = None
     ) -> np.ndarray | None:

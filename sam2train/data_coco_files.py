@@ -125,7 +125,11 @@ def locate(entry: Mapping[str, Any], roots: Roots) -> Located:
         candidates = _candidates(names, roots)
         first = next(candidates)
         found = first if first.path.is_file() else None
-        found = found or next((c for c in candidates if c.path.is_file()), first)
+        found = found or next((c for c in candidates if c.path.is_file()), None)
+        # A pipe or a device in the place of the file, which reading the header names.
+        rest = _candidates(names, roots)
+        odd = (c for c in rest if c.path.exists() and not c.path.is_dir())
+        found = found or next(odd, first)
         there = found.path.exists()
     except (OSError, ValueError) as problem:  # too long for a file, or with a NUL
         reason = getattr(problem, "strerror", None) or problem

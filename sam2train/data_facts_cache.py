@@ -12,7 +12,7 @@ from typing import Any
 
 from sam2train.data_index import INDEX_FOLDER
 from sam2train.data_mask_facts import MaskFacts, read_facts
-from sam2train.files import write_bytes
+from sam2train.files import check_regular, write_bytes
 
 # To change where `read_facts` counts other things: facts of before are not read then.
 _FACTS_VERSION = b"sam2train mask facts 1 "
@@ -44,6 +44,7 @@ class FactsCache:
 
     def read(self, path: Path) -> MaskFacts:
         """What a mask picture holds. Raises UserError as `read_facts` does."""
+        check_regular(path)
         try:
             raw = path.read_bytes()
         except OSError:

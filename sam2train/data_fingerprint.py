@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sam2train.data_source import VideoSource
+from sam2train.files import check_regular
 
 # Files up to this size are read whole. Of larger ones three pieces are read, so that films and
 # large data sets take seconds; another frame rarely has as many bytes and the same pieces.
@@ -56,6 +57,7 @@ def _sample(path: Path, *, read_bytes: bool = True) -> str:
     """Hash of a file's size and bytes, or of pieces at its start, middle and end."""
     if not read_bytes:
         return str(path.stat().st_size)
+    check_regular(path)
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         digest = hashlib.sha256(str(size).encode())

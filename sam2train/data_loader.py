@@ -3,29 +3,32 @@ raised here unchanged."""
 
 from __future__ import annotations
 
-import contextlib
 import pickle
-import signal
 import sys
-import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from sam2train import distributed
 from sam2train.clips import BatchedVideoDatapoint, Clip, Prompt, collate_fn
 from sam2train.data_clips import ClipDataset
 from sam2train.datasets import DatasetConfig
-from sam2train.errors import MachineFault
-from sam2train.machine import leave_group, num_cores
+from sam2train.errors import MachineFault, UserError
+from sam2train.faults import worker_ended
+from sam2train.machine import leave_group, num_cores, time_limit
 
 # Seconds. A clip is a few pictures, which even a slow network disk gives in some seconds.
 CLIP_TIMEOUT = 300.0
+
+
+_TRIES = 20  # clips that are drawn, one after the other, in the place of one that cannot be read
 
 
 class ClipSampler:
@@ -36,15 +39,34 @@ class ClipSampler:
     Args:
         num_clips: clips of an epoch.
         start: first position; a resumed run has used those before it.
+        block: from `start` on, positions come in blocks of so many clips.
+        share: (k, n): of n processes the k-th, from 0, has every n-th block from the k-th on.
     """
 
-    def __init__(self, num_clips: int, *, shuffle: bool, seed: int, start: int = 0):
+    def __init__(
+        self,
+        num_clips: int,
+        *,
+        shuffle: bool,
+        seed: int,
+        start: int = 0,
+        block: int = 1,
+        share: tuple[int, int] = (0, 1),
+    ):
         self.num_clips = num_clips
         self.shuffle = shuffle
         self.seed = seed
         self.start = start
+        self.block, self.share = block, share
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
+        which, count = self.share
+        for place, clip in enumerate(self._all_clips()):
+            if place // self.block % count == which:
+                yield clip
+
+    def _all_clips(self) -> Iterator[tuple[int, int]]:
+        """Those of all processes."""
         epoch, first = divmod(self.start, self.num_clips)
         while True:
             order = np.arange(self.num_clips)
@@ -65,24 +87,33 @@ def load_batches(
     pin_memory: bool,
     say: Callable[[str], None] = print,
 ) -> Iterator[BatchedVideoDatapoint]:
-    """Batches of clips without end, in an order that the seed gives.
+    """Batches of clips without end, in an order that the seed gives. Of several processes each has
+    its share of the batches.
 
     Frames are uint8 in them: `batch.to(device)` normalises. They come through shared memory, or,
     where /dev/shm is full, through pipes, which is told.
 
     Args:
-        start: clips that were used before, which a resumed run leaves out.
+        start: clips that all processes used before, which a resumed run leaves out.
 
     Raises:
         UserError: as it was raised where the clip was loaded.
         MachineFault: a process that ended, or a clip that does not come.
     """
     # More processes than cores only wait for each other; the clips are the same.
-    workers = min(config.num_workers, num_cores())
+    workers = min(config.num_workers, max(num_cores() // distributed.num_local(), 1))
+    share = distributed.rank(), distributed.num_processes()
     loader = DataLoader(
-        _Clips(data),
+        _Clips(data, config.on_bad_sample == "skip"),
         batch_size=config.batch_size,
-        sampler=ClipSampler(len(data), shuffle=config.shuffle, seed=seed, start=start),
+        sampler=ClipSampler(
+            len(data),
+            shuffle=config.shuffle,
+            seed=seed,
+            start=start,
+            block=config.batch_size,
+            share=share if share[1] > 1 else (0, 1),
+        ),
         num_workers=workers,
         collate_fn=_collate,
         worker_init_fn=_begin_worker,
@@ -93,6 +124,49 @@ def load_batches(
         timeout=2 * CLIP_TIMEOUT * config.batch_size if workers else 0,
     )
     return _unwrap(iter(loader), workers, say)
+
+
+class LeftOut:
+    """Counts the clips that could not be read, under `on_bad_sample: skip`.
+
+    Args:
+        counts: what was wrong -> how often, of the steps before those that `add` is told of.
+        say: gets a line on each kind of fault when it comes first.
+    """
+
+    def __init__(self, counts: Mapping[str, int], say: Callable[[str], None]):
+        self.counts, self.say = Counter(counts), say
+
+    def add(self, problems: Sequence[str], num_clips: int, config: DatasetConfig) -> None:
+        """Count the faults of a step.
+
+        Args:
+            num_clips: that were used so far, or that an epoch has if these are more: a share of
+                the first few says little.
+
+        Raises:
+            UserError: the share of clips that were left out is above `max_bad_fraction`.
+        """
+        for problem in problems:
+            if problem not in self.counts:
+                self.say(f"left out, and another clip drawn: {problem}")
+            self.counts[problem] += 1
+        total = self.counts.total()
+        if total > config.max_bad_fraction * num_clips:
+            shown = "\n  - ".join(list(self.counts)[:_NUM_NAMED])
+            more = (
+                f"\n  and {len(self.counts) - _NUM_NAMED} more"
+                if len(self.counts) > _NUM_NAMED
+                else ""
+            )
+            raise UserError(
+                f"{total} of {num_clips} clips could not be read, more than "
+                f"dataset.max_bad_fraction={config.max_bad_fraction:g} allows; mend the files, or "
+                f"raise it\n  - {shown}{more}"
+            )
+
+
+_NUM_NAMED = 12  # faults in a message
 
 
 def _begin_worker(number: int) -> None:
@@ -138,13 +212,8 @@ def _explain(problem: RuntimeError, workers: int) -> MachineFault | None:
             f"the processes that load data give no batch and no error ({text}): a disk that does "
             "not answer? dataset.num_workers=0 loads in line"
         )
-    if "DataLoader worker" in text:
-        first = text.splitlines()[0]
-        return MachineFault(
-            f"a process that loads data ended ({first.rstrip('. ')}). Out of memory is the usual "
-            f"cause: fewer of them (dataset.num_workers={workers} now), or a smaller "
-            "dataset.mask_cache_mb or dataset.batch_size, take less"
-        )
+    if told := worker_ended(problem, lambda: {"dataset.num_workers": workers}):
+        return MachineFault(told)
     return None
 
 
@@ -168,42 +237,42 @@ class _Failure:
 class _Clips(Dataset):
     """The clips of a data set, or what went wrong with them."""
 
-    def __init__(self, dataset: ClipDataset):
-        self.dataset = dataset
+    def __init__(self, dataset: ClipDataset, may_skip: bool):
+        self.dataset, self.may_skip = dataset, may_skip
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, place: tuple[int, int]) -> Clip | _Failure:
         try:
-            with _time_limit(self.dataset, place):
-                return self.dataset.load_clip(place)
+            with time_limit(CLIP_TIMEOUT, lambda: self._late(place)):
+                return self._load(place)
         except Exception as error:
             return _Failure.of(error)
 
-
-@contextlib.contextmanager
-def _time_limit(dataset: ClipDataset, place: tuple[int, int]) -> Iterator[None]:
-    """Raise MachineFault with the video's id where a clip takes too long, such as on a network
-    disk that does not answer."""
-    if not hasattr(signal, "setitimer") or threading.current_thread() != threading.main_thread():
-        yield
-        return
-
-    def give_up(number: int, frame: FrameType | None) -> None:
-        video = dataset.video_of(*place)
-        raise MachineFault(
+    def _late(self, place: tuple[int, int]) -> str:
+        video = self.dataset.video_of(*place)
+        return (
             f"a clip of video {video.video_id} was not loaded after {CLIP_TIMEOUT:g} s; does the "
             f"disk with {video.frames[0].path.parent} answer?"
         )
 
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, CLIP_TIMEOUT)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    def _load(self, place: tuple[int, int]) -> Clip:
+        """The clip, or in the place of one that cannot be read another one, which depends on the
+        seed and the place alone."""
+        epoch, index = place
+        rng = np.random.default_rng([self.dataset.settings.seed, epoch, index, 1])
+        left_out: list[str] = []
+        while True:
+            try:
+                clip = self.dataset.load_clip(place)
+            except UserError as problem:
+                if not self.may_skip or len(left_out) == _TRIES:
+                    raise
+                left_out.append(str(problem))
+                place = epoch, int(rng.integers(len(self.dataset)))
+                continue
+            return replace(clip, left_out=tuple(left_out)) if left_out else clip
 
 
 def _collate(
@@ -212,7 +281,8 @@ def _collate(
     try:
         if failed := [clip for clip in clips if isinstance(clip, _Failure)]:
             return failed[0]
-        batch = collate_fn(clips)
+        left_out = tuple(problem for clip in clips for problem in clip.left_out)
+        batch = replace(collate_fn(clips), left_out=left_out)
         return batch if get_worker_info() is None else _share(_Packed.of(batch))
     except Exception as error:
         return _Failure.of(error)

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sam2train.errors import UserError
+from sam2train.files import check_regular
 
 _EXIF_ORIENTATION = 0x0112
 MAX_ID = 65535  # of an object in a picture of ids
@@ -34,7 +35,7 @@ def read_header(path: Path) -> Header:
         UserError: missing, unreadable or no picture.
     """
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             width, height = image.size
             # Pillow turns a TIFF itself. For a PNG without the tag, getexif() decodes the whole
             # picture in search of one at its end.
@@ -46,6 +47,12 @@ def read_header(path: Path) -> Header:
     return Header((height, width), shown, 2 <= orientation <= 8)
 
 
+def _open(path: Path) -> Image.Image:
+    """The picture in a file. Opening a pipe or a device would wait for whoever writes there."""
+    check_regular(path)
+    return Image.open(path)
+
+
 def count_pages(path: Path) -> int:
     """Pictures in a TIFF: the pages of a stack, if all have one size; 1 for any other file.
 
@@ -55,7 +62,7 @@ def count_pages(path: Path) -> int:
     if path.suffix.lower() not in STACK_SUFFIXES:
         return 1
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             sizes = set()
             for page in range(image.n_frames):
                 image.seek(page)
@@ -76,7 +83,7 @@ def read_levels(path: Path, page: int | None = None) -> np.ndarray | None:
         UserError: missing, truncated or no picture.
     """
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             if not _is_deep(image):
                 return None
             image.seek(page or 0)
@@ -111,7 +118,7 @@ def read_image(
         UserError: missing, truncated, no picture, or of another size.
     """
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             if page is not None:
                 image.seek(page)
             stored = (image.height, image.width)
@@ -189,7 +196,7 @@ def read_mask_picture(path: Path, raw: bytes | None = None) -> MaskPicture:
     """
     palette = None
     try:
-        with Image.open(path if raw is None else io.BytesIO(raw)) as image:
+        with _open(path) if raw is None else Image.open(io.BytesIO(raw)) as image:
             image.load()
             mode, pixels, is_jpeg = image.mode, np.asarray(image), image.format in ("JPEG", "MPO")
             if mode == "P":
@@ -230,6 +237,8 @@ def _to_rgb(image: Image.Image, levels: tuple[float, float] | None) -> np.ndarra
 
 
 def _why_unreadable(path: Path, problem: Exception) -> str:
+    if isinstance(problem, UserError):
+        return str(problem)
     if not path.exists():
         return f"{path}: no such file"
     try:
@@ -293,6 +302,7 @@ class _OpenFilm:
         # A decoder with threads of its own cannot be closed in a forked process: it would wait for
         # threads that exist in its parent only.
         one_thread = [cv2.CAP_PROP_N_THREADS, 1]
+        check_regular(self.path)
         self.capture = cv2.VideoCapture(str(self.path), cv2.CAP_FFMPEG, one_thread)
         self.position = 0
 
@@ -349,6 +359,7 @@ def read_film_header(path: Path) -> tuple[tuple[int, int], int]:
     Raises:
         UserError: OpenCV cannot read the film.
     """
+    check_regular(path)
     capture = cv2.VideoCapture(str(path))
     good, first = capture.read()
     num_frames = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))

@@ -65,7 +65,7 @@ class DataReport:
 
     def to_json(self) -> str:
         """One JSON document: `verdict`, `splits`, and `errors` and `warnings` between them."""
-        return json.dumps({"verdict": self.verdict, **asdict(self)}, indent=1, ensure_ascii=False)
+        return json.dumps({"verdict": self.verdict, **asdict(self)}, indent=1)
 
     def show(self, console: Console) -> None:
         """The report for people."""

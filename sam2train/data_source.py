@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
 from sam2train.data_pictures import STACK_SUFFIXES, Film, read_image, read_levels
 from sam2train.errors import UserError
+from sam2train.machine import time_limit
 from sam2train.transforms import resize_frame, resize_mask
 
 _SHOWN_PROBLEMS = 12
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -238,6 +240,27 @@ class VideoSource:
         return None
 
 
+# Seconds; a slow network disk gives a frame in a few.
+FRAME_TIMEOUT = 300.0
+
+
+def in_time(read: Callable[..., T]) -> Callable[..., T]:
+    """A method that reads something of a frame, with MachineFault where that takes too long."""
+
+    @wraps(read)
+    def read_in_time(self: Any, video: Video, frame_idx: int, *more: Any, **how: Any) -> T:
+        def late() -> str:
+            return (
+                f"frame {frame_idx} of video {video.video_id} was not read after "
+                f"{FRAME_TIMEOUT:g} s; does the disk with {video.frames[frame_idx].path} answer?"
+            )
+
+        with time_limit(FRAME_TIMEOUT, late):
+            return read(self, video, frame_idx, *more, **how)
+
+    return read_in_time
+
+
 class DataError(UserError):
     """Everything that is wrong with the data at a path, in one message.
 
@@ -310,6 +333,28 @@ def shared_pictures(videos: Sequence[Video]) -> list[str]:
         "video pictures of its own, in folders with names of their own"
         for (one, two), paths in pairs.items()
     ]
+
+
+def files_outside(videos: Sequence[Video], roots: Sequence[Path], *, every: bool) -> list[Path]:
+    """The files of frames and masks that do not lie in one of the folders once links are followed.
+
+    Args:
+        every: follow a link in the place of each file, which asks the disk once for each of them;
+            else those of folders, and of the first frame of a video.
+    """
+    resolve = cache(Path.resolve)  # of folders: the disk is asked once for each
+    inside = [root.resolve() for root in roots]
+    found: dict[Path, None] = {}
+    for video in videos:
+        for place, frame in enumerate(video.frames):
+            masks = [*(one.segmentation for one in frame.annotations.values()), frame.ignored]
+            files = {frame.path, *(mask.path for mask in masks if hasattr(mask, "path"))}
+            for path in files:
+                follow = every or place == 0
+                real = path.resolve() if follow else resolve(path.parent) / path.name
+                if not any(real.is_relative_to(root) for root in inside):
+                    found[path] = None
+    return list(found)
 
 
 def tracking_warnings(videos: Sequence[Video]) -> list[str]:

@@ -31,7 +31,7 @@ from sam2train.data_videos import (
     subfolders,
 )
 from sam2train.errors import UserError
-from sam2train.files import natural_key
+from sam2train.files import check_regular, name_fault, natural_key, shorten
 from sam2train.machine import num_cores, watched
 
 # Frames and masks; the second pair is that of SA-V's validation and test sets.
@@ -89,6 +89,8 @@ class VosVideos(VideoSource):
                 "Annotations/<video>/*.png, or a list of its videos such as "
                 "ImageSets/2017/train.txt"
             )
+        if not path.is_dir():
+            check_regular(path)
         report = MaskReport(FactsCache(path))
         problems, warnings = report.problems, report.warnings
         frames_root, names = found[0], None
@@ -172,8 +174,11 @@ def read_list(path: Path, root: Path | None = None) -> list[str]:
     Raises:
         UserError: no text, or a name that leads out of the root.
     """
+    check_regular(path)
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as problem:
+        raise UserError(f"{path}: cannot be read ({problem.strerror})") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: is no text; expected a list of videos, one a line") from None
     names = dict.fromkeys(_listed_video(line.strip(), root) for line in lines if line.strip())
@@ -201,8 +206,10 @@ def _listed_video(line: str, root: Path | None) -> str:
 
 def _check_inside(path: Path, name: str, root: Path | None) -> None:
     """UserError for a listed name that is not below the folder of the videos."""
-    fault = None
-    if PurePath(name).is_absolute() or PureWindowsPath(name).is_absolute():
+    fault = name_fault(name) if PurePath(name).parts else "empty"
+    if fault is not None:
+        fault = f"is no name of a folder ({fault})"
+    elif PurePath(name).is_absolute() or PureWindowsPath(name).is_absolute():
         fault = "is an absolute path"
     elif ".." in PureWindowsPath(name).parts:
         fault = "leads upwards (..)"
@@ -210,8 +217,9 @@ def _check_inside(path: Path, name: str, root: Path | None) -> None:
         fault = f"is a link to {(root / name).resolve()}, outside {root}"
     if fault:
         raise UserError(
-            f"{path}: {name!r} {fault}; a list names videos below {root or 'its data folder'}: "
-            "put the frames there, or use their own folder as dataset.data_path"
+            f"{path}: {shorten(repr(name))} {fault}; a list names videos below "
+            f"{root or 'its data folder'}: put the frames there, or use their own folder as "
+            "dataset.data_path"
         )
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,23 +12,20 @@ from pydantic import Field, field_validator, model_validator
 from sam2train import demo
 from sam2train.clips import collate_fn as collate_fn  # beside the data sets it batches
 from sam2train.config import Section, one_of
-from sam2train.data_burst import burst_to_coco, is_burst
 from sam2train.data_clips import ClipDataset, clip_settings
-from sam2train.data_coco import CocoVideos, Unlabelled, read_coco
+from sam2train.data_coco import CocoVideos, Unlabelled
 from sam2train.data_coco_crowds import Crowds
-from sam2train.data_coco_index import read_large_coco
-from sam2train.data_cvat import cvat_file, cvat_to_coco
-from sam2train.data_label_studio import is_label_studio, label_studio_to_coco
+from sam2train.data_cvat import cvat_file
+from sam2train.data_layouts import read_layout
 from sam2train.data_mask_values import MaskValues
 from sam2train.data_mevis import MevisVideos
 from sam2train.data_mixture import Mixture
 from sam2train.data_mots import MotsVideos
 from sam2train.data_sav import read_sav
-from sam2train.data_source import VideoSource
+from sam2train.data_source import DataError, VideoSource, files_outside, listed
 from sam2train.data_synthetic import SyntheticConfig
 from sam2train.data_videos import MadeUpVideos
 from sam2train.data_vos import VosVideos, find_masks
-from sam2train.data_youtube_vis import is_youtube_vis, youtube_vis_to_coco
 from sam2train.prompts import (
     DEFAULT_TYPES,
     BoxJitter,
@@ -54,57 +50,9 @@ class Format:
     num_of_pos_points: int | tuple[int, int] = 1  # where the section has none
 
 
-# Layouts of JSON files that are rewritten as COCO: how one is known, and what rewrites it.
-_LAYOUTS = {
-    "youtube_vis": (is_youtube_vis, youtube_vis_to_coco),
-    "burst": (is_burst, burst_to_coco),
-    "label_studio": (is_label_studio, label_studio_to_coco),
-}
-
-
-def _read_json_videos(path: Path, config: DatasetConfig, layout: str | None = None) -> CocoVideos:
-    """The videos of a JSON file, in the given layout or the one that its content shows."""
-    if layout is None and cvat_file(path) is not None:
-        return _read_cvat(path, config)
-    return _json_videos(path, config.image_root, layout, **_coco_settings(config))
-
-
-def _coco_settings(config: DatasetConfig) -> dict[str, Any]:
-    keys = ("unlabelled_frames", "same_object_twice", "crowds")
-    return {key: getattr(config, key) for key in keys}
-
-
-def _read_cvat(path: Path, config: DatasetConfig) -> CocoVideos:
-    """The videos of CVAT's XML, or of the folder that its export unpacks to."""
-    path = cvat_file(path) or path
-    content, notes = cvat_to_coco(path, config.image_root)
-    settings = _coco_settings(config)
-    return CocoVideos(path, config.image_root, content=content, notes=notes, **settings)
-
-
-def _json_videos(
-    path: Path, image_root: str | Path | None, layout: str | None = None, **settings: Any
-) -> CocoVideos:
-    warnings: list[str] = []
-    content = functools.cache(lambda: read_coco(path, warnings))
-
-    def as_coco() -> Mapping[str, Any]:
-        """Nothing where it has another layout, or something to tell."""
-        known = layout or any(is_it(content()) for is_it, _ in _LAYOUTS.values())
-        return {} if known or warnings else content()
-
-    def read() -> CocoVideos:
-        kind, notes = layout, []
-        if kind is None:
-            kind = next((name for name, (is_it, _) in _LAYOUTS.items() if is_it(content())), None)
-            if kind is not None:
-                notes.append(f"the file has the layout of {kind}, and is read as such")
-        found = content() if kind is None else _LAYOUTS[kind][1](path, content())
-        notes += found.get("notes", []) if kind is not None else []
-        told = {"warnings": warnings, "notes": notes}
-        return CocoVideos(path, image_root, content=found, **told, **settings)
-
-    return read_large_coco(path, image_root, {"layout": layout, **settings}, read, as_coco)
+def _read_coco(path: Path, config: DatasetConfig, layout: str | None = None) -> CocoVideos:
+    keys = ("image_root", "unlabelled_frames", "same_object_twice", "crowds")
+    return read_layout(path, layout=layout, **{key: getattr(config, key) for key in keys})
 
 
 _JSON_KEYS = ("image_root", "unlabelled_frames", "same_object_twice", "crowds")
@@ -112,7 +60,7 @@ _JSON_KEYS = ("image_root", "unlabelled_frames", "same_object_twice", "crowds")
 # Data formats by their name in `dataset_type`. A new one is a module with a child of `VideoSource`
 # and a line here.
 FORMATS = {
-    "coco": Format("masks from a COCO JSON", _read_json_videos, keys=_JSON_KEYS, takes_json=True),
+    "coco": Format("masks from a COCO JSON", _read_coco, keys=_JSON_KEYS, takes_json=True),
     "video": Format(
         "folders of frames, made-up objects",
         lambda path, config: MadeUpVideos(path, config.synthetic, config.max_objects),
@@ -135,20 +83,24 @@ FORMATS = {
     "mevis": Format("JPEGImages and MeViS' mask_dict.json", lambda path, _: MevisVideos(path)),
     "youtube_vis": Format(
         "the JSON of YouTube-VIS or OVIS",
-        lambda path, config: _read_json_videos(path, config, "youtube_vis"),
+        lambda path, config: _read_coco(path, config, "youtube_vis"),
         keys=_JSON_KEYS,
         takes_json=True,
     ),
     "burst": Format(
         "the JSON of BURST",
-        lambda path, config: _read_json_videos(path, config, "burst"),
+        lambda path, config: _read_coco(path, config, "burst"),
         keys=_JSON_KEYS,
         takes_json=True,
     ),
-    "cvat": Format("CVAT's XML for images or for video", _read_cvat, keys=_JSON_KEYS),
+    "cvat": Format(
+        "CVAT's XML for images or for video",
+        lambda path, config: _read_coco(path, config, "cvat"),
+        keys=_JSON_KEYS,
+    ),
     "label_studio": Format(
         "Label Studio's export JSON",
-        lambda path, config: _read_json_videos(path, config, "label_studio"),
+        lambda path, config: _read_coco(path, config, "label_studio"),
         keys=_JSON_KEYS,
         takes_json=True,
     ),
@@ -259,6 +211,22 @@ class DatasetConfig(Section):
     )
     mask_cache_mb: int = Field(
         256, ge=0, description="decoded masks kept in memory, of one data set in all processes"
+    )
+    restrict_to_root: bool = Field(
+        False,
+        description="refuse frames and masks that lie outside of the data's folder and image_root, "
+        "links included; false tells of them",
+    )
+    on_bad_sample: Literal["error", "skip"] = Field(
+        "error",
+        description="a frame or mask that cannot be read while training: error stops and names it; "
+        "skip draws another clip, tells and counts. What is scored always stops",
+    )
+    max_bad_fraction: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="skip: the share of clips, of an epoch at least, beyond which training stops",
     )
     synthetic: SyntheticConfig = Field(
         default_factory=SyntheticConfig, description="video: the made-up objects"
@@ -375,8 +343,29 @@ def _read_source(
     known = {} if known is None else known
     key = str(path.resolve()), kind
     if key not in known:
-        known[key] = FORMATS[kind].read(path, config)
+        source = FORMATS[kind].read(path, config)
+        _check_root(source, path, config)
+        known[key] = source
     return known[key]
+
+
+def _check_root(source: VideoSource, path: Path, config: DatasetConfig) -> None:
+    """Refuse files outside the data's folder, or tell of them, as `restrict_to_root` says.
+
+    The folder is that of the path, or of the file; of a list of videos, the one with the frames and
+    masks. dataset.image_root is another.
+    """
+    above = find_masks(path) if path.suffix == ".txt" else None
+    root = above[0].parent if above else path if path.is_dir() else path.parent
+    roots = [root, *([Path(config.image_root)] if config.image_root else [])]
+    found = files_outside(source.videos, roots, every=config.restrict_to_root)
+    where = " and ".join(map(str, roots))
+    if found and config.restrict_to_root:
+        lies = [f"{file}: lies outside of {where}, at {file.resolve()}" for file in found]
+        raise DataError(source, [f"{one}; dataset.restrict_to_root refuses it" for one in lies])
+    if found:
+        told = f"{listed([str(file) for file in found])}: outside of {where}"
+        source.notes.append(f"{told}; dataset.restrict_to_root refuses such files")
 
 
 def data_paths(path: str | Sequence[DataPart] | None) -> list[str]:
@@ -417,7 +406,7 @@ class COCODataset(ClipDataset):
     ):
         points = (num_of_pos_points, include_center, num_of_neg_points)
         settings = clip_settings(image_size, video_clip_length, prompt_types, *points, **settings)
-        source = _json_videos(
+        source = read_layout(
             Path(coco_json_path),
             image_root,
             unlabelled_frames=unlabelled_frames,

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from sam2train import distributed
 from sam2train.checkpoint import Loaded, load_checkpoint
 from sam2train.config import to_yaml
 from sam2train.data_clips import ClipDataset
@@ -150,7 +151,11 @@ class Evaluation:
     ):
         self.experiment, self.split = experiment, split
         self.folder, self.console = RunFolder(run_dir), console
-        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        if (
+            distributed.is_main()
+            and run_dir.exists()
+            and (not run_dir.is_dir() or any(run_dir.iterdir()))
+        ):
             raise UserError(f"--run-dir {run_dir}: there is something already; name a new folder")
         path = getattr(experiment.dataset, f"{split}_path")
         if path is None:
@@ -193,7 +198,7 @@ class Evaluation:
         Args:
             save_masks: a new folder for its masks, as palette PNGs.
         """
-        masks = save_masks and MaskFolder(save_masks)
+        masks = save_masks and distributed.from_main(partial(MaskFolder, save_masks))
         drawer = OverlayDrawer(
             self.data,
             self.folder.overlays,
@@ -217,13 +222,15 @@ class Evaluation:
                         drawer.see_video(index, tracked)
                         advance(contender.label)
 
-                    return {"on_frame": see, "on_video": see_video}
+                    own = len(self.data.videos) if masks else drawer.most
+                    return {"on_frame": see, "on_video": see_video, "num_of_main": own}
 
                 rows = score_beside(self.contenders, self.data, self.experiment, self.split, watch)
-            self._write(rows)
-            self._summarise(rows, summary)
-            self.runlog.overlays(rows[0].step, drawer.overlays)
-            self._show(rows)
+            if distributed.is_main():
+                self._write(rows)
+                self._summarise(rows, summary)
+                self.runlog.overlays(rows[0].step, drawer.overlays)
+                self._show(rows)
         if masks:
             self._say(f"  {save_masks!s:<48} masks as palette PNGs")
         return rows
@@ -242,7 +249,8 @@ class Evaluation:
         warnings += self.loaded.notes if self.loaded else ()
         with self.runlog as runlog:
             # Not config.yaml: a folder with that file is a run, which can be resumed and compared.
-            write_text(self.folder.evaluation, to_yaml(self.experiment))
+            if distributed.is_main():
+                write_text(self.folder.evaluation, to_yaml(self.experiment))
             runlog.environment(self.contenders[0].model.device)
             for text in warnings:
                 runlog.say(f"warning: {text}")
@@ -275,6 +283,7 @@ class Evaluation:
     def progress(self, passes: int) -> Iterator[Callable[..., None]]:
         """A bar over the videos of all passes; the function it gives counts one video."""
         videos = len(self.data.videos[: self.experiment.evaluation.max_videos])
+        videos = -(-videos // distributed.num_processes())  # this process sees its own only
         with count_bar(self.console) as progress:
             task = progress.add_task("", total=passes * videos)
             yield lambda label: progress.update(task, advance=1, description=label)

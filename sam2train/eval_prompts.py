@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from sam2train import distributed
 from sam2train.clips import Prompt, boundary_distance
 from sam2train.data_clips import ClipDataset
 from sam2train.data_source import Video
@@ -167,6 +168,8 @@ def prompt_matrix(evaluation: Evaluation) -> list[dict[str, Any]]:
                         {**row, "clicks": cell.clicks, "noise": cell.noise}
                         for row in scores.objects
                     ]
+        if not distributed.is_main():
+            return rows
         write_rows(evaluation.folder.matrix, rows, MATRIX_COLUMNS)
         columns = (*SCORE_COLUMNS, "clicks", "noise")
         write_rows(evaluation.folder.matrix_objects, objects, columns)

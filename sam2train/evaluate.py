@@ -7,7 +7,7 @@ follows the objects of a video (`TrackedVideo`), `scores.score` makes a table of
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -120,6 +120,7 @@ def track_videos(
     seed: int,
     draw_prompts: DrawPrompts | None = None,
     on_frame: OnFrame | None = None,
+    only: Collection[int] | None = None,
 ) -> Iterator[TrackedVideo]:
     """The videos of a data set, tracked and measured, one after the other.
 
@@ -131,6 +132,7 @@ def track_videos(
         seed: draws the prompts; the same seed gives every model the same ones.
         draw_prompts: None takes `first_prompts` of the types in `config`.
         on_frame: sees each frame, for pictures.
+        only: places of the videos to track; None tracks all.
     """
     draw_prompts = draw_prompts or partial(first_prompts, prompt_types=config.prompt_types)
     videos = [
@@ -138,6 +140,8 @@ def track_videos(
         for video in dataset.videos[: config.max_videos]
     ]
     for index, video in enumerate(videos):
+        if only is not None and index not in only:
+            continue
         rng = np.random.default_rng(np.random.SeedSequence([seed, index], spawn_key=_PROMPT_STREAM))
         prompts = draw_prompts(dataset, video, rng)
         labelled = set(video.labelled)

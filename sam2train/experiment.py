@@ -19,7 +19,7 @@ from sam2train.evaluate import EvaluationConfig
 from sam2train.features import FeaturesConfig
 from sam2train.files import file_hash, resolve_path
 from sam2train.losses import LossConfig
-from sam2train.machine import choose_device
+from sam2train.machine import check_available, choose_device
 from sam2train.model import ModelConfig, SAM2Model
 from sam2train.optimizer import OptimizerConfig
 from sam2train.pretrained import selects
@@ -255,11 +255,15 @@ def build_model(experiment: Experiment, say: Callable[[str], None] = print) -> S
     """
     config = experiment.model
     torch.manual_seed(experiment.weights_seed)
+    device = choose_device(experiment.trainer.device)
+    if device.type == "cuda" and device.index is not None:
+        check_available(device)
+        torch.cuda.set_device(device)  # what torch measures and draws from by default
     model = SAM2Model(
         config.checkpoint_path,
         config.config_path,
         config.trainable_modules,
-        choose_device(experiment.trainer.device),
+        device,
         config.image_size,
         config.num_maskmem,
         max_obj_ptrs_in_encoder=config.max_obj_ptrs_in_encoder,

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ _LOWERS = (
     "trainer.bf16",
 )
 _LOWERS_HOST = ("dataset.num_workers", "dataset.mask_cache_mb", "trainer.grad_accumulation")
+_LOWERS_WORKERS = ("dataset.num_workers", "dataset.mask_cache_mb", "dataset.batch_size")
 _NO_MEMORY = (
     "out of memory",
     "can't allocate memory",
@@ -30,6 +31,7 @@ _NO_MEMORY = (
     "failed to allocate",
     "cudaerrormemoryallocation",
     "alloc_failed",
+    "can't start new thread",  # its stack takes 8 MB; `ulimit -u` may be the reason, too
 )
 
 
@@ -42,11 +44,42 @@ def explain(error: BaseException, settings: Callable[[], Mapping[str, Any]] = di
     """
     if isinstance(error, MachineFault | FloatingPointError):
         return str(error)
+    if text := worker_ended(error, settings):
+        return text
     if place := _no_memory(error):
         return _explain_memory(error, place, settings)
     if isinstance(error, OSError):
         return _explain_files(error)
     return None
+
+
+def worker_ended(
+    error: BaseException | None, settings: Callable[[], Mapping[str, Any]] = dict
+) -> str | None:
+    """The message where a process that loads data ended; None for any other error.
+
+    torch raises it in the middle of whatever the run does then, such as an import, which may make
+    another error of it.
+    """
+    while error is not None and "DataLoader worker" not in str(error):
+        error = error.__cause__ or error.__context__
+    if error is None:
+        return None
+    first = str(error).splitlines()[0].rstrip(". ")
+    return (
+        f"a process that loads data ended ({first}). Out of memory is the usual cause: "
+        f"{_now(_LOWERS_WORKERS, settings)} take less\n{_GO_ON}"
+    )
+
+
+def _now(names: Sequence[str], settings: Callable[[], Mapping[str, Any]]) -> str:
+    """Settings, as far as known with their values."""
+    try:
+        known = settings()
+    except Exception:  # the fault is what must be told
+        known = {}
+    now = ", ".join(f"{name}={known[name]}" for name in names if name in known)
+    return f"lower values of {', '.join(names)}" + (f" (now {now})" if now else "")
 
 
 def _no_memory(error: BaseException) -> str | None:
@@ -76,6 +109,7 @@ def _explain_memory(
     return (
         f"out of memory on {place}: {first}\n"
         f"these settings lower it, the first ones most; now they are: {now or ', '.join(names)}\n"
+        "the same command with --probe measures which fit\n"
         f"{_GO_ON}"
     )
 
@@ -84,7 +118,10 @@ def _explain_files(error: OSError) -> str:
     where = f"{os.fspath(error.filename)}: " if isinstance(error.filename, str) else ""
     reason = error.strerror or str(error) or type(error).__name__
     ways_out = {
-        errno.ENOSPC: f"the disk is full{_free(error.filename)}; make room",
+        errno.ENOSPC: f"the disk is full{_free(error.filename)}; make room"
+        if where
+        else "a disk or /dev/shm is full, where processes that load data keep locks and batches: "
+        "make room there (docker run --shm-size), or set dataset.num_workers=0",
         errno.EDQUOT: "your quota of this disk is used up; free some",
         errno.EROFS: "this disk can only be read; name another folder with --run-dir",
         errno.EACCES: "you may not do that there; change the permissions or name another folder",

@@ -200,6 +200,36 @@ class FeatureCache:
                     path.unlink(missing_ok=True)
 
 
+class FeatureCaches:
+    """The caches that one model uses: one for each precision, and for each state of its weights."""
+
+    def __init__(
+        self, config: FeaturesConfig, device: torch.device, say: Callable[[str], None] = print
+    ):
+        self.config, self.device, self.say = config, device, say
+        self._caches: dict[tuple[str, int, int], FeatureCache] = {}
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Images that were found, and all that were asked for, so far."""
+        hits = sum(cache.num_hits for cache in self._caches.values())
+        return hits, hits + sum(cache.num_misses for cache in self._caches.values())
+
+    def of_encoder(self, modules: Sequence[nn.Module], config_file: Path) -> FeatureCache:
+        """The cache for the modules as they are now, in the precision that autocast asks for."""
+        precision, kind = "float32", self.device.type
+        if torch.is_autocast_enabled(kind):
+            precision = str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
+        # Torch counts the changes of each parameter: other weights are another encoder.
+        changes = sum(p._version for module in modules for p in module.parameters())
+        key = precision, len(modules), changes
+        if key not in self._caches:
+            built = config_file.read_bytes() + precision.encode()
+            name = identify(modules, built, self.device)
+            self._caches[key] = FeatureCache(self.config, name, self.device, self.say)
+        return self._caches[key]
+
+
 def _checksum(maps: Maps) -> str:
     """Over the bytes of all maps; it detects damage, not intent."""
     value = 0

@@ -23,10 +23,40 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def resolve_path(path: str | Path) -> Path:
-    """A relative path from the current folder, else from the repository, else as it is."""
+    """A relative path from the current folder, else from the repository, else as it is.
+
+    Raises:
+        UserError: a name that no file can have.
+    """
+    if fault := name_fault(path):
+        raise UserError(f"{shorten(str(path))}: {fault}; expected the path of a file or folder")
     path = Path(path).expanduser()
     in_repository = REPOSITORY / path
     return in_repository if not path.exists() and in_repository.exists() else path
+
+
+def name_fault(path: str | Path) -> str | None:
+    """Why no file can have a name like this; None for any other."""
+    try:
+        os.fspath(path).encode()
+        os.lstat(Path(path).expanduser())
+    except UnicodeEncodeError:
+        return "has half a character (a lone surrogate)"
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return None
+    except OSError as problem:  # too long, or links in a circle
+        return problem.strerror
+    except (ValueError, RuntimeError) as problem:  # NUL, or ~somebody who is not here
+        return str(problem)
+    return None
+
+
+def shorten(text: str) -> str:
+    """The text, cut to what a message can show."""
+    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."
+
+
+_MAX_SHOWN = 80  # characters of a key or a value in a message
 
 
 @contextlib.contextmanager
@@ -194,6 +224,14 @@ def _parse_json(raw: bytes) -> Any:
 
 
 _LARGE_JSON = 1 << 20
+
+
+def check_regular(path: Path) -> None:
+    """UserError for a folder, a pipe or a device where a file is to be read: opening a pipe would
+    wait for whoever writes into it. One that is not there passes; reading it says so."""
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "a pipe or a device"
+        raise UserError(f"{path}: cannot be read, it is {what}; expected a file")
 
 
 def natural_key(name: str) -> tuple[str | int, ...]:

@@ -16,7 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
-from sam2train.errors import UserError
+from sam2train import distributed
+from sam2train.errors import MachineFault, UserError
 from sam2train.files import printable
 
 if TYPE_CHECKING:
@@ -25,17 +26,26 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.text import Text
 
-T = TypeVar("T")
+Item = TypeVar("Item")
 _PACKAGES = ("torch", "torchvision", "sam2", "numpy", "opencv-python", "pycocotools", "wandb")
 
 
 def choose_device(name: str) -> torch.device:
-    """The device an experiment names; `auto` is CUDA where there is one, else the CPU."""
+    """The device an experiment names; `auto` is CUDA where there is one, else the CPU. Under
+    `torchrun` each process of a node has the GPU of its number."""
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return read_device(name)
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = read_device(name)
+    if device.type != "cuda" or distributed.local_rank() is None:
+        return device
+    if device.index is not None and distributed.num_local() > 1:
+        raise UserError(
+            f"trainer.device: {name} is one GPU, and torchrun started {distributed.num_local()} "
+            "processes here; with `cuda` or `auto` each has its own"
+        )
+    return torch.device("cuda", distributed.local_rank() if device.index is None else device.index)
 
 
 def read_device(name: str | torch.device) -> torch.device:
@@ -96,6 +106,7 @@ def describe_environment(device: torch.device) -> dict:
         "packages": versions,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
+        "processes": distributed.num_processes(),
         "code": code,
     }
 
@@ -122,6 +133,7 @@ class StopRequests:
         self.received: int | None = None
         self._when = 0.0
         self._waiting = False
+        self._own = False  # whether this process got a signal
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequests:
@@ -132,16 +144,23 @@ class StopRequests:
         _restore(self._before)
 
     def _keep(self, number: int, frame: FrameType | None) -> None:
-        if self.received is None:
-            self.received, self._when = number, time.monotonic()
-            name = signal.Signals(number).name
-            with contextlib.suppress(OSError):
-                os.write(2, f"{name}: saving first; a second signal ends at once\n".encode())
+        if not self._own:
+            self._own, self._when = True, time.monotonic()
+            self.heed(number)
+            if distributed.is_main():
+                name = signal.Signals(number).name
+                with contextlib.suppress(OSError):
+                    os.write(2, f"{name}: saving first; a second signal ends at once\n".encode())
         elif time.monotonic() - self._when > _ONE_REQUEST:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         if self._waiting:
             raise self.interrupted()
+
+    def heed(self, number: int) -> None:
+        """Take over a signal that another process of the job got, unless there is one already."""
+        if self.received is None:
+            self.received = number
 
     @contextlib.contextmanager
     def while_waiting(self) -> Iterator[None]:
@@ -160,15 +179,21 @@ class StopRequests:
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Let the signals that ask for an end raise Interrupted, and Ctrl-C KeyboardInterrupt."""
+def interruptible() -> Iterator[list[int]]:
+    """Let the signals that ask for an end raise Interrupted, and Ctrl-C KeyboardInterrupt.
+
+    Yields the signals that came: they are raised in the middle of anything, and a library may make
+    another error of them.
+    """
+    came: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
+        came.append(number)
         raise KeyboardInterrupt if number == signal.SIGINT else Interrupted(128 + number)
 
     before = _handle(stop)
     try:
-        yield
+        yield came
     finally:
         _restore(before)
 
@@ -188,6 +213,29 @@ def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, objec
 def _restore(before: Mapping[int, object]) -> None:
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float, text: Callable[[], str]) -> Iterator[None]:
+    """Raise MachineFault with the text where the block takes longer, such as on a network disk that
+    does not answer. Inside another such block, that one's limit holds; outside the main thread and
+    on Windows there is none."""
+    here = hasattr(signal, "setitimer")
+    here = here and threading.current_thread() is threading.main_thread()
+    if not here or signal.getitimer(signal.ITIMER_REAL)[0]:
+        yield
+        return
+
+    def give_up(number: int, frame: FrameType | None) -> None:
+        raise MachineFault(text())
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def leave_group(worker: int) -> None:
@@ -250,7 +298,7 @@ def watching(console: Console | None, what: str) -> Iterator[None]:
             bar.remove_task(task)
 
 
-def watched(items: Iterable[T], what: str, number: int) -> Iterator[T]:
+def watched(items: Iterable[Item], what: str, number: int) -> Iterator[Item]:
     """The items, counted on the bar of the block of `watching` that this is in, if there is one.
 
     A reader of data does not know who waits for it, and how its items are counted is no part of its

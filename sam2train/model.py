@@ -22,7 +22,7 @@ from sam2train.clips import (
 from sam2train.config import Section
 from sam2train.corrections import SimulatedUser
 from sam2train.errors import UserError
-from sam2train.features import FeatureCache, FeaturesConfig, identify
+from sam2train.features import FeatureCaches, FeaturesConfig
 from sam2train.machine import check_available, read_device
 from sam2train.memory import FrameOutput, ImageFeatures, MemoryGradient, track_clip
 from sam2train.model_inputs import (
@@ -153,9 +153,7 @@ class SAM2Model(nn.Module):
         self.sam2: nn.Module | None = None
         # Temporal rows that hold what no training has reached -> where their values come from.
         self.untrained_rows: dict[int, str] = {}
-        self._features: tuple[FeaturesConfig, Callable[[str], None]] | None = None
-        # by precision, number of modules and of changes to their weights
-        self._caches: dict[tuple[str, int, int], FeatureCache] = {}
+        self._features: FeatureCaches | None = None
         self._known_positions: dict[torch.dtype, torch.Tensor] = {}
 
     @property
@@ -330,10 +328,11 @@ class SAM2Model(nn.Module):
             images: on any device.
             keys: of `transforms.image_keys`, for the feature cache; None encodes all images anew.
         """
-        cache = self._feature_cache() if keys is not None and self.caches_features else None
-        if cache is None:
+        if keys is None or not self.caches_features:
             maps, positions = self._encode(images.to(self.device))
         else:
+            modules = [self.image_encoder, *self._projections(trained=False)]
+            cache = self._features.of_encoder(modules, resolve_config(self.config_path))
             maps = cache.maps(keys, lambda i: self._encode(images[i : i + 1].to(self.device))[0])
             positions = self._positions(maps[-1])
         # The decoder's own part where it is trained: an entry of the cache outlives its weights.
@@ -350,8 +349,7 @@ class SAM2Model(nn.Module):
 
     def use_feature_cache(self, config: FeaturesConfig, say: Callable[[str], None] = print) -> None:
         """Keep what the frozen image encoder makes of images that come with their keys."""
-        self._features = (config, say) if config.cache else None
-        self._caches = {}
+        self._features = FeatureCaches(config, self.device, say) if config.cache else None
 
     @property
     def caches_features(self) -> bool:
@@ -361,25 +359,7 @@ class SAM2Model(nn.Module):
     @property
     def feature_counts(self) -> tuple[int, int]:
         """Images that the feature cache had, and all that were asked for, so far."""
-        hits = sum(cache.num_hits for cache in self._caches.values())
-        return hits, hits + sum(cache.num_misses for cache in self._caches.values())
-
-    def _feature_cache(self) -> FeatureCache:
-        """The cache for the precision that autocast asks for."""
-        config, say = self._features
-        kind = self.device.type
-        precision = "float32"
-        if torch.is_autocast_enabled(kind):
-            precision = str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
-        modules = [self.image_encoder, *self._projections(trained=False)]
-        # Torch counts the changes of each parameter: other weights are another encoder.
-        changes = sum(p._version for module in modules for p in module.parameters())
-        if (precision, len(modules), changes) not in self._caches:
-            built = resolve_config(self.config_path).read_bytes() + precision.encode()
-            name = identify(modules, built, self.device)
-            cache = FeatureCache(config, name, self.device, say)
-            self._caches[precision, len(modules), changes] = cache
-        return self._caches[precision, len(modules), changes]
+        return (0, 0) if self._features is None else self._features.counts
 
     def _encode(self, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Maps (images, C_l, H_l, W_l), finest first, and the position encoding of the last level,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -13,10 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sam2train.config import flatten
-from sam2train.config_yaml import load_yaml
+from sam2train.config_yaml import load_yaml, quote
 from sam2train.errors import UserError
-from sam2train.files import read_json
 from sam2train.metrics import TRAINED
+from sam2train.run_files import (
+    TEXTS,
+    Say,
+    read_environment,
+    read_metrics,
+    read_summary,
+    read_table,
+)
 from sam2train.run_folder import EVALUATIONS, RunFolder
 from sam2train.runlog_wandb import STEP_AXIS
 from sam2train.stats import (
@@ -100,42 +108,26 @@ def load_runs(folder: Path) -> pd.DataFrame:
     return runs.reindex(columns=list(dict.fromkeys([*runs.columns, *_RUN_COLUMNS])))
 
 
-def load_metrics(run: Path) -> pd.DataFrame:
+def load_metrics(run: Path, say: Say = print, say_value: Say | None = None) -> pd.DataFrame:
     """What a run wrote, a row each step (the index) and a column each name.
 
     A resumed run appends to its file: where the step goes back, what the earlier segment wrote from
-    there on is left out, and so is a last line that was cut off.
+    there on is left out, and so is a last line that was cut off. Other lines
+    and values that are not as a run writes them are told, see `read_metrics`.
 
     Raises:
-        UserError: no such file, or a line in it that is not JSON.
+        UserError: no such file, or one that cannot be read.
     """
     path = RunFolder(Path(run)).metrics
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a run folder")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise UserError(
-                    f"{path}, line {number}: {error}; expected one JSON object a line; mend or "
-                    "delete the line"
-                ) from error
-            continue
-        if not isinstance(rows[-1], dict) or not isinstance(rows[-1].get("step"), int):
-            raise UserError(
-                f"{path}, line {number}: no object with a whole number as `step`; mend or delete "
-                "the line"
-            )
-    return _by_step(rows)
+    return _by_step(read_metrics(path, say, say_value))
 
 
-def load_scores(run: Path, model: str = TRAINED) -> pd.DataFrame:
+def load_scores(run: Path, model: str = TRAINED, say: Say = print) -> pd.DataFrame:
     """`scores.csv` of a run, of what it trained or of one of its baselines: step, split, video_id,
     object_id, J, F, J_and_F, num_frames and more; a row for each object at each scoring. Ids are
-    text.
+    text. `say` gets a line on rows that are not whole, which are left out.
 
     Raises:
         UserError: no such file, or columns missing.
@@ -143,7 +135,7 @@ def load_scores(run: Path, model: str = TRAINED) -> pd.DataFrame:
     path = RunFolder(Path(run)).scores
     if not path.is_file():
         raise UserError(f"{path}: no such file; a run with validation videos writes it")
-    scores = read_csv(path, _SCORES)
+    scores = read_csv(path, _SCORES, say)
     return scores[scores["model"] == model]
 
 
@@ -327,15 +319,16 @@ def _read_run(path: Path) -> dict[str, Any]:
         "status": "unreadable",
         "problem": None,
     }
+    said: list[str] = []
     try:
         config = flatten(load_yaml(folder.config))
-        expected = "expected the JSON that the run wrote"
-        summary = read_json(folder.summary, expected, optional=True)
-        code = read_json(folder.environment, expected, optional=True)
-        has_metrics = folder.metrics.is_file()
-        metrics = load_metrics(path) if has_metrics else _by_step([])
+        _check_numbers(config, folder.config)
+        summary = read_summary(folder.summary, folder.metrics, said.append)
+        commit, device = read_environment(folder.environment, said.append)
+        metrics = _by_step(read_metrics(folder.metrics, said.append))
     except UserError as error:
         return {**row, "problem": str(error)}
+    row["problem"] = "; ".join(dict.fromkeys(said)) or None
     row |= _run_numbers(config, summary, metrics)
     places = (folder.config, folder.metrics, folder.summary, folder.scores)
     places += (folder.checkpoints, folder.overlays)
@@ -347,9 +340,17 @@ def _read_run(path: Path) -> dict[str, Any]:
         if time.time() - written > max(QUIET, 3 * longest):
             row["status"] = "crashed"
     row["written"] = datetime.fromtimestamp(written, UTC)
-    row["commit"] = code.get("code", {}).get("commit")
-    row["device"] = code.get("device")
+    row["commit"], row["device"] = commit, device
     return row | _settings(config)
+
+
+def _check_numbers(config: Mapping[str, Any], path: Path) -> None:
+    """UserError for settings that tables count with and that are no whole numbers."""
+    for name in ("trainer.seed", "trainer.num_steps", "evaluation.seed"):
+        value = config.get(name)
+        missing = value is None and name != "evaluation.seed"
+        if missing or (value is not None and (type(value) is not int or abs(value) >= 2**63)):
+            raise UserError(f"{path}: {name} is {quote(value)}; expected a whole number")
 
 
 def _read_wandb_run(run: Any) -> dict[str, Any]:
@@ -441,29 +442,27 @@ def _by_step(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return frame.rename_axis("step")
 
 
-def read_csv(path: Path, names: Sequence[str]) -> pd.DataFrame:
-    """The table in a CSV file; ids are text.
+def read_csv(path: Path, names: Sequence[str], say: Say = print) -> pd.DataFrame:
+    """The table in a CSV file that runs or `--collect` wrote; ids are text.
 
     Raises:
         UserError: a file that is no table, or one without all of these columns.
     """
     import pandas as pd
 
-    try:
-        # Ids are text, "NA" and "null", too; an empty cell is none.
-        missing = {name: ["", "nan"] for name in pd.read_csv(path, nrows=0).columns}
-        frame = pd.read_csv(
-            path,
-            dtype=dict.fromkeys(_ID_COLUMNS, str),
-            keep_default_na=False,
-            na_values=missing | {name: [""] for name in _ID_COLUMNS},
-        )
-    except (ValueError, pd.errors.ParserError) as error:  # an empty file is a ValueError
-        raise UserError(f"{path}: {error}; expected columns {', '.join(names)}") from error
-    if missing := [name for name in names if name not in frame]:
+    columns, rows = read_table(path, names, say)
+    if missing := [name for name in names if name not in columns]:
         raise UserError(
             f"{path}: without the column {', '.join(missing)}; expected {', '.join(names)}"
         )
+    frame = pd.DataFrame(rows, columns=columns)
+    for name in columns:
+        cells = frame[name]
+        if name in _ID_COLUMNS:
+            frame[name] = cells.where(cells != "")
+        elif name not in TEXTS:  # a setting may be a word
+            with contextlib.suppress(ValueError):
+                frame[name] = pd.to_numeric(cells.where(cells != ""))
     return frame
 
 

@@ -17,11 +17,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from sam2train import distributed
 from sam2train.errors import UserError
-from sam2train.files import naming, printable, read_json, write_text
+from sam2train.files import naming, printable, write_text
 from sam2train.machine import describe_environment, say
+from sam2train.run_files import parse_row, read_lines, read_summary
 from sam2train.run_folder import RunFolder
 from sam2train.runlog_wandb import (
+    FLUSH_INTERVAL,
     STEP_AXIS,
     TrackingConfig,
     WandbRun,
@@ -35,8 +38,12 @@ if TYPE_CHECKING:
     from sam2train.video_pictures import Overlay
 
 
+_UNSURE = 30 * FLUSH_INTERVAL  # seconds of rows before a kill that W&B may not have on disk
+
+
 class RunLog:
-    """Context manager around one run. Steps count what is done: the last is `num_steps`.
+    """Context manager around one run. Of several processes the main one alone writes, and gives W&B
+    what it logs. Steps count what is done: the last is `num_steps`.
 
     A resumed run gives `resume`, the `state_dict` of its last checkpoint: what was written to
     `metrics.jsonl` after it is dropped, as it comes again, and the steps since the last line count.
@@ -84,6 +91,10 @@ class RunLog:
         return {"sums": sums, "counts": dict(self._counts), "lines": self._lines}
 
     def __enter__(self) -> "RunLog":
+        if not distributed.is_main():
+            self._seconds_before, self._lines = 0.0, 0
+            self._entered = self._mark = time.perf_counter()
+            return self
         try:
             self.folder.path.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
@@ -92,7 +103,10 @@ class RunLog:
                 "another with --run-dir"
             ) from None
         self._seconds_before = self._trim_metrics()
+        summary = read_summary(self.folder.summary, self.folder.metrics, lambda line: None)
         self.wandb.start()
+        if summary.get("status") == "running":  # killed: the process before did not end W&B's part
+            self._send_again()
         self._entered = self._mark = time.perf_counter()
         return self
 
@@ -102,7 +116,9 @@ class RunLog:
         self._mark = time.perf_counter()  # the time since the last step was no training
         try:
             if self._window_steps:  # stopped between two lines
-                self._write_window(self._last_step)
+                # The run may go on, and then this line comes again, with all its steps: it replaces
+                # the one in the file, and W&B can take none back.
+                self._write_window(self._last_step, to_wandb=False)
         except Exception as failure:  # for one, the tensors of a CUDA context that is gone
             if error is None:
                 raise
@@ -156,7 +172,8 @@ class RunLog:
     def environment(self, device: "torch.device") -> None:
         """Write what the run computes with: code, versions, machine."""
         text = json.dumps(describe_environment(device), indent=2)
-        write_text(self.folder.environment, text + "\n")
+        if distributed.is_main():
+            write_text(self.folder.environment, text + "\n")
 
     def parameters(self, report: Mapping[str, tuple[int, int]]) -> None:
         """Show and summarise module -> (trainable, total) parameters.
@@ -218,46 +235,24 @@ class RunLog:
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Merge into `summary.json` (replaced as a whole, never half written) and W&B's summary."""
+        if not distributed.is_main():
+            return
         path = self.folder.summary
-        try:
-            known = read_json(path, "expected what this run wrote", optional=True)
-        except UserError as problem:
-            known = self._summary_of_rows()
-            self.say(f"{problem}. It is made anew from {self.folder.metrics}")
+        known = read_summary(path, self.folder.metrics, self.say)
         text = json.dumps({**known, **plain_values(values, finite=True)}, indent=2, allow_nan=False)
         write_text(path, text + "\n")
         self.wandb.report("summary", lambda run: run.summary.update(plain_values(values)))
-
-    def _summary_of_rows(self) -> dict[str, Any]:
-        """What the rows of `metrics.jsonl` tell of a summary: the scores and how far the run is."""
-        rows = [row for row in map(_read_row, self._read_lines()) if row]
-        scored = [row for row in rows if row.get("val/J_and_F") is not None]
-        known: dict[str, Any] = {"status": "running"}
-        if rows:
-            known |= {"steps": rows[-1]["step"]}
-            known["seconds"] = max(row.get("seconds") or 0.0 for row in rows)
-        if scored:
-            last = scored[-1]
-            known |= {name: last[name] for name in last if name.startswith(("val/", "horizon/"))}
-            known["baseline/J_and_F"] = scored[0]["val/J_and_F"]
-            known["best/J_and_F"] = max(row["val/J_and_F"] for row in scored)
-        return known
-
-    def _read_lines(self) -> list[str]:
-        if not self.folder.metrics.exists():
-            return []
-        return self.folder.metrics.read_text(encoding="utf-8", errors="replace").splitlines()
 
     def _trim_metrics(self) -> float:
         """Drop the lines that a resumed run writes again, and what a killed process half wrote.
 
         Returns the `seconds` of the last line kept, 0 where there is none.
         """
-        lines = self._read_lines()
+        lines = read_lines(self.folder.metrics)
         kept, seconds = [], 0.0
         by_step = self._lines is None and self._first_step > 0
         for number, line in enumerate(lines[: self._lines], 1):
-            row = _read_row(line)
+            row = parse_row(line)
             if row is None:
                 self.say(f"{self.folder.metrics}: line {number} is not a row of a run; left out")
             elif not by_step or row["step"] <= self._first_step:
@@ -271,14 +266,31 @@ class RunLog:
         self._lines = len(kept)
         return seconds
 
-    def _write(self, step: int, scalars: Mapping[str, Any]) -> None:
+    def _write(self, step: int, scalars: Mapping[str, Any], *, to_wandb: bool = True) -> None:
         row = json.dumps({"step": step, **plain_values(scalars, finite=True)}, allow_nan=False)
+        if not distributed.is_main():
+            return
         with naming(self.folder.metrics), self.folder.metrics.open("a") as file:
             file.write(row + "\n")
         self._lines += 1
+        if to_wandb:
+            self._send(step, scalars)
+
+    def _send_again(self) -> None:
+        """Send W&B the rows that it may not have written when the process before was killed.
+
+        Rows that it has come twice, and are equal: whatever reads them has one by step and name.
+        """
+        rows = [row for line in read_lines(self.folder.metrics) if (row := parse_row(line))]
+        old = self._seconds_before - _UNSURE
+        known = [k for k, row in enumerate(rows, 1) if row.get("seconds", old) < old]
+        for row in rows[max(known, default=0) :]:
+            self._send(row["step"], {n: v for n, v in row.items() if n != "step" and v is not None})
+
+    def _send(self, step: int, scalars: Mapping[str, Any]) -> None:
         self.wandb.report("log", lambda run: run.log({STEP_AXIS: step, **plain_values(scalars)}))
 
-    def _write_window(self, step: int) -> str:
+    def _write_window(self, step: int, *, to_wandb: bool = True) -> str:
         """Write the means since the last line. Returns the text of the progress line."""
         row = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
         self._count_seconds()  # float() waited for the device, and that wait belongs to these steps
@@ -287,7 +299,7 @@ class RunLog:
             row["clips_per_second"] = self._clips / max(spent, 1e-9)
         row |= {"seconds": self.seconds, **_memory()}
         self._clear_window()
-        self._write(step, row)
+        self._write(step, row, to_wandb=to_wandb)
         left = (self._num_steps - step) * self._training_seconds / self._steps
         row["left"] = timedelta(seconds=round(left))
         formats = {"loss": "loss {:.4g}", "lr": "lr {:.1e}", "clips_per_second": "{:.1f} clips/s"}
@@ -311,18 +323,6 @@ class RunLog:
         self._progress = Progress(bar, text, console=self.console, expand=True)
         self._task = self._progress.add_task("", total=self._num_steps, status="")
         self._progress.start()
-
-
-def _read_row(line: str) -> dict[str, Any] | None:
-    """The row in a line of `metrics.jsonl`; None for what a run does not write."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    whole = isinstance(row, dict) and type(row.get("step")) is int
-    values = row.values() if whole else ()
-    whole = whole and all(value is None or isinstance(value, int | float) for value in values)
-    return row if whole else None
 
 
 def parameter_table(report: Mapping[str, tuple[int, int]]) -> Table:

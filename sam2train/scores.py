@@ -8,17 +8,15 @@ an object is absent, and how well the object score tells presence from absence: 
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
+from sam2train import distributed
 from sam2train.data_clips import ClipDataset
 from sam2train.evaluate import (
     DrawPrompts,
@@ -29,9 +27,8 @@ from sam2train.evaluate import (
     TrackedVideo,
     track_videos,
 )
-from sam2train.files import write_rows
-from sam2train.machine import cell
-from sam2train.metrics import BASE, COPY, mean_scores
+from sam2train.machine import Interrupted, cell
+from sam2train.metrics import BASE, COPY, VideoScores, mean_scores
 from sam2train.stats import Interval, paired_bootstrap
 
 LABELS = {BASE: "untouched base checkpoint", COPY: "copy the first mask"}
@@ -105,28 +102,46 @@ def score(
     draw_prompts: DrawPrompts | None = None,
     on_frame: OnFrame | None = None,
     on_video: OnVideo | None = None,
+    num_of_main: int = 0,
 ) -> Scores:
-    """Score every object of a data set.
+    """Score every object of a data set. Several processes divide the videos, and each has all
+    scores at the end.
 
     Args:
         track, seed, draw_prompts, on_frame, on_video: see `track_videos`; `on_video` sees each
             video as it is done.
         split, model, step: written in every row.
         label: in tables; None takes that of the baseline.
+        num_of_main: the first so many videos are left to the main process, which draws them.
 
     Raises:
         UserError: no object has a frame to score.
+        Interrupted: a signal, to this process or to another one.
     """
-    objects, frames, scored = [], [], []
+    lengths = [len(video.frames) for video in dataset.videos[: config.max_videos]]
+    only = distributed.own_part(lengths, num_of_main)
     videos = track_videos(
-        track, dataset, config, seed=seed, draw_prompts=draw_prompts, on_frame=on_frame
+        track, dataset, config, seed=seed, draw_prompts=draw_prompts, on_frame=on_frame, only=only
     )
-    for index, tracked in enumerate(videos):
-        objects += object_rows(tracked, config)
-        frames += frame_rows(tracked)
-        scored.append(tracked.scores)
-        if on_video is not None:
-            on_video(index, tracked)
+    found: dict[int, tuple[list, list, VideoScores]] = {}  # by the place of the video
+    stopped = None
+    try:
+        for index, tracked in zip(only, videos, strict=True):
+            found[index] = object_rows(tracked, config), frame_rows(tracked), tracked.scores
+            if on_video is not None:
+                on_video(index, tracked)
+    except Interrupted as error:  # the others wait for what this process has
+        stopped = error.code
+    for of_process, code in distributed.gather((found, stopped)):
+        found |= of_process
+        stopped = stopped or code
+    if stopped:
+        raise Interrupted(stopped)
+    objects, frames, scored = [], [], []
+    for _, (of_objects, of_frames, of_video) in sorted(found.items()):
+        objects += of_objects
+        frames += of_frames
+        scored.append(of_video)
     means = mean_scores(scored)
     names = {"step": step, "split": split, "model": model}
     return Scores(
@@ -208,94 +223,6 @@ def scores_table(title: str, rows: Sequence[Scores]) -> Table:
                 "those with an object score of 0 or less"
             )
     return table
-
-
-def read_scores(
-    rows: Iterable[Mapping[str, Any]],
-    split: str,
-    model: str,
-    step: int,
-    label: str,
-    horizon: Iterable[Mapping[str, Any]] = (),
-) -> Scores:
-    """Scores again from the rows of `scores.csv`, of which means are made, and of `horizon.csv`;
-    without frames."""
-
-    def of_this(row: Mapping[str, Any]) -> bool:
-        return (row["split"], row["model"], int(row["step"])) == (split, model, step)
-
-    chosen = [row for row in rows if of_this(row)]
-    curves = [
-        {
-            **row,
-            "at": None if row["at"] in (None, "") else int(row["at"]),
-            "value": float(row["value"]),
-            "count": int(row["count"]),
-        }
-        for row in horizon
-        if of_this(row)
-    ]
-    means = {
-        name: float(np.mean([float(row[name]) for row in chosen]))
-        for name in ("J", "F", "J_and_F", "J_recall", "J_decay", "F_recall", "F_decay", "mIoU")
-    }
-    ids = [{name: str(row[name]) for name in ("video_id", "object_id")} for row in chosen]
-    objects = [{**row, **names} for row, names in zip(chosen, ids, strict=True)]
-    return Scores(label, model, step, means, objects, [], curves)
-
-
-class RowsFile:
-    """A CSV that grows with a run and is whole at any time.
-
-    Args:
-        last_step: of a resumed run, the last that was scored; rows of later steps are dropped, they
-            come again. None starts anew.
-        say: gets a line on rows that are not whole; they are left out.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        columns: Sequence[str],
-        last_step: int | None = None,
-        *,
-        say: Callable[[str], None] = print,
-    ):
-        self.path, self.columns = path, tuple(columns)
-        self.rows: list[Mapping[str, Any]] = []
-        if last_step is None or not path.is_file():
-            return
-        text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "\ufffd")
-        try:
-            found = list(csv.DictReader(io.StringIO(text, newline="")))
-        except csv.Error:  # a field of more than 131,072 characters
-            found = [{}]
-        whole = [row for row in found if _is_whole(row)]
-        self.rows = [row for row in whole if int(row["step"]) <= last_step]
-        if broken := len(found) - len(whole):
-            say(
-                f"{path}: {broken} of {len(found)} rows are not as this run wrote them, with "
-                f"{', '.join(columns)}; left out"
-            )
-
-    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append rows and write the file."""
-        self.rows += rows
-        write_rows(self.path, self.rows, self.columns)
-
-
-_TEXTS = {"split", "model", "metric", "video_id", "object_id", "frame_policy", "void", "prompt"}
-
-
-def _is_whole(row: Mapping[str | None, Any]) -> bool:
-    """Whether a row that was read has a cell for each heading, and numbers where they belong."""
-    if None in row or None in row.values() or not (row.get("step") or "").isdecimal():
-        return False
-    try:
-        [float(cell) for name, cell in row.items() if name not in _TEXTS and cell != ""]
-    except ValueError:
-        return False
-    return True
 
 
 def frame_rows(tracked: TrackedVideo) -> list[dict[str, Any]]:

@@ -1,9 +1,8 @@
 """One trial of a local sweep: its values, its process, and how far its run has come on disk; what
-an earlier sitting decided about all trials; and the claim on the folder of a sweep."""
+an earlier sitting decided about all trials"""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
@@ -11,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,9 @@ from sam2train.errors import UserError
 from sam2train.files import read_json, write_text
 from sam2train.machine import STOP_SIGNALS, num_cores, say
 from sam2train.results import load_metrics
+from sam2train.run_files import read_summary
 from sam2train.run_folder import RunFolder
+from sam2train.sweep_claims import Claim
 
 LOG = "log.txt"  # all that a trial printed
 VALUES = "sweep_parameters.yaml"  # what an agent's trial finds through WANDB_SWEEP_PARAM_PATH
@@ -51,8 +52,11 @@ class Trial:
     baseline: float | None = None  # J&F before training
     history: list[float] = field(default_factory=list)  # of the sweep's metric, finite numbers
     diverged: bool = False  # whether the last value of the metric is no finite number
+    finished: bool = False  # whether its run says so
     problem: str | None = None  # what is wrong with its files, or why it could not start
     process: subprocess.Popen | None = None
+    gpu: str | None = None  # that it was started on, where --jobs spread them
+    claim: Claim | None = None  # while this process runs it
     early: float | None = None  # when hyperband asked for its end, time.monotonic()
 
     @property
@@ -65,13 +69,12 @@ class Trial:
         """Whether the trial is never run again."""
         return self.state in ("finished", "stopped")
 
-    def start(self, command: Sequence[str], environment: Mapping[str, str], lock: int) -> None:
+    def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         """Start the process, which prints to the trial's log, or let it go on from its checkpoint.
 
         Args:
             command: that of `wandb agent`; the folder, and `--resume` if need be, are added.
             environment: that of the process.
-            lock: an open file that the process keeps open.
 
         Raises:
             OSError: the folder cannot be written, or the process not started.
@@ -97,7 +100,8 @@ class Trial:
                 },
                 # A group of its own: Ctrl-C reaches the sweep, which lets its trials save.
                 start_new_session=True,
-                pass_fds=(lock,),
+                # A trial that outlives a killed sweep keeps its claim.
+                pass_fds=(self.claim.lock.fileno(),) if self.claim else (),
             )
         self.state, self.early, self.problem = "running", None, None
 
@@ -130,19 +134,22 @@ class Trial:
             self.process.kill()
 
     def look(self, metric: str) -> None:
-        """Read how far the run has come. Where a file cannot be read, `problem` names it, and what
-        was known before stays."""
-        self.problem = None
+        """Read how far the run has come. Where a file is not as a run writes it, `problem` names
+        it, and what was known before stays: the trial is run again, and its run mends the file."""
+        self.problem, self.finished = None, False
+        folder, said = RunFolder(self.folder), []
         try:
-            summary = read_summary(self.folder)
-            written = RunFolder(self.folder).metrics.is_file()
-            metrics = load_metrics(self.folder) if written else None
+            # A value that is no number is a result, if one that cannot be ranked.
+            tell = {"say": said.append, "say_value": lambda line: None}
+            summary = read_summary(folder.summary, folder.metrics, **tell)
+            written = folder.metrics.is_file()
+            metrics = load_metrics(self.folder, **tell) if written else None
         except UserError as error:
-            self.problem = str(error)
+            said.append(str(error))
+        if said:
+            self.problem = "; ".join(dict.fromkeys(said))
             return
-        except (OSError, ValueError) as error:
-            self.problem = f"{self.folder}: its files cannot be read: {error}"
-            return
+        self.finished = summary.get("status") == "finished"
         rows = {} if metrics is None else {name: metrics[name].tolist() for name in metrics}
         if rows:
             self.step = int(metrics.index[-1])
@@ -163,7 +170,7 @@ class Trial:
             self.state = "waiting"
         elif self.problem:
             self.state = "failed"  # it is run again
-        elif read_summary(self.folder).get("status") == "finished":
+        elif self.finished:
             self.state = "finished"
         elif self.state in ("running", "finished"):  # the sweep was killed with it
             self.state = "interrupted"
@@ -218,12 +225,6 @@ def stop_all(trials: Sequence[Trial]) -> None:
             trial.poll()
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
-    """`summary.json` of a run, empty if there is none yet; UserError if it holds anything else."""
-    way_out = f"expected the JSON that the run wrote; delete the folder {folder} to run it again"
-    return read_json(RunFolder(folder).summary, way_out, optional=True)
-
-
 def read_record(folder: Path) -> dict[str, Any] | None:
     """What an earlier sitting of a sweep wrote to RECORD; None if there was none.
 
@@ -258,31 +259,27 @@ def _read_trial(folder: Path, row: Mapping[str, Any]) -> Trial:
     return Trial(**{key: row[key] for key in _RECORDED}, folder=folder / row["name"])
 
 
+def release_all(trials: Sequence[Trial]) -> None:
+    """Let other processes have the trials that this one does not run any more."""
+    for trial in trials:
+        if trial.claim is not None and trial.process is None:
+            trial.claim.release()
+            trial.claim = None
+
+
+def gpus_for_jobs() -> list[str]:
+    """The names of the GPUs that trials may use, as CUDA_VISIBLE_DEVICES takes them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name for name in given.split(",") if name.strip()]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
 def record_row(trial: Trial) -> dict[str, Any]:
     """What `read_record` needs to know of a trial."""
     return {key: getattr(trial, key) for key in _RECORDED}
-
-
-@contextlib.contextmanager
-def claim(folder: Path) -> Iterator[int]:
-    """Claim the folder of a sweep for this process. The number of the open lock file comes out.
-
-    Trials get the file, too, so that those that outlive a killed sweep are not started twice.
-
-    Raises:
-        UserError: another process runs this sweep.
-    """
-    import fcntl
-
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"{folder}: this sweep is running already, or one of its trials still is; wait for "
-                "it, or end it"
-            ) from error
-        yield file.fileno()
 
 
 def trial_environment(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from sam2train import checkpoint
-from sam2train.audit import audit_step, row_warnings, rows_left
+from sam2train import checkpoint, distributed
+from sam2train.audit import audit_step, has_tracked_frame, row_warnings, rows_left
 from sam2train.bad_batch import not_finite
 from sam2train.clips import BatchedVideoDatapoint
 from sam2train.config import to_yaml
 from sam2train.config_yaml import read_yaml
 from sam2train.corrections import SimulatedUser
-from sam2train.data_loader import load_batches
+from sam2train.data_loader import LeftOut, load_batches
 from sam2train.data_report import shared_video_warnings
 from sam2train.datasets import build_dataset
 from sam2train.errors import UserError
@@ -37,11 +37,22 @@ from sam2train.metrics import COPY, TRAINED
 from sam2train.optimizer import build_optimizer, set_learning_rates
 from sam2train.run_folder import RunFolder
 from sam2train.runlog import RunLog
+from sam2train.trainer_processes import (
+    check_same_everywhere,
+    clips_before,
+    dropout_seed,
+    restore_rng_of_all,
+    rng_of_all,
+    sum_step,
+)
 from sam2train.trainer_scores import TrainerScores
 
 
 class Trainer:
     """Trains one experiment into one run folder.
+
+    Of several processes each has its own batches and the same weights. All of them come to each
+    place that saves, scores or stops, and the main one writes.
 
     Args:
         experiment: all settings.
@@ -68,7 +79,9 @@ class Trainer:
         warn = partial(say, console)
         content = None
         if resume is not None:
-            content, resume = checkpoint.load_to_resume(resume, warn)
+            content, resume = distributed.from_main(
+                partial(checkpoint.load_to_resume, resume, warn)
+            )
             settings = read_yaml(content["config"], f"{resume}, its settings")
             experiment = as_begun(experiment, settings)
         self.experiment = experiment
@@ -76,6 +89,7 @@ class Trainer:
         self.config = experiment.trainer
         self.folder = RunFolder(run_dir)
         self.step = 0
+        self._start = 0, 0  # steps and clips of the processes that this one resumes
         self.audit: dict[str, float] = {}  # until it is logged
         self.audited = False
         self.stop = StopRequests()
@@ -95,8 +109,8 @@ class Trainer:
         before = content.get("data", {}) if content else {}
         self.changed_data = [n for n, value in before.items() if self.fingerprints.get(n) != value]
         self.model = build_model(experiment, warn)
-        torch.manual_seed(self.config.seed)  # of dropout and dropped paths
         self.device = self.model.device
+        torch.manual_seed(dropout_seed(self.config.seed, 0))
         self.parameters = self.model.trainable_parameters()
         if not self.parameters and self.config.num_steps:
             raise UserError("model.trainable_modules: nothing is trained; name at least one module")
@@ -106,12 +120,17 @@ class Trainer:
             self.interaction = SimulatedUser(experiment.interaction, experiment.clips_seed)
         self.bf16 = uses_bf16(experiment, self.device)
         self.base_hash = base_hash(experiment)
+        check_same_everywhere(
+            {"weights": self.base_hash, "data": self.fingerprints, "settings": self.settings}
+        )
         base_weights = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._warnings: list[str] = []  # of a resumed run
         if content:
             run_id = self._restore(content, resume)
         self.run_id = run_id
         for place in (run_dir, self.folder.checkpoints, self.folder.overlays):
-            sweep_partials(place)
+            if distributed.is_main():
+                sweep_partials(place)
         self.runlog = RunLog(
             experiment.tracking,
             self.folder,
@@ -124,6 +143,8 @@ class Trainer:
             resume=content and content.get("window"),
             console=console,
         )
+        before = content.get("left_out", {}) if content else {}
+        self.left_out = LeftOut(before, self.runlog.say)
         self.scores = TrainerScores(
             experiment,
             self.folder,
@@ -149,7 +170,7 @@ class Trainer:
             FloatingPointError: a loss or gradient that is not finite, with step and clips.
         """
         config, runlog = self.config, self.runlog
-        with self.stop, runlog:
+        with self.stop, distributed.stopping_together(self.stop), runlog:
             self._write_run_files()
             runlog.parameters(self.model.parameter_report())
             for text in row_warnings(self.model, self.experiment):
@@ -157,6 +178,7 @@ class Trainer:
             if note := feature_cache_note(self.experiment, self.model):
                 runlog.say(note)
             warnings = shared_video_warnings(self.splits)
+            warnings += self._warnings
             if self.changed_data:
                 warnings.append(
                     f"the {' and '.join(self.changed_data)} data changed since this run saved: its "
@@ -185,18 +207,18 @@ class Trainer:
                     # Before an evaluation, too: it may take long, and a signal ends it.
                     if last or scoring or self.step % config.save_every == 0:
                         self._save_last()
-                    if scoring and self.stop.received is None:
+                    if scoring and not distributed.agree_to_stop(self.stop):
                         self.evaluate()
-                    if last or self.stop.received is not None:
+                    stopping = distributed.agree_to_stop(self.stop)
+                    if last or stopping:
                         self._save_last()
-                    if self.stop.received is not None:
+                    if stopping:
                         raise self.stop.interrupted()
                     if last:
                         break
                     scalars = self.train_step(batches)
                     self.step += 1
-                    clips = self.experiment.dataset.batch_size * config.grad_accumulation
-                    runlog.log(self.step, scalars, clips=clips)
+                    runlog.log(self.step, scalars, clips=self.clips_per_step)
                     if self.audit:
                         runlog.record(self.step, self.audit)
                         self.audit = {}
@@ -217,9 +239,16 @@ class Trainer:
         return self.scores.latest
 
     @property
+    def clips_per_step(self) -> int:
+        """Of all batches and processes."""
+        own = self.config.grad_accumulation * self.experiment.dataset.batch_size
+        return own * distributed.num_processes()
+
+    @property
     def num_clips(self) -> int:
-        """Clips that the steps so far have used."""
-        return self.step * self.config.grad_accumulation * self.experiment.dataset.batch_size
+        """Clips that the steps so far have used, in all processes."""
+        steps, clips = self._start
+        return clips + (self.step - steps) * self.clips_per_step
 
     def batches(self) -> Iterator[BatchedVideoDatapoint]:
         """The batches of the steps to come: without end, in an order that the seed gives."""
@@ -235,7 +264,10 @@ class Trainer:
     def _next_batches(
         self, batches: Iterator[BatchedVideoDatapoint]
     ) -> list[BatchedVideoDatapoint]:
-        """The batches of one step; a signal ends the wait for them, once the run has saved."""
+        """The batches of one step; a signal ends the wait for them, once the run has saved. Several
+        processes stop between two steps, at the same one."""
+        if distributed.num_processes() > 1:
+            return list(itertools.islice(batches, self.config.grad_accumulation))
         try:
             with self.stop.while_waiting():
                 return list(itertools.islice(batches, self.config.grad_accumulation))
@@ -251,11 +283,19 @@ class Trainer:
         # All of them first, on the CPU: each loss is divided by the objects of the whole step.
         collected = self._next_batches(batches)
         before = checkpoint.rng_states(), self.audited
-        num_objects = sum(batch.masks.shape[1] for batch in collected)
+        num_objects, num_tracked, num_left_out = distributed.sum_over_processes(
+            [
+                sum(batch.masks.shape[1] for batch in collected),
+                sum(map(has_tracked_frame, collected)),
+                sum(len(batch.left_out) for batch in collected),
+            ]
+        )
         sums: dict[str, torch.Tensor] = {}
         num_learning, images_before = 0, self.model.feature_counts
-        for batch in collected:
+        for place, batch in enumerate(collected):
             batch = batch.to(self.device)
+            if self.interaction is not None:
+                self.interaction.num_clips = self._first_clip_of(place)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 outputs = self.model(batch, interaction=self.interaction, only_frames=True)
             # Outside autocast, on float32 logits: dice sums up to 10^6 pixels of an object, and
@@ -273,36 +313,72 @@ class Trainer:
                 num_learning += 1
             for name, value in of_batch.items():
                 sums[name] = sums.get(name, 0) + value.detach()
-        scalars = divide_losses(sums, num_objects, self.experiment.loss)
-        scalars["audit/batches_with_gradient"] = torch.tensor(num_learning / len(collected))
-        if self.interaction is not None:
-            scalars |= self.interaction.take_scalars()
         pairs = zip(self.model.feature_counts, images_before, strict=True)
-        num_found, num_images = (now - then for now, then in pairs)
-        if num_images:
-            scalars["features/hit_rate"] = torch.tensor(num_found / num_images)
+        scalars = sum_step(
+            list(self.parameters.values()),
+            sums,
+            self.experiment.loss,
+            self.interaction,
+            num_objects=num_objects,
+            num_batches=(num_learning, len(collected)),
+            num_images=tuple(now - then for now, then in pairs),
+        )
         if not self.audited:
-            num_seen = self.num_clips + self.experiment.dataset.batch_size * len(collected)
-            more = num_seen < len(self.train_data)
+            more = self.num_clips + self.clips_per_step < len(self.train_data)
             self.audit = audit_step(
-                self.model, self.experiment, collected, self.runlog.say, may_wait=more
+                self.model, self.experiment, num_tracked > 0, self.runlog.say, may_wait=more
             )
             self.audited = bool(self.audit)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
 
         # The only wait for the device in a step, before a bad batch can change the weights.
         if not torch.isfinite(scalars["loss"] + grad_norm):
-            raise not_finite(
-                self.folder,
-                self.step + 1,
-                collected,
-                {**scalars, "grad_norm": grad_norm},
-                self.model.sam2,
-                partial(self._save_before, *before),
-            )
+            scalars["grad_norm"] = grad_norm
+            raise self._not_finite(collected, scalars, *before)
         self.optimizer.step()
+        self._count_left_out(collected, num_left_out)
         lr = max(group["lr"] for group in self.optimizer.param_groups)
         return {**scalars, "grad_norm": grad_norm, "lr": lr}
+
+    def _first_clip_of(self, place: int) -> int:
+        """The number in the run of the first clip of this process's batch at a place of the step:
+        the batches of all processes at one place follow one another."""
+        batches = place * distributed.num_processes() + distributed.rank()
+        return self.num_clips + batches * self.experiment.dataset.batch_size
+
+    def _not_finite(
+        self,
+        batches: Sequence[BatchedVideoDatapoint],
+        scalars: Mapping[str, torch.Tensor],
+        rng: Mapping[str, Any],
+        audited: bool,
+    ) -> BaseException:
+        """What to raise after a step that is not finite. The main process keeps the batches of all,
+        and the state before the step."""
+        rng = rng_of_all(rng)
+        batches = [batch for part in distributed.gather(list(batches)) for batch in part]
+        if distributed.is_main():
+            error = not_finite(
+                self.folder,
+                self.step + 1,
+                batches,
+                scalars,
+                self.model.sam2,
+                partial(self._save_before, rng, audited),
+            )
+        distributed.wait_for_all()
+        return error if distributed.is_main() else SystemExit(1)
+
+    def _count_left_out(self, batches: list[BatchedVideoDatapoint], num_left_out: int) -> None:
+        """Count the clips of a step that could not be read, in all processes; UserError where they
+        are too many."""
+        if not num_left_out:
+            return
+        own = [problem for batch in batches for problem in batch.left_out]
+        problems = [problem for part in distributed.gather(own) for problem in part]
+        used = self.num_clips + self.clips_per_step
+        dataset = self.experiment.dataset
+        self.left_out.add(problems, max(used, len(self.train_data)), dataset)
 
     def evaluate(self) -> None:
         """Score the validation videos; keep the weights whose score is the highest so far."""
@@ -326,8 +402,11 @@ class Trainer:
         """Write a checkpoint: the last one to go on from, the best one for use.
 
         Args:
-            rng: states of torch's generators, None for those of now.
+            rng: of `rng_of_all`, None for those of now.
         """
+        rng = rng or rng_of_all(checkpoint.rng_states())
+        if not distributed.is_main():
+            return
         weights = self.model.sam2.state_dict()
         everything = len(self.parameters) == len(list(self.model.sam2.parameters()))
         # The trained ones alone, where the others can be read from the file of the base.
@@ -345,14 +424,17 @@ class Trainer:
                 "untrained_rows": rows_left(self.model, self.optimizer),
                 "config": self.settings,
                 "step": self.step,
+                "clips": self.num_clips,
+                "clips_per_step": self.clips_per_step,
                 **self.scores.state_dict(),
                 "window": self.runlog.state_dict(),
                 "run_id": self.run_id,
                 "data": self.fingerprints,
                 "audited": self.audited,
+                "left_out": dict(self.left_out.counts),
                 # best.pt is for use, last.pt for going on.
                 "optimizer": self.optimizer.state_dict() if path == self.folder.last else None,
-                "rng": rng or checkpoint.rng_states(),
+                "rng": rng,
             },
             previous=self.folder.previous if path == self.folder.last else None,
         )
@@ -363,16 +445,20 @@ class Trainer:
         checkpoint.apply_weights(self.model.sam2, content, self.base_hash, path)
         checkpoint.restore_optimizer(self.optimizer, content["optimizer"], path)
         self.step = content["step"]
+        batches = self.experiment.dataset.batch_size, self.config.grad_accumulation
+        clips, self._warnings = clips_before(content, batches, path)
+        self._start = self.step, clips
         self.audited = content.get("audited", True)  # checkpoints from before this key were
-        checkpoint.restore_rng(content["rng"], path)
-        if self.interaction is not None:
-            self.interaction.num_clips = self.num_clips
+        restore_rng_of_all(content, self.config.seed, path)
         return content["run_id"]
 
     def _write_run_files(self) -> None:
-        write_text(self.folder.config, self.settings)
+        if distributed.is_main():
+            write_text(self.folder.config, self.settings)
         self.runlog.environment(self.device)
 
     def _summarise(self, status: str) -> None:
         counts = {"steps": self.step, "seconds": self.runlog.seconds, "status": status}
+        if self.left_out.counts:
+            counts["clips_left_out"] = self.left_out.counts.total()
         self.runlog.summary(self.scores.summary() | counts)

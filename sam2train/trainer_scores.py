@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sam2train import checkpoint
+from sam2train import checkpoint, distributed
 from sam2train.data_clips import ClipDataset
 from sam2train.eval_checkpoint import COPIED, Contender, score_beside, score_contender
 from sam2train.evaluate import OnFrame, SeenFrame, track_video
@@ -20,14 +20,13 @@ from sam2train.metrics import BASE, COPY, TRAINED
 from sam2train.model import SAM2Model
 from sam2train.run_folder import RunFolder
 from sam2train.runlog import RunLog
+from sam2train.score_files import RowsFile, read_scores
 from sam2train.scores import (
     HORIZON_COLUMNS,
     LABELS,
     SCORE_COLUMNS,
-    RowsFile,
     Scores,
     numbers,
-    read_scores,
     scores_table,
 )
 from sam2train.video_pictures import OverlayDrawer
@@ -108,6 +107,7 @@ class TrainerScores:
             "val",
             on_frame=self._heed_signal(drawer.see_frame),
             on_video=drawer.see_video,
+            num_of_main=drawer.most,
         )
         # Before anything is written: a signal in here leaves the step without a score.
         copied = None
@@ -140,7 +140,7 @@ class TrainerScores:
         # A run that goes on after its end reports again.
         for file in (self.score_rows, self.horizon_rows):
             file.rows = [row for row in file.rows if row["split"] != "test"]
-        content = checkpoint.load(path)
+        content = distributed.from_main(partial(checkpoint.load, path))
         step = content["step"]
         contenders = [
             self._contender(TRAINED, step, content["model"]),
@@ -170,6 +170,8 @@ class TrainerScores:
 
     def show(self, split: str, step: int, *beside: tuple[str, int]) -> None:
         """Print the scores of a step, and of others as (model, step), with the differences."""
+        if not distributed.is_main():
+            return
         key = {"validation": "val"}.get(split, split)
         kept = {(row["split"], row["model"], int(row["step"])) for row in self.score_rows.rows}
         rows = [
@@ -206,7 +208,7 @@ class TrainerScores:
         asks for it; all is saved by now."""
 
         def heed(index: int, seen: SeenFrame) -> None:
-            if self.stop.received is not None:
+            if self.stop.received is not None:  # see `scores.score` for the other processes
                 raise self.stop.interrupted()
             if on_frame is not None:
                 on_frame(index, seen)

@@ -9,16 +9,20 @@ import shlex
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
+from sam2train import distributed
 from sam2train.config import flatten
 from sam2train.config_yaml import load_yaml
+from sam2train.datasets import data_paths
+from sam2train.demo import resolve_data_path
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment, as_begun, load_experiment
-from sam2train.files import read_json
 from sam2train.machine import Interrupted
+from sam2train.run_files import read_summary
 from sam2train.run_folder import RunFolder
 from sam2train.trainer import Trainer
 
@@ -27,6 +31,8 @@ _MAY_CHANGE = (
     "dataset.mask_cache_mb",
     "dataset.num_workers",
     "evaluation.num_overlays",
+    "dataset.batch_size",  # these two where a step has as many clips as before: see `Trainer`
+    "trainer.grad_accumulation",
     "features.folder",
     "features.max_gb",
     "trainer.activation_checkpointing",
@@ -59,13 +65,13 @@ def train(
     Raises:
         UserError: a folder in use, a run of another experiment, and what `Trainer` raises.
     """
-    run_id = new_run_id()
+    run_id = distributed.share(new_run_id())
     if checkpoint is not None:
         run_dir = RunFolder.of_checkpoint(checkpoint).path
-        experiment = check_same_experiment(experiment, run_dir)
+        experiment = distributed.from_main(partial(check_same_experiment, experiment, run_dir))
     else:
         run_dir = run_dir or RunFolder.of_experiment(name) / run_id
-        if RunFolder(run_dir).can_go_on:
+        if distributed.is_main() and RunFolder(run_dir).can_go_on:
             raise UserError(
                 f"--run-dir {run_dir}: a run is there already; add --resume to go on with it, or "
                 "name another folder"
@@ -90,6 +96,16 @@ def train(
     if upload := trainer.runlog.wandb.how_to_sync:
         say(f"look at it: wandb leet {folder.wandb}    upload it: {upload}")
     return 0
+
+
+def draw_demo_data(experiment: Experiment) -> None:
+    """Write the demo data that an experiment names, by one of several processes."""
+    if distributed.num_processes() == 1:
+        return  # reading it does
+    section = experiment.dataset
+    for path in (section.data_path, section.val_path, section.test_path):
+        for part in data_paths(path):
+            distributed.from_main(partial(resolve_data_path, part, print))
 
 
 def new_run_id() -> str:
@@ -142,7 +158,7 @@ def find_unfinished(run_dir: Path | None, runs: Path) -> Path | None:
     if folder is None or not folder.can_go_on:
         return None
     if run_dir is None:
-        summary = read_json(folder.summary, "expected the summary of a run", optional=True)
+        summary = read_summary(folder.summary, folder.metrics, lambda line: None)
         if summary.get("status") == "finished":
             return None
     return folder.last

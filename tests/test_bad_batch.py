@@ -13,6 +13,7 @@ from small_run import (
 )
 
 from sam2train import checkpoint
+from sam2train import trainer as trainer_module
 from sam2train.clips import collate_fn
 
 
@@ -34,18 +35,37 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(experiment, tmp_path
     assert summary["status"] == "failed"
 
 
-def spoil_parameter(trainer, clip):
+def spoil_parameter(trainer, clip, monkeypatch):
     next(iter(trainer.parameters.values())).data[0] = float("nan")
     return next(iter(trainer.parameters))
 
 
-def spoil_input(trainer, clip):
+def spoil_input(trainer, clip, monkeypatch):
     clip.images[:, :, 10, 10] = float("inf")
     return "the input, the frames of video 1"
 
 
-@pytest.mark.parametrize("spoil", [spoil_parameter, spoil_input])
-def test_a_step_that_is_not_finite_is_kept(experiment, tmp_path, spoil):
+def spoil_loss(trainer, clip, monkeypatch):
+    """What it is computed from is finite: the term alone is not."""
+    computed = trainer_module.sum_losses
+
+    def with_a_bad_term(*arguments):
+        sums = computed(*arguments)
+        return {**sums, "loss/dice": sums["loss/dice"] * float("nan")}
+
+    monkeypatch.setattr(trainer_module, "sum_losses", with_a_bad_term)
+    return "the loss loss/dice, nan"
+
+
+def spoil_gradient(trainer, clip, monkeypatch):
+    """The loss is finite, and a gradient overflows on its way back."""
+    name, parameter = list(trainer.parameters.items())[3]
+    parameter.register_hook(lambda gradient: gradient * float("inf"))
+    return f"the gradient of {name}, "
+
+
+@pytest.mark.parametrize("spoil", [spoil_parameter, spoil_input, spoil_loss, spoil_gradient])
+def test_a_step_that_is_not_finite_is_kept(experiment, tmp_path, monkeypatch, spoil):
     """With what was bad first; the run goes on from the step before, bit for bit."""
     settings = experiment(trainer={"save_every": 100, "val_every": 100}, dataset={"shuffle": False})
     whole = make_trainer(settings, tmp_path / "whole")
@@ -59,7 +79,7 @@ def test_a_step_that_is_not_finite_is_kept(experiment, tmp_path, spoil):
         found.append({n: p.detach().clone() for n, p in trainer.parameters.items()})
         # It is spoilt after it got its keys.
         clip = replace(trainer.train_data[0], image_keys=None)
-        expected.append(spoil(trainer, clip))
+        expected.append(spoil(trainer, clip, monkeypatch))
         return step(iter([collate_fn([clip])]))
 
     found, expected = [], []
@@ -75,6 +95,7 @@ def test_a_step_that_is_not_finite_is_kept(experiment, tmp_path, spoil):
     assert {"loss/dice", "loss/focal"} <= kept["losses"].keys()
     last = tmp_path / "run" / "checkpoints" / "last.pt"
     assert checkpoint.load(last)["step"] == 2
-    if spoil is spoil_input:
+    monkeypatch.undo()
+    if spoil is not spoil_parameter:
         make_trainer(settings, tmp_path / "run", resume=last).run()
         assert_same(weights(last), weights(tmp_path / "whole" / "checkpoints" / "last.pt"))

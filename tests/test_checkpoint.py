@@ -345,3 +345,21 @@ def test_weights_of_another_architecture(tmp_path):
     content["model"]["2.weight"] = torch.ones(1)
     with pytest.raises(UserError, match="2 tensors do not fit"):
         checkpoint.apply_weights(model, content, "a" * 64, tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"state": {0: torch.ones(2)}, "param_groups": []},
+        {"state": {}, "param_groups": [torch.tensor(1.0)]},
+        {"state": {}, "param_groups": [{"params": torch.tensor(1.0)}]},
+        {"state": {0: {"step": 10**400}}, "param_groups": [{"params": [0, 1]}]},
+        {"state": {0: {"step": "x"}}, "param_groups": [{"params": [0, 1]}]},
+    ],
+)
+def test_an_odd_state_of_the_optimiser_is_named(tmp_path, state):
+    path = tmp_path / "last.pt"
+    optimizer = torch.optim.AdamW(torch.nn.Linear(2, 2).parameters())
+    checkpoint.save(path, {**CONTENT, "optimizer": state})
+    with pytest.raises(UserError, match=r"last\.pt: .*optimizer"):
+        checkpoint.restore_optimizer(optimizer, checkpoint.load(path)["optimizer"], path)

@@ -54,6 +54,7 @@ FIXED = {
     "--list": set(),
     "--dry-run": {"--smoke"},
     "--check-data": {"--smoke", "--json"},
+    "--probe": {"--smoke"},
     "--download": {"--smoke"},
     "--evaluate": {"--smoke", "--split", "--no-base", "--run-dir", "--save-masks"},
     "--prompt-matrix": {"--smoke", "--split", "--no-base", "--run-dir"},

@@ -19,6 +19,7 @@ def printed(show, what) -> str:
     text = console.file.getvalue()
     messages = (
         "unreadable: ",
+        "odd: ",
         "A, ",
         "B, ",
         "left out: ",
@@ -90,12 +91,15 @@ class TestRuns:
     def test_a_killed_and_a_broken_run_are_marked(self, tmp_path):
         killed = make_run(tmp_path / "killed", status="running")
         make_old(killed, results.QUIET + 60)
-        (make_run(tmp_path / "broken") / "summary.json").write_text("{")
+        (make_run(tmp_path / "broken") / "config.yaml").write_text("{")
+        (make_run(tmp_path / "odd") / "summary.json").write_text("{")
         text = printed(show_runs, tmp_path)
         assert row(text, "killed")[2] == "crashed"
         assert "--resume" in text
         assert row(text, "broken")[1] == "unreadable"
-        assert f"unreadable: {tmp_path / 'broken' / 'summary.json'}" in text
+        assert f"unreadable: {tmp_path / 'broken' / 'config.yaml'}" in text
+        assert f"odd: {tmp_path / 'odd' / 'summary.json'}: " in text
+        assert row(text, "odd")[3] == "20/20"  # what the rows of metrics.jsonl tell
 
     def test_no_folder(self, tmp_path):
         with pytest.raises(UserError, match="no such folder"):

@@ -285,13 +285,18 @@ def test_the_scalars_tell_whether_clicks_help():
     half = torch.where(masks_of("##.. .... ....", "#... .... ...."), 1.0, -1.0)
     full = torch.where(truth, 1.0, -1.0)
     user.keep_ious(truth, half, full)  # the absent object does not count
-    assert {k: v.item() for k, v in user.take_scalars().items()} == {
+    sums, num_corrected = user.take_sums(truth.device)
+    assert num_corrected == 1
+    assert {k: v.item() for k, v in user.scalars(sums).items()} == {
         "interaction/iou_before": 0.5,
         "interaction/iou_after": 1.0,
     }
-    assert user.take_scalars() == {}
+    sums, num_corrected = user.take_sums(truth.device)
+    assert (sums.tolist(), num_corrected) == ([0.0, 0.0, 0.0], 0)
     user.keep_ious(truth[1:], half[1:], full[1:])
-    assert [v.item() for v in user.take_scalars().values()] == [0.0, 0.0]
+    sums, num_corrected = user.take_sums(truth.device)
+    assert num_corrected == 1
+    assert [v.item() for v in user.scalars(sums).values()] == [0.0, 0.0]
 
 
 def test_clicks_need_masks():
@@ -366,7 +371,8 @@ def test_a_resumed_run_clicks_as_one_that_was_never_stopped(settings, tmp_path):
 
     # The place in the run matters: clicks that start anew give other weights.
     replay = make_trainer(settings, other, resume=stopped_at_two(settings, other))
-    replay.interaction = SimulatedUser(replay.experiment.interaction, seed=0)
+    before = replay.num_clips
+    replay._first_clip_of = lambda place: replay.num_clips - before
     replay.run()
     replayed = checkpoint.load(other / "checkpoints" / "last.pt")["model"]
     assert any(not torch.equal(replayed[name], ends[0]["model"][name]) for name in replayed)
@@ -395,7 +401,7 @@ def test_clicks_that_are_switched_on_later(settings, tmp_path):
     plain = {name: section for name, section in settings.items() if name != "interaction"}
     last = stopped_at_two(plain, tmp_path / "run")
     trainer = make_trainer(settings, tmp_path / "run", resume=last)
-    assert trainer.interaction.num_clips == 2
+    assert trainer._first_clip_of(0) == 2
 
 
 @pytest.mark.parametrize(

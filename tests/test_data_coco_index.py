@@ -142,7 +142,7 @@ def test_a_file_is_parsed_once_and_again_when_something_changed(packed, tmp_path
         parsed.append(1)
         return read_coco(*arguments)
 
-    monkeypatch.setattr("sam2train.datasets.read_coco", counting)
+    monkeypatch.setattr("sam2train.data_layouts.read_coco", counting)
 
     def number():
         parsed.clear()

@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import SIZE, make_coco, moving_masks
+from conftest import SIZE, load, make_coco, moving_masks
 from test_data_youtube_vis import build_it
 
 from sam2train.data_rle import decode_segmentation
@@ -328,3 +328,9 @@ def test_the_run_lengths_of_the_tests_are_those_of_a_known_mask():
     element = ElementTree.fromstring(f"<mask {cropped(mask)}/>")
     found = json.loads(json.dumps(_read_mask(element, (4, 5))))
     np.testing.assert_array_equal(decode_segmentation(found, (4, 5)), mask)
+
+
+def test_the_guide_s_class_takes_the_xml(tmp_path):
+    make_frames_beside(tmp_path)
+    path = write_xml(tmp_path, track(3, [on_frame("mask", t, 0) for t in range(6)]))
+    assert load(path)[0].object_ids == [3]

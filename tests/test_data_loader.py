@@ -5,15 +5,16 @@ import pickle
 import signal
 import time
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SIZE, edit, encode, load
+from conftest import SIZE, edit, encode, load, make_coco
 
 from sam2train import data_loader
 from sam2train.clips import MEAN, STD, collate_fn, normalise_pixels
-from sam2train.data_loader import ClipSampler, load_batches
+from sam2train.data_loader import ClipSampler, LeftOut, load_batches
 from sam2train.datasets import DatasetConfig
 from sam2train.errors import MachineFault, UserError
 
@@ -62,7 +63,7 @@ def test_an_error_that_cannot_travel_is_a_text(coco, two_cores, monkeypatch):
 def test_a_process_that_is_killed_is_named(coco, two_cores, monkeypatch):
     dataset = load(coco)
     monkeypatch.setattr(dataset, "read_frame", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(MachineFault, match=r"ended.*dataset\.num_workers=1 now"):
+    with pytest.raises(MachineFault, match=r"ended.*\(now dataset\.num_workers=1\)"):
         next(batches(dataset, 1))
 
 
@@ -170,3 +171,59 @@ def test_a_sampler_goes_on_at_its_place(start):
 def test_another_seed_gives_another_order():
     orders = {tuple(islice(ClipSampler(8, shuffle=True, seed=seed), 8)) for seed in range(5)}
     assert len(orders) == 5
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """A data set of 6 videos, two of which have a frame that is cut short since it was indexed."""
+    dataset = load(make_coco(tmp_path, num_videos=6, num_frames=4))
+    for video in (2, 5):
+        path = tmp_path / f"video_{video:03d}" / "frame_001.png"
+        path.write_bytes(path.read_bytes()[:90])
+    return dataset
+
+
+def names(dataset, *, workers=0, start=0, num=18, **keys):
+    """What batches from `start` on have, and what they were drawn in the place of."""
+    keys = {"data_path": "x", "num_workers": workers, "on_bad_sample": "skip"} | keys
+    found = load_batches(dataset, DatasetConfig(**keys), 0, start=start, pin_memory=False)
+    return [(batch.names, batch.left_out) for batch in islice(found, num - start)]
+
+
+def test_another_clip_is_drawn_in_the_place_of_a_bad_one(damaged, two_cores):
+    drawn = names(damaged)
+    bad = [problems for _, problems in drawn if problems]
+    assert len(bad) == 6  # two in each of three epochs
+    assert {Path(p.split(": ")[0]).parent.name for one in bad for p in one} == {
+        "video_002",
+        "video_005",
+    }
+    assert "damaged or cut short" in bad[0][0]
+    assert not any("video 2 " in str(clip) or "video 5 " in str(clip) for clip, _ in drawn)
+    for workers in (1, 2):
+        assert names(damaged, workers=workers) == drawn, "whatever the number of workers"
+    assert names(damaged, start=7) == drawn[7:], "also after a resume"
+    with pytest.raises(UserError, match=r"frame_001\.png: is damaged"):
+        names(damaged, on_bad_sample="error")
+
+
+def test_where_nothing_can_be_read_it_ends(tmp_path):
+    dataset = load(make_coco(tmp_path, num_videos=2, num_frames=4))
+    for path in tmp_path.rglob("*.png"):
+        path.write_bytes(path.read_bytes()[:90])
+    with pytest.raises(UserError, match="is damaged"):
+        names(dataset)
+
+
+def test_too_many_bad_clips_are_an_error_with_the_names_of_the_files():
+    said = []
+    config = DatasetConfig(data_path="x", on_bad_sample="skip", max_bad_fraction=0.1)
+    left_out = LeftOut({"a.png: is empty": 1}, said.append)
+    left_out.add(["a.png: is empty", "b.png: is empty"], 30, config)
+    assert said == ["left out, and another clip drawn: b.png: is empty"]
+    with pytest.raises(UserError) as caught:
+        left_out.add(["c.png: is empty"], 39, config)
+    message = str(caught.value)
+    assert "4 of 39 clips could not be read, more than dataset.max_bad_fraction=0.1" in message
+    for name in "abc":
+        assert f"- {name}.png: is empty" in message

@@ -3,6 +3,10 @@
 import errno
 import os
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from small_run import (
 
 from sam2train import cli, commands
 from sam2train.errors import MachineFault
+from sam2train.files import REPOSITORY
 
 
 @pytest.fixture
@@ -34,6 +39,11 @@ FAULTS = {
     "cuda": (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), r"GPU.*image_size="),
     "worker": (MachineFault("a process that loads data ended"), "a process that loads data ended"),
     "not finite": (FloatingPointError("step 3: loss nan"), "step 3: loss nan"),
+    # As torch raises it, in the middle of an evaluation.
+    "worker in between": (
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+        r"a process that loads data ended \(DataLoader worker .*Killed\).*num_workers=0.*--resume",
+    ),
 }
 
 
@@ -62,3 +72,63 @@ def test_a_bug_is_no_fault_of_the_machine(experiment, monkeypatch):
     monkeypatch.setattr(commands.DryRun, "run", fails_so)
     with pytest.raises(RuntimeError, match="shapes differ"):
         cli.main([str(experiment), "--dry-run"])
+
+
+def test_a_machine_without_memory_is_a_message_with_what_lowers_it(experiment, tmp_path):
+    """A real one: the process may take 400 MB more than its libraries do."""
+    code = (
+        "import resource, sys, sam2train.trainer\n"
+        "from sam2train import cli\n"
+        "pages = int(open('/proc/self/statm').read().split()[0])\n"
+        "limit = pages * resource.getpagesize() + (400 << 20)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    words = ["dataset.batch_size=64", "dataset.num_workers=0", "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(experiment), *words],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    said = done.stderr[done.stderr.index("error: ") :].splitlines()
+    assert said[0].startswith("error: out of memory on this machine: ")
+    assert said[1].startswith("these settings lower it, the first ones most; now they are: ")
+    for setting in ("dataset.batch_size=64", "dataset.num_workers=0", "dataset.mask_cache_mb="):
+        assert setting in said[1]
+    assert said[2] == "What a run has saved stays; --resume goes on with it"
+
+
+def test_ctrl_c_while_libraries_tidy_up_prints_no_traceback(tmp_path):
+    """Python handles it to its very end, and what is called there prints it."""
+    late = "import atexit, os, signal\natexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))"
+    (tmp_path / "sitecustomize.py").write_text(late)
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "run.py", "--list"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == ""
+    assert "coco_point_bbox" in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_of_which_a_library_makes_another_error_is_no_bug(monkeypatch, capsys, number):
+    """As imports do, in the middle of which it is raised."""
+
+    def sent(self):
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+        except BaseException:
+            raise AttributeError("'NoneType' object has no attribute 'x'") from None
+
+    monkeypatch.setattr(commands.ListExperiments, "run", sent)
+    assert cli.main(["--list"]) == 128 + number
+    assert capsys.readouterr().err == f"interrupted by {number.name}\n"

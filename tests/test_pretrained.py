@@ -443,7 +443,9 @@ def test_a_far_name_lists_the_top(demo):
 TARGETS = (
     "os.system",
     "subprocess.run",
+    "subprocess.Popen",
     "builtins.eval",
+    "os._exit",
     "torch.load",
     "torch.hub.load",
     "torch.nn.Module.__init__.__globals__",
@@ -466,6 +468,31 @@ def test_a_config_that_names_a_program_is_refused(tmp_path, place, target):
     with pytest.raises(UserError, match=rf"evil\.yaml: model\.{place}\._target_ is"):
         build_sam2(tmp_path / "evil.yaml", image_size=64, num_maskmem=2)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "subprocess.run",
+        "subprocess.Popen",
+        "builtins.eval",
+        "builtins.exec",
+        "posix.system",
+        "logging.os.system",
+    ],
+)
+def test_hydra_itself_refuses_programs_too(tmp_path, target):
+    """The pinned version has this policy; 1.3.2, the least that sam2 asks for, runs them. It is a
+    list of what is forbidden, and os._exit is not on it: what a config may name is ours to say."""
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    with pytest.raises(InstantiationException, match=r"(?i)block|not allowed|denied|restrict"):
+        instantiate({"_target_": target, "_args_": [f"touch {tmp_path / 'ran'}"]})
+    assert not (tmp_path / "ran").exists()
+    required = (REPOSITORY / "pyproject.toml").read_text()
+    assert '"hydra-core>=1.3.7,<1.4"' in required
 
 
 def test_a_config_may_not_refer_to_the_environment(tmp_path):

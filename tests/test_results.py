@@ -174,23 +174,66 @@ class TestStatus:
         assert math.isnan(row["baseline"])
         assert load_curves(load_runs(run)).empty
 
-    @pytest.mark.parametrize("name", ["config.yaml", "summary.json", "environment.json"])
-    def test_a_broken_file_is_named_and_hides_no_other_run(self, tmp_path, name):
+    def test_a_run_without_its_settings_is_named_and_hides_no_other_run(self, tmp_path):
         make_run(tmp_path / "good")
         run = make_run(tmp_path / "bad")
-        (run / name).write_text('{"a": ')
+        (run / "config.yaml").write_text('{"a": ')
         bad, good = load_runs(tmp_path).to_dict("records")
         assert bad["status"] == "unreadable"
-        assert str(run / name) in bad["problem"]
+        assert str(run / "config.yaml") in bad["problem"]
         assert good["status"] == "finished"
         assert set(load_curves(load_runs(tmp_path))["run"]) == {"good"}
 
     @pytest.mark.parametrize(
         ("name", "text", "said"),
         [
+            ("summary.json", '{"a": ', "not valid JSON"),
             ("summary.json", "[]", "not an object"),
-            ("metrics.jsonl", '{"loss": 1}\n', "line 1: no object with a whole number as `step`"),
-            ("metrics.jsonl", "3\n", "line 1: no object"),
+            ("summary.json", "\xff", "not UTF-8"),
+            ("summary.json", '{"status": 7, "steps": "x"}', "status is 7; steps is 'x'"),
+            ("summary.json", '{"seconds": {}, "best/J_and_F": []}', "seconds is {}"),
+            ("summary.json", '{"steps": 1' + "0" * 400 + "}", "steps is a number beyond 2**53"),
+            ("summary.json", '{"seconds": 1e300}', "seconds is 1e+300"),
+            ("metrics.jsonl", 'ROWS{"step": 20, "seconds": -1}\n', "seconds is -1"),
+            ("environment.json", '{"a": ', "not valid JSON"),
+            ("environment.json", '{"code": 1.5}', "`code` and `device`"),
+            ("metrics.jsonl", '{"loss": 1}\nROWS', "line 1 is no row"),
+            ("metrics.jsonl", "3\nROWS", "line 1 is no row"),
+            ("metrics.jsonl", '{"step": 0}\n{"st\nROWS', "line 2 is no row"),
+            ("metrics.jsonl", 'ROWS{"step": 20, "loss": "x", "lr": {}}\n', "loss is 'x'"),
+            ("metrics.jsonl", "\xff\xfe\nROWS", "line 1 is no row"),
+            ("metrics.jsonl", 'ROWS{"step": 1' + "0" * 400 + "}\n", "is no row"),
+        ],
+    )
+    def test_an_odd_file_is_named_and_the_rest_is_read(self, tmp_path, capsys, name, text, said):
+        make_run(tmp_path / "good")
+        run = make_run(tmp_path / "odd")
+        text = text.replace("ROWS", (run / "metrics.jsonl").read_text())
+        (run / name).write_text(text, encoding="latin-1")
+        runs = load_runs(tmp_path)
+        good, odd = runs.to_dict("records")
+        assert str(run / name) in odd["problem"]
+        assert said in odd["problem"]
+        assert good["problem"] != good["problem"]  # NaN
+        for key in ("last", "best", "step", "num_steps"):
+            assert odd[key] == good[key]
+        assert set(load_curves(runs)["run"]) == {"good", "odd"}
+        assert "odd" in capsys.readouterr().out or name != "metrics.jsonl"
+        assert len(results.overview(runs)) == 2
+
+    @pytest.mark.parametrize("key", ["trainer.seed", "trainer.num_steps", "evaluation.seed"])
+    @pytest.mark.parametrize("value", ["x", 10**30, [1], 1.5])
+    def test_settings_that_are_no_numbers(self, tmp_path, key, value):
+        make_run(tmp_path / "odd", settings={key: value})
+        (row,) = load_runs(tmp_path).to_dict("records")
+        assert row["status"] == "unreadable"
+        assert f"{key} is " in row["problem"]
+
+    @pytest.mark.parametrize(
+        ("name", "text", "said"),
+        [
+            ("metrics.jsonl", '{"loss": 1}\n', "line 1 is no row with a `step`"),
+            ("metrics.jsonl", "3\n", "line 1 is no row"),
         ],
     )
     def test_files_of_another_kind(self, tmp_path, name, text, said):
@@ -351,8 +394,9 @@ class TestMetrics:
         run = make_run(tmp_path / "run")
         path = run / "metrics.jsonl"
         path.write_text('{"step": 0}\n{"st\n' + path.read_text())
-        with pytest.raises(UserError, match="line 2"):
-            load_metrics(run)
+        said = []
+        assert load_metrics(run, said.append).index.max() == 20
+        assert said == [f"{path}, line 2 is no row with a `step`: not as a run writes it, left out"]
 
     def test_curves_are_long_and_know_their_run(self, tmp_path):
         make_run(tmp_path / "a", curve=[(0, 0.25), (5, 0.5)], settings={"trainer.seed": 3})

@@ -1,8 +1,14 @@
 """What W&B gets of a run, and that W&B never stops one."""
 
+import contextlib
 import io
 import json
+import os
+import shutil
 import socket
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -227,3 +233,51 @@ def test_disabled_leaves_no_trace_of_wandb(start, tmp_path, screen):
 def test_overlays_that_wandb_would_show_wrong_are_refused(tmp_path, changes):
     with pytest.raises(ValueError, match=r"uint8|0\.\.255"):
         overlay(tmp_path, **changes)
+
+
+def by_step(tmp_path):
+    """Rows of numbers in W&B's folders, in order of time: (step, value) of a name each."""
+    found = []
+    for folder in sorted((tmp_path / "run/wandb").glob("offline-run-*"), key=os.path.getmtime):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        rows = [json.loads(line) for line in text.splitlines()]
+        items = [row["history"]["item"] for row in rows if row["type"] == "history"]
+        found.append([(i["trainer/global_step"], i.get("loss", i.get("val/J"))) for i in items])
+    return found
+
+
+def test_rows_that_a_kill_kept_from_the_disk_are_sent_again(start, tmp_path):
+    """W&B writes every two seconds: after a SIGKILL its folder may lack what metrics.jsonl has."""
+    config = TrackingConfig(mode="offline")
+    with start(config) as runlog:
+        runlog.summary({"status": "running"})
+        runlog.record(0, {"val/J": 0.5})
+        runlog.log(1, {"loss": torch.tensor(1.0)})
+        runlog.log(2, {"loss": torch.tensor(3.0)})
+        state = runlog.state_dict()
+    shutil.rmtree(tmp_path / "run/wandb")  # nothing came to the disk, and the summary says running
+    with start(config, resume=state, first_step=2) as runlog:
+        runlog.log(3, {"loss": torch.tensor(1.0)})
+        runlog.log(4, {"loss": torch.tensor(5.0)})
+        runlog.summary({"status": "finished"})
+    assert by_step(tmp_path) == [[(0, 0.5), (2, 2.0), (4, 3.0)]]
+
+
+def test_rows_of_a_run_that_was_stopped_are_not_sent_twice(start, tmp_path):
+    """Nor the means of the steps since the last line, which come again with the others."""
+    config = TrackingConfig(mode="offline")
+    with contextlib.suppress(SystemExit), start(config) as runlog:
+        runlog.log(1, {"loss": torch.tensor(1.0)})
+        runlog.log(2, {"loss": torch.tensor(3.0)})
+        runlog.log(3, {"loss": torch.tensor(1.0)})
+        state = runlog.state_dict()
+        runlog.summary({"status": "interrupted"})
+        raise SystemExit(143)
+    assert by_step(tmp_path) == [[(2, 2.0)]]
+    assert [row["step"] for row in rows(tmp_path)] == [2, 3]  # the file has them, as long as it is
+    time.sleep(1.1)  # W&B names its folders by the second
+    with start(config, resume=state, first_step=3) as runlog:
+        runlog.log(4, {"loss": torch.tensor(5.0)})
+    assert by_step(tmp_path) == [[(2, 2.0)], [(4, 3.0)]]
+    assert [row["step"] for row in rows(tmp_path)] == [2, 4]

@@ -17,14 +17,26 @@ PACKAGE = ROOT / "sam2train"
 # A group imports itself and the groups that stand before it; `data` and `model` do not import each
 # other: they meet in `clips`.
 GROUPS = {
-    "ground": {"errors", "files", "config", "config_yaml", "machine", "stats", "clips", "faults"},
+    "ground": {
+        "errors",
+        "files",
+        "config",
+        "config_yaml",
+        "machine",
+        "stats",
+        "clips",
+        "faults",
+        "distributed",
+        "run_files",
+    },
     "data": {
         *("datasets", "data_source", "data_clips", "data_videos", "data_coco", "data_vos"),
         *("data_sav", "data_synthetic", "data_pictures", "data_report", "data_loader"),
         *("data_mask_facts", "data_mask_values", "data_mots", "data_mevis", "data_coco_crowds"),
         *("data_rle", "data_fingerprint", "data_mixture", "data_coco_files", "data_coco_objects"),
         *("data_youtube_vis", "data_burst", "data_index", "data_coco_plain", "data_coco_index"),
-        *("data_mask_cache", "data_cvat", "data_label_studio", "data_facts_cache"),
+        *("data_mask_cache", "data_cvat", "data_label_studio"),
+        *("data_facts_cache", "data_layouts"),
         *("transforms", "prompts", "demo", "demo_videos"),
     },
     "model": {
@@ -33,7 +45,7 @@ GROUPS = {
         *("losses", "optimizer"),
     },
     "scores": {
-        *("metrics", "evaluate", "scores"),
+        *("metrics", "evaluate", "scores", "score_files"),
         *("pictures", "video_pictures", "score_figures"),
     },
     "runs": {
@@ -42,6 +54,8 @@ GROUPS = {
             "bad_batch",
             "trainer",
             "trainer_scores",
+            "trainer_processes",
+            "probe",
             "training_run",
             "eval_checkpoint",
             "eval_prompts",
@@ -50,7 +64,7 @@ GROUPS = {
     },
     "reports": {
         *("results", "results_compare", "ablation", "compare", "figures"),
-        *("sweep", "sweep_trials", "sweep_file", "sweep_search"),
+        *("sweep", "sweep_trials", "sweep_claims", "sweep_tables", "sweep_file", "sweep_search"),
     },
     "speed": {
         *("speed", "speed_clock", "speed_reference", "speed_step", "speed_video"),

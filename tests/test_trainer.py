@@ -1,14 +1,17 @@
 """The loop: what it writes, that it resumes bit for bit, how it stops."""
 
 import dataclasses
+import io
 import json
 import os
 import signal
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
 from conftest import edit, make_coco
+from rich.console import Console
 from small_run import (
     CONFIG,
     assert_same,
@@ -27,6 +30,7 @@ from sam2train.experiment import build_model, load_experiment
 from sam2train.files import REPOSITORY
 from sam2train.machine import Interrupted
 from sam2train.pretrained import resolve_config
+from sam2train.trainer import Trainer
 
 
 @pytest.fixture
@@ -374,3 +378,44 @@ def test_folders_of_frames_train_and_real_masks_validate(experiment, tmp_path):
     assert isinstance(trainer.val_data.source, CocoVideos)
     assert trainer.run()["num_objects"] == 2  # those of the JSON
     assert len([row for row in rows(tmp_path / "run") if "loss" in row]) == 2
+
+
+def test_bad_clips_are_left_out_counted_and_told_also_after_a_stop(experiment, tmp_path):
+    skip = {"on_bad_sample": "skip", "max_bad_fraction": 0.5}
+    config = experiment(dataset={"val_path": None, **skip}, trainer={"num_steps": 6})
+
+    def train(run_dir, *, stop_at=None, resume=None):
+        said = io.StringIO()
+        options = {"run_id": "run", "name": "test", "console": Console(file=said)}
+        run = Trainer(config, run_dir, resume=resume, **options)
+        step = run.train_step
+
+        def step_and_stop(batches):
+            if run.step + 1 == stop_at:
+                run.stop.received = signal.SIGTERM
+            return step(batches)
+
+        run.train_step = step_and_stop
+        path = tmp_path / "data" / "video_002"
+        for frame in path.glob("*.png"):
+            frame.write_bytes(whole[frame.name][:90])
+        try:
+            with suppress(Interrupted):
+                run.run()
+        finally:
+            for frame in path.glob("*.png"):  # the next trainer reads its head
+                frame.write_bytes(whole[frame.name])
+        return said.getvalue(), json.loads((run_dir / "summary.json").read_text())
+
+    whole = {p.name: p.read_bytes() for p in (tmp_path / "data" / "video_002").glob("*.png")}
+    text, summary = train(tmp_path / "whole")
+    assert summary["clips_left_out"] == 2  # of 6 clips of 3 videos
+    assert "left out, and another clip drawn: " in text
+    assert "video_002" in text
+    train(tmp_path / "parts", stop_at=3)
+    last = tmp_path / "parts" / "checkpoints" / "last.pt"
+    assert train(tmp_path / "parts", resume=last)[1]["clips_left_out"] == 2
+    assert_same(weights(tmp_path / "whole" / "checkpoints" / "last.pt"), weights(last))
+    config = experiment(dataset={"val_path": None, "on_bad_sample": "skip"})
+    with pytest.raises(UserError, match=r"max_bad_fraction=0\.01.*\n.*video_002"):
+        train(tmp_path / "few")
