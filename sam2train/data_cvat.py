@@ -17,6 +17,7 @@ from sam2train.data_rle import encode_mask
 from sam2train.data_videos import PICTURE_SUFFIXES, list_pictures, subfolders
 from sam2train.errors import UserError
 from sam2train.files import read_regular_file
+from sam2train.machine import watched
 
 FILE_NAME = "annotations.xml"  # in a folder as CVAT's ZIP unpacks
 _XML_WANTED = 'expected CVAT\'s XML 1.1: `annotations` with <image> ("for images") or <track>'
@@ -119,7 +120,7 @@ def _of_images(
     roots = image_roots(path, image_root).folders
     images, annotations = [], []
     listings: dict[Path, dict[str, str]] = {}
-    for k, entry in enumerate(entries):
+    for k, entry in enumerate(watched(entries, "images", len(entries))):
         name = entry.get("name")
         if not name:
             raise UserError(f"{path}: <image id={entry.get('id')!r}> has no `name`; {_XML_WANTED}")
@@ -179,7 +180,7 @@ def _of_video(
     pictures = _pictures_of(path, root, image_root, last, notes)
     size = _stated_size(path, root) or read_header(next(iter(pictures.values()))).stored
     annotations = []
-    for number, (track, found) in enumerate(shapes.items()):
+    for number, (track, found) in enumerate(watched(shapes.items(), "tracks", len(shapes))):
         where = f"{path}: <track id={track.get('id', number)!r}>"
         for frame, shape in found.items():
             if shape is None:

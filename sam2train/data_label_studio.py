@@ -14,6 +14,7 @@ from sam2train.data_rle import encode_mask
 from sam2train.data_source import listed
 from sam2train.data_videos import FILM_SUFFIXES, PICTURE_SUFFIXES
 from sam2train.errors import UserError
+from sam2train.machine import watched
 
 TASKS = "tasks"  # where `read_json` puts the list that the file is
 _TASKS_WANTED = "expected Label Studio's export JSON: a list of tasks with `data` and `annotations`"
@@ -63,7 +64,7 @@ def label_studio_to_coco(path: Path, content: Mapping[str, Any]) -> dict[str, An
     labels: dict[str, int] = {}
     kinds: Counter[str] = Counter()
     num_predictions = 0
-    for place, task in enumerate(tasks):
+    for place, task in enumerate(watched(tasks, "tasks", len(tasks))):
         where = f"{path}: task {task.get('id', place)!r}"
         counted = _counted(task, where)
         num_predictions += bool(task.get("predictions"))
