@@ -96,7 +96,7 @@ def name_videos(
             places[i] = {"video_id": video_id, "order_in_video": place}
     note = (
         "frames of a video are the pictures of one folder whose names differ in their last number, "
-        f"in this order: {len(groups)} videos of {len(images)} frames"
+        f"in this order (videos: {len(groups)}, frames: {len(images)})"
     )
     return [{**image, **places[image["id"]]} for image in images], [note]
 

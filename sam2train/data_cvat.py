@@ -279,6 +279,8 @@ def _pictures_of(
 ) -> dict[int, Path]:
     """Number of the frame -> its picture, in order."""
     own, *usual = image_roots(path, image_root).folders
+    named = path.with_suffix("")  # a folder with the name of the file has the frames of no other
+    usual.sort(key=lambda folder: named not in (folder, *folder.parents))
     folders = [own] if image_root is not None else [*usual, own]
     folders += [only[0] for folder in folders if len(only := subfolders(folder)) == 1]
     found = next(((folder, p) for folder in folders if (p := list_pictures(folder))), None)

@@ -334,3 +334,16 @@ def test_the_guide_s_class_takes_the_xml(tmp_path):
     make_frames_beside(tmp_path)
     path = write_xml(tmp_path, track(3, [on_frame("mask", t, 0) for t in range(6)]))
     assert load(path)[0].object_ids == [3]
+
+
+def test_several_files_in_one_folder_have_frames_in_folders_of_their_names(tmp_path):
+    found = []
+    for k, name in enumerate(("a", "b")):
+        make_frames_beside(tmp_path / name)
+        shapes = [on_frame("mask", t, k) for t in range(6)]
+        write_xml(tmp_path, track(k, shapes)).rename(tmp_path / f"{name}.xml")
+        dataset, said = build_it(tmp_path / f"{name}.xml", dataset_type="cvat")
+        assert masks_of(dataset) == {k: [(t, k) for t in range(6)]}
+        assert str(tmp_path / name / "images") in said
+        found.append(dataset.videos[0].video_id)
+    assert found == ["a", "b"]

@@ -119,7 +119,7 @@ def test_masks_of_labels_are_objects_of_a_video(tmp_path, kind, drawn):
     dataset, said = build_it(make_tasks(tmp_path, both(drawn)), dataset_type=kind)
     assert ("has the layout of label_studio" in said) == (kind == "coco")
     assert "object identity from category_id" in said
-    assert "1 videos of 6 frames" in said
+    assert "videos: 1, frames: 6" in said
     assert_truth(dataset)
     assert dataset[0].masks.any()
 
