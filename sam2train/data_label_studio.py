@@ -150,6 +150,8 @@ def _picture_of(task: Mapping[str, Any], where: str, kinds: Mapping[str, int]) -
         ]
 
     pictures = ends_in(PICTURE_SUFFIXES)
+    if isinstance(data, dict) and data.get("image") in pictures:  # the usual name of the field
+        return data["image"]
     if len(pictures) == 1:
         return pictures[0]
     if not pictures and ends_in(FILM_SUFFIXES):

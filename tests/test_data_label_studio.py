@@ -79,7 +79,7 @@ def make_tasks(folder, results, name="frames/frame_{:03d}.png"):
         tasks.append(
             {
                 "id": 10 + t,
-                "data": {"image": name.format(t), "note": "any text"},
+                "data": {"image": name.format(t), "note": "any text", "icon": "icon.png"},
                 "annotations": [annotation],
                 "predictions": [],
             }
@@ -265,7 +265,7 @@ def first(tasks):
         (lambda tasks: first(tasks).update(original_width=None), "expected pixels"),
         (lambda tasks: first(tasks).update(original_width=10**9), "expected pixels"),
         (lambda tasks: first(tasks).update(image_rotation=90), "turned by 90 degrees"),
-        (lambda tasks: tasks[0].update(data={"image": "a.png", "b": "b.png"}), "names 2 pictures"),
+        (lambda tasks: tasks[0].update(data={"a": "a.png", "b": "b.png"}), "names 2 pictures"),
         (lambda tasks: tasks[0].update(data=None), "names 0 pictures"),
         (lambda tasks: tasks[0].update(annotations=[1]), "no list of mappings"),
         (lambda tasks: tasks[0].update(annotations=[{"result": 1}]), "no list of mappings"),
