@@ -13,7 +13,7 @@ Points are always (x, y) in pixels of the resized frame.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from typing import Any, TypedDict
 
@@ -297,7 +297,7 @@ def collate_fn(clips: Sequence[Clip | Mapping[str, Any]]) -> BatchedVideoDatapoi
 
 def _to_clip(sample: Mapping[str, Any]) -> Clip:
     names = Clip.__dataclass_fields__.keys()
-    optional = ("frame_size", "ignore", "image_keys")
+    optional = {f.name for f in fields(Clip) if f.default is not MISSING} | {"frame_size"}
     if missing := [name for name in names if name not in sample and name not in optional]:
         raise UserError(
             f"collate_fn: a sample without {', '.join(missing)}; it has "

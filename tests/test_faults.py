@@ -100,7 +100,8 @@ def test_a_machine_without_memory_is_a_message_with_what_lowers_it(experiment, t
     assert said[1].startswith("these settings lower it, the first ones most; now they are: ")
     for setting in ("dataset.batch_size=64", "dataset.num_workers=0", "dataset.mask_cache_mb="):
         assert setting in said[1]
-    assert said[2] == "What a run has saved stays; --resume goes on with it"
+    assert said[2] == "the same command with --probe measures which fit"
+    assert said[3] == "What a run has saved stays; --resume goes on with it"
 
 
 def test_ctrl_c_while_libraries_tidy_up_prints_no_traceback(tmp_path):

@@ -38,6 +38,7 @@ def test_the_blocks_train_a_step(block, weights, tmp_path):
     path.write_text(text.replace(old, str(data)))
     run = tmp_path / "run"
     words = ["trainer.num_steps=1", "trainer.device=cpu", "tracking.mode=disabled"]
+    words += ["dataset.batch_size=1", "dataset.video_clip_length=2"]  # in a few seconds
     if block == VIDEO:
         words.append("dataset.synthetic.max_objects=1")
     assert cli.main([str(path), *words, "--run-dir", str(run)]) == 0

@@ -21,7 +21,6 @@ def test_more_frames_take_more_memory(experiment):
     assert few.problem == many.problem == ""
     assert many.peak > few.peak + 20e6
     assert 100e6 < few.peak < 3e9
-    assert many.seconds > few.seconds
 
 
 def test_a_step_that_runs_out_of_memory_ends_alone(experiment):
