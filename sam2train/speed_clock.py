@@ -133,7 +133,7 @@ def peak_of(run: Callable[[], object], device: torch.device) -> int:
 
     On CUDA by torch's allocator, to the byte. On CPU by the resident memory of the process, where
     scratch memory counts as well: call it in a process of its own (`in_process`), where little was
-    freed before that a run could take again. Repeated, it differs by 1 to 2 %.
+    freed before that a run could take again.
 
     Raises:
         MachineFault: a system without /proc, such as macOS.

@@ -7,6 +7,8 @@ import time
 
 import numpy as np
 import pytest
+import test_data_cvat
+import test_data_label_studio
 import test_data_mevis
 import test_data_mots
 import test_data_sav
@@ -41,6 +43,16 @@ def make_mots(root):
     return root
 
 
+def make_cvat(root):
+    test_data_cvat.make_frames_beside(root)
+    shapes = [test_data_cvat.on_frame("mask", t, 0) for t in range(6)]
+    return test_data_cvat.write_xml(root, test_data_cvat.track(0, shapes))
+
+
+def make_label_studio(root):
+    return test_data_label_studio.make_tasks(root, test_data_label_studio.both())
+
+
 # The data set of a format, and files of it: a frame, and what holds masks.
 MAKERS = {
     "coco": (make_coco, "video_001/frame_001.png", "annotations.json"),
@@ -51,8 +63,12 @@ MAKERS = {
     "sav": (make_sav, "JPEGImages_24fps/sav_1/00001.png", "sav_1_manual.json"),
     "mots": (make_mots, "images/0001/frame_000001.png", "instances/0001/frame_000001.png"),
     "mevis": (test_data_mevis.write, "JPEGImages/a/00001.png", "mask_dict.json"),
+    "cvat": (make_cvat, "images/frame_000001.png", "annotations.xml"),
+    "label_studio": (make_label_studio, "frames/frame_001.png", "annotations.json"),
 }
 FILES = [(kind, at) for kind, row in MAKERS.items() for at in (1, 2) if row[at]]
+# Without the files that an experiment names itself: they give the folder.
+BELOW = [(kind, at) for kind, at in FILES if "/" in MAKERS[kind][at] or kind == "sav"]
 
 
 def test_every_format_is_here():
@@ -111,11 +127,9 @@ def test_a_film_that_is_a_pipe(tmp_path, soon):
         read_film_header(tmp_path / "a.mp4")
 
 
-@pytest.mark.parametrize(("kind", "at"), FILES)
+@pytest.mark.parametrize(("kind", "at"), BELOW)
 def test_files_outside_the_folder_are_told_and_refused_where_that_is_asked_for(tmp_path, kind, at):
     """A link in the place of a file, or of the folder that holds it."""
-    if MAKERS[kind][at].count("/") == 0 and kind != "sav":
-        pytest.skip("the file that the experiment names")
     for name in ("file", "folder"):
         path, file = make(kind, tmp_path / name / "data", at)
         assert "restrict_to_root" not in read(kind, path, restrict_to_root=True)
