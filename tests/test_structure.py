@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,15 @@ def test_every_module_is_in_a_group():
     modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
     assert modules == set().union(*GROUPS.values())
     assert sum(len(modules) for modules in GROUPS.values()) == len(modules)
+
+
+def test_the_readme_names_every_module_in_its_group():
+    rows = re.findall(r"^\| (\w+) \| (`.*?) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    named = {group: re.findall(r"`([\w*]+)`", rooms) for group, rooms in rows if group in GROUPS}
+    assert named.keys() == GROUPS.keys()
+    for group, modules in GROUPS.items():
+        assert {m for m in modules if not any(fnmatchcase(m, n) for n in named[group])} == set()
+        assert [n for n in named[group] if not any(fnmatchcase(m, n) for m in modules)] == []
 
 
 def test_every_module_has_its_test_file():
