@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from sam2train.errors import UserError
-from sam2train.files import shorten
+from sam2train.files import MORE_ALLOWED, shorten, size_limit
 
 INT = r"[-+]?(?:0|[1-9][0-9]*)$"
 FLOAT = r"[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$"
@@ -98,13 +98,13 @@ def read_text(path: Path) -> str:
             what = "a folder" if path.is_dir() else "no regular file"
             raise UserError(f"{path} is {what}; expected a YAML file")
         with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
+            content = file.read(size_limit(MAX_BYTES) + 1)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    if len(content) > MAX_BYTES:
+    if len(content) > size_limit(MAX_BYTES):
         raise UserError(
-            f"{path}: the file is larger than {MAX_BYTES:,} bytes; expected the settings of an "
-            "experiment, a few kilobytes: is it the right file?"
+            f"{path}: the file is larger than {size_limit(MAX_BYTES):,} bytes; expected the "
+            f"settings of an experiment, a few kilobytes: is it the right file? {MORE_ALLOWED}"
         )
     try:
         return content.decode("utf-8-sig")
@@ -146,6 +146,7 @@ def _check_size(text: str, loader: type) -> None:
     text that would fill the memory is refused at the first event beyond a limit. An alias counts as
     what it stands for, so that ten lines of ten aliases each count as 10^10 values.
     """
+    max_values, max_characters = size_limit(MAX_VALUES), size_limit(MAX_BYTES)
     sizes: dict[str, tuple[int, int, int]] = {}  # anchor -> values, characters and levels below it
     open_anchors: list[str | None] = []
     # A row each open list or mapping: values, characters and levels of what it holds so far.
@@ -178,15 +179,16 @@ def _check_size(text: str, loader: type) -> None:
         values, characters = (sum(row[k] for row in rows) for k in (0, 1))
         levels = len(rows) - 1 + rows[-1][2]
         for found, limit, what in (
-            (values, MAX_VALUES, "values"),
-            (characters, MAX_BYTES, "characters"),
+            (values, max_values, "values"),
+            (characters, max_characters, "characters"),
             (levels, MAX_DEPTH, "levels of nesting"),
         ):
             if found > limit:
                 line = event.start_mark.line + 1
                 raise _TooLarge(
                     f"line {line}: more than {limit:,} {what}, aliases written out; expected the "
-                    "settings of an experiment: shorten the list or leave the aliases out"
+                    "settings of an experiment: shorten the list or leave the aliases out. "
+                    f"{MORE_ALLOWED}, but for nesting"
                 )
 
 

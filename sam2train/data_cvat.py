@@ -16,7 +16,7 @@ from sam2train.data_pictures import read_header
 from sam2train.data_rle import encode_mask
 from sam2train.data_videos import PICTURE_SUFFIXES, list_pictures, subfolders
 from sam2train.errors import UserError
-from sam2train.files import read_regular_file
+from sam2train.files import MORE_ALLOWED, read_regular_file, size_limit
 from sam2train.machine import watched
 
 FILE_NAME = "annotations.xml"  # in a folder as CVAT's ZIP unpacks
@@ -76,8 +76,10 @@ def _parse(path: Path) -> ET.Element:
     """The tree of an XML file. A document type, which may define entities that grow to any size or
     that read other files, is refused before anything of it is used."""
     raw = read_regular_file(path, _XML_WANTED)
-    if len(raw) > _MAX_XML:
-        raise UserError(f"{path}: has {len(raw):,} bytes, more than {_MAX_XML:,}; {_XML_WANTED}")
+    if len(raw) > (most := size_limit(_MAX_XML)):
+        raise UserError(
+            f"{path}: has {len(raw):,} bytes, more than {most:,}; {_XML_WANTED}. {MORE_ALLOWED}"
+        )
     builder = ET.TreeBuilder()
     level = 0
 

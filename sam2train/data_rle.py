@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from pycocotools import mask as rle
 
+from sam2train.files import MORE_ALLOWED, size_limit
 from sam2train.transforms import MaskPart, cut_mask
 
 # Bounds of the polygons of one mask: pycocotools needs time and memory in proportion to both.
@@ -307,9 +308,10 @@ def _ring(corners: Any) -> list:
         raise ValueError(f"expected {_POLYGONS}")
     if corners and all(isinstance(corner, list) for corner in corners):
         corners = [value for corner in corners for value in corner]
-    if len(corners) > 2 * MAX_CORNERS:
+    if len(corners) > 2 * (most := size_limit(MAX_CORNERS)):
         raise ValueError(
-            f"a polygon of {len(corners) // 2} corners, more than {MAX_CORNERS}; write an RLE"
+            f"a polygon of {len(corners) // 2} corners, more than {most}; write an RLE. "
+            f"{MORE_ALLOWED}"
         )
     # pycocotools takes four numbers for a box, and reads beyond the list for an odd count.
     if len(corners) < 6 or len(corners) % 2:
@@ -323,17 +325,20 @@ def _fill_shapes(shapes: list[tuple[list, list[list]]], size: tuple[int, int]) -
     """Run lengths of the area that the shapes cover together, without their holes."""
     far = 10 * max(size)
     rings = [ring for outer, holes in shapes for ring in (outer, *holes)]
-    if (corners := sum(map(len, rings)) // 2) > MAX_CORNERS:
-        raise ValueError(f"polygons of {corners} corners, more than {MAX_CORNERS}; write an RLE")
+    if (corners := sum(map(len, rings)) // 2) > (most := size_limit(MAX_CORNERS)):
+        raise ValueError(
+            f"polygons of {corners} corners, more than {most}; write an RLE. {MORE_ALLOWED}"
+        )
     outline = 0.0
     for ring in rings:
         if not all(_is_number(value) and abs(value) <= far for value in ring):
             raise ValueError(f"a polygon has a corner that is no number or beyond +-{far} px")
         corners = np.array(ring, np.float64).reshape(-1, 2)
         outline += np.abs(corners - np.roll(corners, 1, axis=0)).max(axis=1).sum()
-    if outline > MAX_OUTLINE:
+    if outline > (most := size_limit(MAX_OUTLINE)):
         raise ValueError(
-            f"polygons with an outline of {outline:.0f} px, more than {MAX_OUTLINE}; write an RLE"
+            f"polygons with an outline of {outline:.0f} px, more than {most}; write an RLE. "
+            f"{MORE_ALLOWED}"
         )
     if not any(holes for _, holes in shapes):
         counts = rle.merge(rle.frPyObjects([outer for outer, _ in shapes], *size))["counts"]

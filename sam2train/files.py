@@ -9,6 +9,7 @@ import gc
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import unicodedata
@@ -260,6 +261,29 @@ MAX_UNPACKED_FACTOR = 8
 MAX_UNPACKED_BYTES = 1 << 26
 
 
+MORE_ALLOWED = "SAM2TRAIN_LIMITS=10 in the environment allows ten times as much"
+
+
+def size_limit(usual: int) -> int:
+    """`usual`, times the number in the environment variable SAM2TRAIN_LIMITS where that is set: for
+    those who trust a file that is larger than any of its kind should be. No file can set it.
+
+    Raises:
+        UserError: it is no number of 1 or more.
+    """
+    text = os.environ.get("SAM2TRAIN_LIMITS", "1")
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = math.nan
+    if not 1 <= factor <= 1e6:
+        raise UserError(
+            f"SAM2TRAIN_LIMITS={printable(text)[:_MAX_SHOWN]}; expected a number from 1 to 1e6, by "
+            "which the limits of sizes are multiplied"
+        )
+    return int(usual * factor)
+
+
 def check_unpacked_size(path: Path) -> None:
     """Raise UserError where a zip says that it unpacks to far more than it takes on disk.
 
@@ -271,11 +295,12 @@ def check_unpacked_size(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(entry.file_size for entry in archive.infolist())
     size = os.path.getsize(path)
-    limit = max(MAX_UNPACKED_FACTOR * size, MAX_UNPACKED_BYTES)
+    limit = size_limit(max(MAX_UNPACKED_FACTOR * size, MAX_UNPACKED_BYTES))
     if unpacked > limit:
         raise UserError(
             f"{path}: has {size:,} bytes and unpacks to {unpacked:,}, more than the {limit:,} that "
-            "this program reads of such a file; torch compresses no checkpoint: where is it from?"
+            "this program reads of such a file; torch compresses no checkpoint: where is it from? "
+            f"{MORE_ALLOWED}"
         )
 
 

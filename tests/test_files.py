@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sam2train import files
+from sam2train.config_yaml import load_yaml
+from sam2train.data_rle import decode_segmentation
 from sam2train.errors import UserError
 from sam2train.files import (
     MAX_FILE_NAME,
@@ -21,6 +23,7 @@ from sam2train.files import (
     read_json,
     replacing,
     resolve_path,
+    size_limit,
     write_bytes,
     write_rows,
     write_text,
@@ -302,3 +305,22 @@ def test_partial_files_of_killed_saves_are_swept_up(tmp_path):
     files.sweep_partials(tmp_path)
     files.sweep_partials(tmp_path / "none")
     assert {path.name for path in tmp_path.iterdir()} == {"last.pt", ".hidden", "x.part"}
+
+
+def test_limits_of_sizes_are_multiplied_by_the_environment_alone(tmp_path, monkeypatch):
+    path = tmp_path / "large.yaml"
+    path.write_text("values: [" + "1, " * 12_000 + "1]\n")
+    corners = [value for k in range(120_000) for value in (k % 7, k % 5)]
+    for read in (lambda: load_yaml(path), lambda: decode_segmentation([corners], (8, 8))):
+        monkeypatch.delenv("SAM2TRAIN_LIMITS", raising=False)
+        with pytest.raises((UserError, ValueError), match="SAM2TRAIN_LIMITS=10"):
+            read()
+        monkeypatch.setenv("SAM2TRAIN_LIMITS", "2")
+        assert read() is not None
+
+
+@pytest.mark.parametrize("text", ["", "many", "nan", "inf", "1e400", "0", "-3", "0.5"])
+def test_a_multiple_that_is_no_number_is_an_error(monkeypatch, text):
+    monkeypatch.setenv("SAM2TRAIN_LIMITS", text)
+    with pytest.raises(UserError, match=r"SAM2TRAIN_LIMITS=.*expected a number"):
+        size_limit(10)
