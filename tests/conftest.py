@@ -31,8 +31,8 @@ settings.load_profile("sam2train")
 # for very long.
 torch.set_num_threads(1)
 
-# Seconds that torch waits for a loader process to end before it ends it; 5 of them, many times over,
-# are a good part of a test run.
+# Seconds that torch waits for a loader process to end before it ends it. Its 5 seconds, many times
+# over, are a good part of a test run.
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5
 
 # A shell starts background jobs with SIGINT ignored, `nohup` with SIGHUP; tests send these signals.
