@@ -546,7 +546,7 @@ def _not_finite(trainings: Trainings, run_dir: Path, rng: random.Random) -> Outc
     run = trainings.start(
         "plain", run_dir, "optimizer.learning_rate=1e30", "optimizer.warmup_steps=0"
     )
-    outcome = _ended(run, (1,), "not finite.*first was the [a-z]+ ")
+    outcome = _ended(run, (1,), "not finite.*first bad value: the [a-z]+ ")
     if not outcome[0] and not list(run_dir.glob("bad_batch_*.pt")):
         outcome[0].append("no bad_batch file")
     return outcome

@@ -30,13 +30,14 @@ from sam2train.config import to_yaml
 from sam2train.config_yaml import load_yaml
 from sam2train.data_clips import ClipDataset, clip_settings
 from sam2train.data_rle import decode_segmentation, run_lengths, segmentation_area
-from sam2train.datasets import COCODataset, read_folders
+from sam2train.datasets import COCODataset, DatasetConfig, read_folders
 from sam2train.errors import UserError
 from sam2train.experiment import load_experiment
 from sam2train.pretrained import read_weights
 from sam2train.results import load_runs, load_scores
 from sam2train.run_folder import RunFolder
-from sam2train.scores import SCORE_COLUMNS, RowsFile
+from sam2train.score_files import RowsFile
+from sam2train.scores import SCORE_COLUMNS
 from sam2train.sweep_file import check_values, grid, load_sweep
 from sam2train.sweep_search import examples
 from sam2train.sweep_trials import Trial, read_record
@@ -494,7 +495,8 @@ class Vos(Kind):
 
     def read(self) -> None:
         settings = clip_settings(image_size=SIZE, video_clip_length=4)
-        _use(ClipDataset(read_folders(self.path), settings))
+        config = DatasetConfig(dataset_type="vos", data_path=str(self.path))
+        _use(ClipDataset(read_folders(self.path, config), settings))
 
 
 class Runs(Kind):

@@ -1,16 +1,20 @@
 """CONTRIBUTING.md shows the code that the tests of formats, prompts and losses apply."""
 
+import contextlib
 import inspect
+import random
 import re
 from pathlib import Path
 
 import pytest
 from conftest import make_coco
+from soak_fuzz import KINDS
 from test_datasets import Arrays
 from test_losses import AREA
 from test_prompts import Scribble
 
 from sam2train import cli, commands
+from sam2train.errors import UserError
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
 
@@ -52,3 +56,13 @@ def test_the_command_shown_runs(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.split()[-1] == "3"
     assert cli.main(["--count-videos", "--help"]) == 0
     assert "how many videos" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_soak_calls_the_program_as_it_is_today(name, tmp_path):
+    """It is no part of the suite: a few inputs of each kind are accepted or refused by name."""
+    kind = KINDS[name](tmp_path / name)
+    for seed in range(3):
+        kind.write(random.Random(seed))
+        with contextlib.suppress(UserError):
+            kind.read()
