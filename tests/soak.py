@@ -253,12 +253,14 @@ class Training:
         return code
 
     def workers(self) -> list[int]:
-        """The processes that load data; W&B's own, without which it loses rows, is none of them."""
+        """The processes that load data. W&B's own, without which it loses rows, and Python's tracker
+        of shared memory are none of them."""
         path = Path(f"/proc/{self.pid}/task/{self.pid}/children")
         found = []
         for one in path.read_text().split():
             with suppress(OSError):
-                if b"wandb" not in Path(f"/proc/{one}/cmdline").read_bytes():
+                words = Path(f"/proc/{one}/cmdline").read_bytes()
+                if b"wandb" not in words and b"resource_tracker" not in words:
                     found.append(int(one))
         return found
 
