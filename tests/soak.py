@@ -253,8 +253,8 @@ class Training:
         return code
 
     def workers(self) -> list[int]:
-        """The processes that load data. W&B's own, without which it loses rows, and Python's tracker
-        of shared memory are none of them."""
+        """The processes that load data. W&B's own, without which it loses rows, and Python's
+        tracker of shared memory are none of them."""
         path = Path(f"/proc/{self.pid}/task/{self.pid}/children")
         found = []
         for one in path.read_text().split():
