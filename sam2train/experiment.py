@@ -56,8 +56,8 @@ class TrainerConfig(Section):
     )
     activation_checkpointing: bool = Field(
         False,
-        description="the backward computes each frame again: less than half of the memory, at most "
-        "1.35 times the step",
+        description="the backward computes each frame again: about half of the memory of a step, "
+        "a third more time",
     )
     bf16: bool | None = Field(None, description="bfloat16 autocast; null: where CUDA supports it")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")

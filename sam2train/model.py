@@ -71,8 +71,8 @@ class ModelConfig(Section):
         None,
         ge=0,
         lt=1,
-        description="of the memory attention; null: as config_path says, 0.1 in SAM 2's. 0 makes a "
-        "step up to a third faster: attention with dropout has no fast code",
+        description="of the memory attention; null: as config_path says, 0.1 in SAM 2's. 0 is "
+        "faster: attention with dropout has no fused code",
     )
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="of random initial weights; null: trainer.seed"
