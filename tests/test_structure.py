@@ -68,8 +68,7 @@ GROUPS = {
         *("sweep", "sweep_trials", "sweep_claims", "sweep_tables", "sweep_file", "sweep_search"),
     },
     "speed": {
-        *("speed", "speed_clock", "speed_reference", "speed_step", "speed_video"),
-        *("speed_data", "speed_runs"),
+        *("speed", "speed_clock", "speed_step", "speed_video", "speed_data"),
     },
     "door": {"commands", "cli"},
 }
