@@ -7,8 +7,8 @@ follows the objects of a video (`TrackedVideo`), `scores.score` makes a table of
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -77,6 +77,8 @@ class TrackedFrame:
     masks: Mapping[int | str, np.ndarray]  # (H, W) bool
     # logits of being visible; empty if the tracker gives none
     object_scores: Mapping[int | str, float]
+    # the IoU that the model predicts of its masks; empty if the tracker gives none
+    iou_predictions: Mapping[int | str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -255,9 +257,11 @@ def track_video(
         surest, winner = resized[:, 0].max(dim=0)  # (H, W)
         winner = winner.where(surest > 0, -1).to(torch.int16).cpu().numpy()
         scores = current["object_score_logits"][:, 0].tolist()
+        ious = current["iou_predictions"].tolist()
         yield TrackedFrame(
             {object_id: winner == place for place, object_id in enumerate(object_ids)},
             dict(zip(object_ids, scores, strict=True)),
+            dict(zip(object_ids, ious, strict=True)),
         )
 
 
@@ -275,6 +279,10 @@ def copy_first_mask(
         yield TrackedFrame(masks, {})
 
 
+# What a frame's tensors are called; the memory stays in the tracker.
+_STREAMED = ("low_res_logits", "object_score_logits", "iou_predictions")
+
+
 @torch.inference_mode()
 def track_frames(
     model: SAM2Model,
@@ -285,38 +293,67 @@ def track_frames(
     bf16: bool = False,
 ) -> Iterator[tuple[int, list[int | str], dict[str, Any]]]:
     """Stream a video: frame, the n objects prompted so far, and of them `low_res_logits`
-    (n, H / 4, W / 4) and `object_score_logits` (n, 1), float32."""
+    (n, H / 4, W / 4), `object_score_logits` (n, 1) and `iou_predictions` (n,), float32.
+
+    An object may be prompted on several frames. As in SAM 2's predictor, every other frame reads
+    the memories of all of these, later ones too. Such a later frame is encoded twice.
+    """
     was_training = model.training
     model.eval()
     num_frames = len(video.frames)
     trackers: list[tuple[list[int | str], Iterator[FrameOutput]]] = []
+    current: tuple[int, ImageFeatures | None] = (-1, None)
 
-    def begin(starting: list[Prompt], t: int) -> Iterator[FrameOutput]:
-        everyone = torch.zeros(len(starting), dtype=torch.long, device=model.device)
-        # All groups of objects advance together: `features` are those of the current frame.
-        return track_clip(
-            model.sam2, lambda _: features.select(everyone), num_frames, {t: starting}
-        )
+    def features_of(t: int, num_objects: int) -> ImageFeatures:
+        features = current[1]
+        if t != current[0]:  # a frame that is prompted later
+            _, features = next(_encode_frames(model, dataset, video, range(t, t + 1), bf16))
+        everyone = torch.zeros(num_objects, dtype=torch.long, device=model.device)
+        return features.select(everyone)
+
+    def follow(group: Mapping[int, list[Prompt]]) -> Iterator[dict[str, torch.Tensor]]:
+        """The tensors of objects that are prompted on the same frames, in the order of time."""
+        begin = min(group)
+        num_objects = len(group[begin])
+        outputs = track_clip(model.sam2, lambda t: features_of(t, num_objects), num_frames, group)
+        early: dict[int, dict[str, torch.Tensor]] = {}  # of the frames that are prompted later
+        for t in range(begin, num_frames):
+            while t not in early:
+                output = next(outputs)
+                early[output.frame_idx] = {name: getattr(output, name) for name in _STREAMED}
+            yield early.pop(t)
 
     try:
-        first = min((prompt["frame_index"] for prompt in prompts), default=num_frames)
-        for t, of_frame in _encode_frames(model, dataset, video, range(first, num_frames), bf16):
-            features = of_frame
-            starting = [prompt for prompt in prompts if prompt["frame_index"] == t]
-            if starting:
-                trackers.append(([p["object_id"] for p in starting], begin(starting, t)))
+        groups = _same_frames(prompts)
+        first = min((t for group in groups for t in group), default=num_frames)
+        # All groups of objects advance together.
+        for current in _encode_frames(model, dataset, video, range(first, num_frames), bf16):
+            t = current[0]
+            for group in groups:
+                if min(group) == t:
+                    trackers.append(([p["object_id"] for p in group[t]], follow(group)))
             with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
                 outputs = [next(tracker) for _, tracker in trackers]
             yield (
                 t,
                 [o for object_ids, _ in trackers for o in object_ids],
-                {
-                    name: torch.cat([getattr(output, name).float() for output in outputs])
-                    for name in ("low_res_logits", "object_score_logits")
-                },
+                {name: torch.cat([out[name].float() for out in outputs]) for name in _STREAMED},
             )
     finally:
         model.train(was_training)
+
+
+def _same_frames(prompts: Sequence[Prompt]) -> list[dict[int, list[Prompt]]]:
+    """The objects in groups that are prompted on the same frames: frame -> a prompt for each."""
+    by_object: dict[int | str, dict[int, Prompt]] = {}
+    for prompt in prompts:
+        by_object.setdefault(prompt["object_id"], {})[prompt["frame_index"]] = prompt
+    groups: dict[tuple[int, ...], dict[int, list[Prompt]]] = {}
+    for own in by_object.values():
+        group = groups.setdefault(tuple(sorted(own)), {t: [] for t in sorted(own)})
+        for t, prompt in own.items():
+            group[t].append(prompt)
+    return list(groups.values())
 
 
 def _encode_frames(

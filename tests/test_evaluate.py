@@ -82,6 +82,38 @@ def test_streaming_gives_what_the_training_forward_gives(model, tmp_path, prompt
         torch.testing.assert_close(upscaled, whole[t], atol=1e-4, rtol=1e-4)
 
 
+def test_an_object_may_be_prompted_on_several_frames(model, tmp_path):
+    """Streamed in the order of time, and the same logits as in the training forward, which takes
+    the prompted frames first; the objects are prompted on different frames."""
+    data = dataset(tmp_path, "bbox", num_frames=8, size=SIZE, absent=[(1, 0, 2), (1, 1, 2)])
+    video, rng = data.videos[0], np.random.default_rng(0)
+    prompts = [
+        data.prompts.generate(
+            data.read_mask(video, t, object_id), rng, object_id=object_id, frame_index=t
+        )
+        for object_id, t in ((1, 0), (1, 5), (2, 2), (1, 3), (2, 6))
+    ]
+    clip = data[0]
+    model.eval()
+    with torch.no_grad():
+        outputs = model(clip.images[None], clip.masks[None], [prompts])
+    for t, object_ids, current in track_frames(model, data, video, prompts):
+        assert object_ids == [1, 2][: 1 if t < 2 else 2]
+        low_res = current["low_res_logits"][:, None]
+        upscaled = torch.nn.functional.interpolate(low_res, SIZE, mode="bilinear")[:, 0]
+        for place in range(len(object_ids)):
+            expected = outputs["pred_masks"][0, t, place]
+            torch.testing.assert_close(upscaled[place], expected, atol=1e-4, rtol=1e-4)
+            for name in ("iou_predictions", "object_score_logits"):
+                found, expected = current[name].flatten()[place], outputs[name][0, t, place]
+                torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    alone = [prompt for prompt in prompts if prompt["frame_index"] in (0, 2)]
+    with_more, without = (
+        stacks(track_video(model, data, video, some), video) for some in (prompts, alone)
+    )
+    assert (with_more[1] != without[1]).any()  # the later prompts are read
+
+
 def test_each_object_is_prompted_on_its_first_frame_and_empty_before(model, tmp_path):
     data = dataset(tmp_path, num_frames=6, absent=[(1, 0, 2), (1, 1, 2)])
     video = data.videos[0]
