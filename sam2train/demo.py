@@ -28,40 +28,31 @@ from sam2train.errors import UserError
 from sam2train.files import REPOSITORY, read_json, resolve_path
 
 _EXPECTED = "expected the manifest that the generator wrote"
-GENERATOR_VERSION = 1  # raise it when the same DemoSplit should give other pictures
+GENERATOR_VERSION = 2  # raise it when the same DemoSplit should give other pictures
 JPEG_QUALITY = 88
 
 
 SPLITS = {
-    "easy": DemoSplit(101, 2400, 6, 1, 3, 4.0, 0.05, 1.12, 3, events=False),
-    "motion": DemoSplit(105, 600, 6, 1, 3, 4.0, 0.05, 1.12, 0, events=False, vanish_every=2),
-    "train": DemoSplit(102, 48, 24, 2, 3, 6.5, 0.12, 1.6, 0, events=True),
-    "val": DemoSplit(103, 12, 24, 2, 3, 6.5, 0.12, 1.6, 0, events=True),
-    "test": DemoSplit(104, 12, 24, 2, 3, 6.5, 0.12, 1.6, 0, events=True),
-    "absence": DemoSplit(106, 20, 32, 2, 3, 6.5, 0.12, 1.6, 0, events=True, only="leaves"),
-    "fresh": DemoSplit(107, 96, 24, 2, 3, 6.5, 0.12, 1.6, 0, events=True),
+    "stills": DemoSplit(201, 4000, 1, 3, 5, 4.0, 0.3, 0.0, 0.2),
+    "clips": DemoSplit(205, 400, 22, 3, 4, 4.0, 0.3, 0.8, 0.2),
+    "train": DemoSplit(202, 60, 24, 5, 6, 6.0, 1.0, 1.0, 0.5),
+    "val": DemoSplit(203, 12, 24, 5, 6, 6.0, 1.0, 1.0, 0.5),
+    "test": DemoSplit(204, 48, 24, 5, 6, 6.0, 1.0, 1.0, 0.5),
 }
 
-# sha256 of each split as OpenCV 5.0.0 on x86-64 Linux draws it.
-DIGESTS = {
-    "easy": "e6411dc7cf33ec3b43b4eb9b6cb4b22a521710396150706bfd3dee4d577cf286",
-    "motion": "23966944df031d091a818e54782b7581cac5496f57d779dd48f3116f38215cba",
-    "train": "19fd5f92a7cb97d689ca65aa62326c5e668abe2c961ae212f547faf5c049947d",
-    "val": "a264ac1ce94a5af4a8f8f02d6258ef99640365db9eef3b5f393ff5b909307ba2",
-    "test": "3cce9c7eb541ddfc43b68a879e5540ebe5150cbcbbeac0716ce6e5952dbdc31d",
-    "absence": "0d6a6de047096351fa9a28cf74f291105c8c4e7ef264a3e4c7589fa1323dbac2",
-    "fresh": "e54421ec8a6975aac0437aba0fe94ed591e99f056f8071fa24ebbd08b89e35de",
-}
+# sha256 of each split; other builds of OpenCV may write other JPEG files.
+DIGESTS = {}
 
 
 def generate(split: DemoSplit, folder: Path) -> None:
-    """Write annotations.json, video_data/ and manifest.json of a split into an empty folder."""
-    images, annotations, videos = [], [], []
+    """Write a split into an empty folder: annotations, attributes, manifest and video_data/."""
+    images, annotations, rows = [], [], []
     for video_index in range(split.num_videos):
-        frames, masks, events = make_video(split, video_index)
+        frames, masks, attributes = make_video(split, video_index)
         video_id = f"video_{video_index + 1:03d}"
         (folder / "video_data" / video_id).mkdir(parents=True)
-        videos.append({"video_id": video_id, "events": list(events)})
+        for track_id, names in enumerate(attributes, start=1):
+            rows += [f"{video_id},{track_id},{name}" for name in names]
         for t, picture in enumerate(frames):
             path = f"video_data/{video_id}/frame_{t + 1:03d}.jpg"
             jpeg = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
@@ -94,27 +85,26 @@ def generate(split: DemoSplit, folder: Path) -> None:
                     }
                 )
     content = {
-        "info": {"description": "sam2train demo, synthetic", "videos": videos},
+        "info": {"description": "sam2train demo, synthetic"},
         "images": images,
         "annotations": annotations,
         "categories": [{"id": 1, "name": "shape"}],
     }
     (folder / "annotations.json").write_text(json.dumps(content))
+    (folder / "attributes.csv").write_text("\n".join(["video,object,attribute", *rows, ""]))
     manifest = {"recipe": recipe(split), "sha256": digest(folder)}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 
 def recipe(split: DemoSplit) -> dict:
     """All that the pictures of a split depend on; a split on disk of another recipe is outdated."""
-    fields = dataclasses.asdict(split)
-    # Without fields that are None: splits written before `only` existed keep their recipe.
-    return {"version": GENERATOR_VERSION, **{k: v for k, v in fields.items() if v is not None}}
+    return {"version": GENERATOR_VERSION, **dataclasses.asdict(split)}
 
 
 def digest(folder: Path) -> str:
-    """sha256 over names and contents of annotations.json and all frames, in sorted order."""
+    """sha256 over names and contents of the annotations, the attributes and all frames."""
     total = hashlib.sha256()
-    names = ["annotations.json"]
+    names = ["annotations.json", "attributes.csv"]
     for parent in sorted(os.listdir(folder / "video_data")):
         inside = sorted(os.listdir(folder / "video_data" / parent))
         names += [f"video_data/{parent}/{name}" for name in inside]

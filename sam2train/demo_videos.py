@@ -1,353 +1,360 @@
-"""The videos of the demo data: textured shapes whose paths a memory of past frames helps to follow.
+"""The videos of the demo data: painted shapes that leave, hide, return and change their looks.
 
-A video starts as a layout of `DemoLayer`s. Layouts are drawn at random until one has the wanted
-events, judged first by its paths (`paths_fit`), then by its pixels (`events_show`). Only that one
-is painted.
+All is computed with NumPy in float64 and rounded once, so that every machine draws the same pixels.
+A layout of `Shape`s is drawn at random until its objects are seen well enough on their first frame.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
-
-from sam2train.data_synthetic import coverage, outline, sway, view
 
 SIZE = 128  # px, height and width of every frame
 MIN_AREA = 12  # px; a smaller visible rest of an object gets no annotation
-PATCH = 64  # px, side of an object's texture; its radius is half of that
-MAX_ATTEMPTS = 2000  # layouts tried for a video before giving up
+# The share of an object that its first frame must show: on frame 0, and where it comes in later.
+SHOWN_AT_FIRST, SHOWN_WHEN_LATE = 0.5, 0.3
+MAX_BARS = 2  # of a video
+BAR = (1.5, 0.75)  # half its length, along its way, and half its width, in its radii
+MAX_LAYOUTS = 1000  # drawn for a video before giving up
+TURN = 2 * np.pi
 
-# One entry per video index, in turn. The object an event happens to has track_id 1, its partner (in
-# `crossing` and `lookalike`) track_id 2; `late` happens to the last object.
-EVENTS = (
-    ("occlusion",),  # an un-annotated bar or blob crosses in front for 2 to 6 frames
-    ("leaves",),  # out of the frame for 2 to 8 frames, then back
-    ("lookalike",),  # two annotated objects of the same look pass close by each other
-    ("crossing",),  # another annotated object crosses in front
-    ("lookalike_unannotated",),  # the same look, but only one of the two is annotated
-    ("occlusion", "lookalike"),  # hidden while the look-alike is near
-)
-LATE_EVERY = 10  # every tenth video has an object that is not there on frame 0
+# What may happen to an object, and how often it is drawn. `leaves`: out of the frame and back;
+# `gone`: out, not back; `hidden`: a bar that is not annotated passes in front; `late`: comes in.
+EVENTS = {"leaves": 0.3, "gone": 0.1, "hidden": 0.25, "late": 0.15, None: 0.2}
+ATTRIBUTES = ("absence", "late", "occlusion", "look-alike", "scale", "looks")
 
 
 @dataclass(frozen=True)
 class DemoSplit:
-    """What one split contains. Speeds are upper limits; each object draws its own below them."""
+    """What one split contains."""
 
     seed: int
     num_videos: int
     num_frames: int
     min_objects: int
     max_objects: int
-    max_speed: float  # px per frame
-    max_spin: float  # radians per frame
-    max_zoom: float  # largest ratio of an object's radii within a video
-    still_every: int  # every so many videos are almost still; 0: none
-    events: bool  # follow EVENTS; without, objects stay whole, apart and in the frame
-    vanish_every: int = 0  # an object of every so many videos is gone from some frame on; 0: none
-    only: str | None = None  # the event of each video, in place of EVENTS
+    max_speed: float  # px per frame; each shape draws its own below it, events are faster
+    looks: float  # 0..1, how far light, shape and the visible side of an object change in 24 frames
+    events: float  # 0..1, share of the objects that get an event of EVENTS
+    twins: float  # 0..1, share of the videos in which two shapes look the same
+    max_radius: float = 17.0  # px
 
 
 @dataclass(eq=False)
-class DemoLayer:
-    """One moving shape: an object (track_id > 0) or something never annotated (track_id 0)."""
+class Shape:
+    """One moving shape. In its own coordinates its radius is 1, its surface a cylinder's."""
 
-    outline: np.ndarray  # (K, 2) float, (x, y), largest distance from the origin is 1
     centre: np.ndarray  # (T, 2) px, (x, y)
     radius: np.ndarray  # (T,) px
-    angle: np.ndarray  # (T,) radians
-    track_id: int = 0
-    double_of: "DemoLayer | None" = None  # has that layer's texture
+    angle: np.ndarray  # (T,) radians, in the plane
+    squash: np.ndarray  # (T,) 0..1, the width of its x axis: a turn out of the plane
+    roll: np.ndarray  # (T,) radians, how far the surface has turned about the y axis
+    light: np.ndarray  # (T,) factor of its colours
+    waves: np.ndarray  # (K, 4): order, height, phase and its change per frame, of the outline
+    colours: np.ndarray  # (4, 3): two for the front and two for the back
+    pattern: np.ndarray  # (P, 4): turns around, turns along, phase, weight; of the surface
+    sharpness: float
+    is_bar: bool = False
+    event: str | None = None  # of EVENTS
 
-    def alpha(self, frame_idx: int) -> np.ndarray:
-        """(SIZE, SIZE) float32 coverage of each pixel, 0..1."""
+    def outline(self, theta: np.ndarray, frame_idx: int) -> np.ndarray:
+        """Distance of the outline from the centre in the directions theta, about 1."""
+        order, height, phase, change = self.waves.T[..., None]
+        return 1 + (height * np.cos(order * theta.ravel() + phase + change * frame_idx)).sum(
+            0
+        ).reshape(theta.shape)
+
+    def full_area(self, frame_idx: int) -> float:
+        """px, the area where nothing hides it; not for bars."""
+        circle = np.linspace(0, TURN, 64, endpoint=False)
+        area = np.pi * (self.outline(circle, frame_idx) ** 2).mean()
+        return float(area * self.radius[frame_idx] ** 2 * self.squash[frame_idx])
+
+    def box(self, frame_idx: int) -> tuple[slice, slice] | None:
+        """The rows and columns of a frame that it may cover; None: it is outside."""
+        reach = self.radius[frame_idx] * (1.7 if self.is_bar else 1.6) + 1
+        centre = self.centre[frame_idx]
+        low = np.clip(np.floor(centre - reach), 0, SIZE).astype(int)
+        high = np.clip(np.ceil(centre + reach) + 1, 0, SIZE).astype(int)
+        if (low >= high).any():
+            return None
+        return slice(low[1], high[1]), slice(low[0], high[0])
+
+    def coverage(
+        self, frame_idx: int, box: tuple[slice, slice]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of the pixels of a box, (h, w) each: the share it covers, 0..1, and its own x and y."""
         t = frame_idx
-        return coverage(self.outline, self.radius[t], self.angle[t], self.centre[t], (SIZE, SIZE))
+        dx = np.arange(box[1].start, box[1].stop) - self.centre[t, 0]
+        dy = np.arange(box[0].start, box[0].stop)[:, None] - self.centre[t, 1]
+        cos, sin = np.cos(self.angle[t]), np.sin(self.angle[t])
+        x = (cos * dx + sin * dy) / (self.radius[t] * self.squash[t])
+        y = (cos * dy - sin * dx) / self.radius[t]
+        if self.is_bar:
+            inside = np.minimum(BAR[0] - np.abs(x), BAR[1] - np.abs(y))
+        else:
+            inside = self.outline(np.arctan2(y, x), t) - np.hypot(x, y)
+        return np.clip(0.5 + inside * self.radius[t] * self.squash[t], 0, 1), x, y
 
-    def full_area(self) -> np.ndarray:
-        """(T,) px, the area if nothing hid it."""
-        return cv2.contourArea(self.outline.astype(np.float32)) * self.radius**2
-
-
-def noise(rng: np.random.Generator, size: int, cells: int, octaves: int) -> np.ndarray:
-    """(size, size) float32 smooth noise, 0..1; each octave has twice the cells, half the weight."""
-    total = np.zeros((size, size), np.float32)
-    for octave in range(octaves):
-        grid = rng.standard_normal((cells << octave, cells << octave), np.float32)
-        total += cv2.resize(grid, (size, size), interpolation=cv2.INTER_CUBIC) / (1 << octave)
-    return cv2.normalize(total, None, 0.0, 1.0, cv2.NORM_MINMAX)
-
-
-def texture(rng: np.random.Generator, size: int, colours: np.ndarray, repeats: float) -> np.ndarray:
-    """(size, size, 3) float32: a warped pattern between two colours, roughened by fine noise.
-
-    Args:
-        colours: (2, 3), 0..255.
-        repeats: about how many times the pattern repeats across the picture.
-    """
-    grid = np.linspace(-0.5, 0.5, size, dtype=np.float32)
-    turn, phase = rng.uniform(0, 2 * np.pi, 2)
-    warp = (noise(rng, size, 3, 2) - 0.5) * rng.uniform(0.0, 0.5)
-    u = np.float32(np.cos(turn)) * grid + np.float32(np.sin(turn)) * grid[:, None] + warp
-    v = np.float32(np.cos(turn)) * grid[:, None] - np.float32(np.sin(turn)) * grid + warp
-    u, v = (x * np.float32(2 * np.pi * repeats) + np.float32(phase) for x in (u, v))
-    kind = rng.integers(5)
-    if kind == 0:
-        pattern = np.sin(u)
-    elif kind == 1:
-        pattern = np.sin(u) * np.sin(v) * 1.5
-    elif kind == 2:
-        pattern = np.sin(np.hypot(u, v))
-    elif kind == 3:
-        pattern = u / np.float32(np.pi * repeats)
-    else:
-        pattern = noise(rng, size, int(2 + repeats), 3) * 4 - 2
-    mix = 0.5 + 0.5 * np.tanh(pattern * np.float32(rng.uniform(0.7, 4.0)))
-    rough = (noise(rng, size, size // 8, 2) - 0.5) * np.float32(rng.uniform(10, 50))
-    low, high = colours.astype(np.float32)
-    return np.clip(low + (high - low) * mix[..., None] + rough[..., None], 0, 255)
+    def colour(self, frame_idx: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """(h, w, 3) of the surface at its own coordinates: a pattern that turns with the roll."""
+        longitude = np.arcsin(np.clip(x * 0.9, -1, 1)) + self.roll[frame_idx]
+        around, along, phase, weight = self.pattern.T[..., None, None]
+        wave = (weight * np.sin(around * longitude + along * y + phase)).sum(0)
+        mix = 0.5 + 0.5 * np.tanh(self.sharpness * wave)[..., None]
+        back = 0.5 - 0.5 * np.cos(longitude)[..., None]
+        front = self.colours[0] + (self.colours[1] - self.colours[0]) * mix
+        rear = self.colours[2] + (self.colours[3] - self.colours[2]) * mix
+        return (front + (rear - front) * back) * self.light[frame_idx]
 
 
-def two_colours(rng: np.random.Generator, taken: list[np.ndarray], spread: float) -> np.ndarray:
-    """(2, 3) colours, 0..255: of five draws the furthest from taken. spread 0: both are equal."""
-    draws = rng.uniform(15, 240, (5, 2, 3))
-    draws[:, 1] = draws[:, 0] + (draws[:, 1] - draws[:, 0]) * spread
-    away = [
-        min((np.linalg.norm(draw.mean(0) - other.mean(0)) for other in taken), default=0.0)
-        for draw in draws
-    ]
+def sway(rng: np.random.Generator, num_frames: int, max_speed: float) -> np.ndarray:
+    """(T, 2) smooth path around (0, 0) that never moves more than max_speed a frame."""
+    omega = TURN / rng.uniform(22, 48, 2)
+    speed = max_speed / np.sqrt(2) * rng.uniform(0.3, 1.0, 2)
+    return speed / omega * np.sin(np.arange(num_frames)[:, None] * omega + rng.uniform(0, TURN, 2))
+
+
+def swing(rng: np.random.Generator, num_frames: int, size: float) -> np.ndarray:
+    """(T,) smooth change, from 0 on frame 0 to at most `size` after 10 to 20 frames, and back."""
+    wave = rng.uniform(20, 40)
+    return size * rng.uniform(-1, 1) * (0.5 - 0.5 * np.cos(TURN * np.arange(num_frames) / wave))
+
+
+def window(num_frames: int, first: float, last: float, ramp: float) -> np.ndarray:
+    """(T,) 1 from first to last, 0 further than ramp frames from them, smooth between."""
+    frames = np.arange(num_frames)
+    away = np.maximum(np.maximum(first - frames, frames - last), 0) / ramp
+    return 0.5 + 0.5 * np.cos(np.pi * np.clip(away, 0, 1))
+
+
+def sample_colours(rng: np.random.Generator, taken: Sequence[np.ndarray]) -> np.ndarray:
+    """(4, 3) BGR, front and back; of four draws the one whose front is furthest from `taken`."""
+    draws = rng.uniform(20, 235, (4, 4, 3))
+    draws[:, 1] = draws[:, 0] + (draws[:, 1] - draws[:, 0]) * 0.6
+    draws[:, 3] = draws[:, 2] + (draws[:, 3] - draws[:, 2]) * 0.6
+    away = [min((np.abs(d[0] - t).sum() for t in taken), default=0.0) for d in draws]
     return draws[int(np.argmax(away))]
 
 
-def sample_layer(rng: np.random.Generator, split: DemoSplit, calm: float) -> DemoLayer:
-    """A shape on a free path inside the frame. `calm` scales its motion; 1: as the split says."""
-    # Videos with events have longer ways to go, so their shapes are smaller.
-    radius = SIZE * np.exp(rng.uniform(*np.log((0.09, 0.2) if split.events else (0.1, 0.33))))
-    path = sway(rng, split.num_frames, split.max_speed * calm)
-    margin = min(0.8 * radius, SIZE / 2)
-    middle = rng.uniform(margin, SIZE - margin, 2)
-    away = np.arange(split.num_frames) - (split.num_frames - 1) / 2  # frames from the middle
-    zoom = split.max_zoom ** (calm * rng.uniform(-1, 1) / split.num_frames)  # per frame
-    return DemoLayer(
-        outline=outline(rng),
-        centre=path - (path.min(0) + path.max(0)) / 2 + middle,
-        radius=radius * zoom**away,
-        angle=rng.uniform(0, 6.3) + split.max_spin * calm * rng.uniform(-1, 1) * away,
+def sample_shape(rng: np.random.Generator, split: DemoSplit, taken: Sequence[np.ndarray]) -> Shape:
+    """A shape on a free path inside the frame."""
+    num_frames, looks = split.num_frames, split.looks
+    frames = np.arange(num_frames)
+    radius = np.exp(rng.uniform(*np.log((8.0, split.max_radius))))
+    path = sway(rng, num_frames, split.max_speed)
+    path -= (path.min(0) + path.max(0)) / 2
+    room = np.maximum(SIZE / 2 - radius - np.abs(path).max(0), 0)
+    orders = np.arange(1, 6)
+    heights = rng.uniform(-1, 1, 5) * np.array([0.05, 0.22, 0.16, 0.12, 0.09])
+    change = rng.uniform(-1, 1, 5) * 0.16 * looks
+    waves = np.stack([orders, heights, rng.uniform(0, TURN, 5), change], 1)
+    pattern = np.stack(
+        [
+            rng.integers(0, 4, 3),
+            rng.uniform(0, 6, 3),
+            rng.uniform(0, TURN, 3),
+            rng.uniform(0.3, 1.0, 3),
+        ],
+        1,
+    )
+    return Shape(
+        centre=path + SIZE / 2 + rng.uniform(-1, 1, 2) * room,
+        radius=radius * np.exp(swing(rng, num_frames, 0.45)),
+        angle=rng.uniform(0, TURN) + rng.uniform(-0.08, 0.08) * frames,
+        squash=1 - np.abs(swing(rng, num_frames, 0.45 * looks)),
+        roll=rng.uniform(-0.4, 0.4) + rng.uniform(-1, 1) * 0.16 * looks * frames,
+        light=1 + swing(rng, num_frames, 0.4 * looks),
+        waves=waves,
+        colours=sample_colours(rng, taken),
+        pattern=pattern,
+        sharpness=rng.uniform(0.6, 3.0),
     )
 
 
-def over_border(
-    layer: DemoLayer, aside: np.ndarray, inside: float, swing: np.ndarray, reach: float
-) -> None:
-    """Move the layer to a border and out over it: furthest where `swing` is 0, home at -1 and 1.
+def move_out(shape: Shape, first: float, last: float, ramp: float) -> None:
+    """Move the shape over the nearest border, out of sight from frame `first` to `last`.
 
     Args:
-        aside: unit vector to the border.
-        inside, reach: distance from home to the border and length of the way out, both in radii.
+        ramp: frames for the way out, and for the way back.
     """
-    layer.centre = layer.centre[:1] + 0.2 * (layer.centre - layer.centre[0])  # its own sway on top
-    home = SIZE / 2 + aside * (SIZE / 2 - inside * layer.radius[0])
-    layer.centre += (home - layer.centre[0]) * np.abs(aside)
-    layer.centre += np.outer((1 + np.cos(np.pi * swing)) / 2 * reach * layer.radius[0], aside)
+    at = int(np.clip((first + last) / 2, 0, len(shape.centre) - 1))
+    x, y = shape.centre[at]
+    gaps = np.array([x, SIZE - x, y, SIZE - y])
+    aside = np.array([(-1.0, 0.0), (1.0, 0.0), (0.0, -1.0), (0.0, 1.0)])[gaps.argmin()]
+    # Close to the border, the way out is short.
+    at_rest = shape.centre + aside * max(gaps.min() - 1.1 * shape.radius[at], 0.0)
+    way = aside * (2.8 * shape.radius.max() + 4)
+    out = window(len(shape.centre), first, last, ramp)
+    shape.centre = at_rest + out[:, None] * way
 
 
-def stage(
-    rng: np.random.Generator,
-    split: DemoSplit,
-    num_objects: int,
-    events: tuple[str, ...],
-    calm: float,
-) -> list[DemoLayer]:
-    """Layers from back to front, moved so that the events should take place; `events_show` checks
-    whether they do."""
-    objects = [sample_layer(rng, split, calm) for _ in range(num_objects)]
-    for track_id, layer in enumerate(objects, start=1):
-        layer.track_id = track_id
-    if not events:
-        return objects
-    layers, subject, partner = list(objects), *objects[:2]
-    frames = np.arange(split.num_frames)
-    peak = int(rng.integers(split.num_frames // 3, 2 * split.num_frames // 3 + 1))
-    aside = np.array([(1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.0, -1.0)])[rng.integers(4)]
-    if "lookalike_unannotated" in events:
-        partner = sample_layer(rng, split, calm)
-        layers.append(partner)
-    if "lookalike" in events or "lookalike_unannotated" in events:
-        partner.double_of = subject
-        partner.radius = subject.radius * rng.uniform(0.9, 1.1)
-        partner.outline = subject.outline * (1.0, rng.uniform(0.85, 1.0))
-        gap = rng.uniform(0.6, 1.0) * (subject.radius[peak] + partner.radius[peak])
-        partner.centre += subject.centre[peak] + gap * aside - partner.centre[peak]
-    if "crossing" in events:
-        partner.centre += subject.centre[peak] - partner.centre[peak] + rng.uniform(-4, 4, 2)
-    if "leaves" in events:  # from just inside one border out over it and back, in 16 to 22 frames
-        swing = np.clip((frames - peak) / rng.uniform(8, 11), -1, 1)
-        over_border(subject, aside, rng.uniform(0.9, 1.3), swing, rng.uniform(2.0, 2.8))
-    if "late" in events:  # the second half of the same, from outside to further in
-        swing = np.clip(frames / rng.uniform(10, 16), 0, 1)
-        over_border(objects[-1], aside, rng.uniform(1.0, 1.8), swing, rng.uniform(2.4, 3.2))
-    layers = [layers[i] for i in rng.permutation(len(layers))]
-    if "occlusion" in events:
-        occluder = sample_layer(rng, split, calm)
-        across = aside[::-1] * rng.uniform(6, 12)
-        occluder.centre = subject.centre[peak] + np.outer(frames - peak, across)
-        occluder.radius = np.full(split.num_frames, rng.uniform(1.1, 1.7) * subject.radius[peak])
-        if "lookalike" not in events and rng.random() < 0.6:  # a bar in place of a blob
-            half = rng.uniform(0.4, 0.6)
-            occluder.outline = np.array([(-half, -1), (half, -1), (half, 1), (-half, 1)])
-            occluder.radius *= 1.6
-            occluder.angle = np.full(split.num_frames, np.arctan2(across[1], across[0]))
-        layers.append(occluder)
-    return layers
+def hide(shape: Shape, rng: np.random.Generator, split: DemoSplit, peak: float) -> Shape:
+    """A bar that passes in front of the shape around frame `peak`."""
+    bar = sample_shape(rng, split, [])
+    heading = rng.uniform(0, TURN)
+    along = np.array([np.cos(heading), np.sin(heading)])
+    at = round(peak)
+    bar.radius = np.full(split.num_frames, 1.7 * shape.radius[at])  # it covers the shape whole
+    speed = (BAR[0] * bar.radius[0] - shape.radius[at]) / rng.uniform(1.2, 3.0)
+    bar.centre = shape.centre + (np.arange(split.num_frames) - peak)[:, None] * speed * along
+    bar.angle = np.full(split.num_frames, heading)
+    bar.squash = np.ones(split.num_frames)
+    bar.is_bar = True
+    return bar
 
 
-def numbered(layers: list[DemoLayer]) -> list[DemoLayer]:
-    """The annotated objects in the order of their track ids."""
-    return sorted((layer for layer in layers if layer.track_id), key=lambda layer: layer.track_id)
+def make_twin(shape: Shape, rng: np.random.Generator, partner: Shape) -> None:
+    """Give the partner the looks of the shape, and a path that comes close to the shape's."""
+    for name in ("waves", "colours", "pattern", "sharpness", "roll", "light", "squash"):
+        setattr(partner, name, getattr(shape, name))
+    partner.radius = shape.radius * rng.uniform(0.9, 1.1)
+    peak = int(rng.integers(len(shape.centre) // 3, len(shape.centre)))
+    heading = rng.uniform(0, TURN)
+    gap = rng.uniform(1.6, 2.4) * shape.radius[peak]
+    goal = shape.centre[peak] + gap * np.array([np.cos(heading), np.sin(heading)])
+    goal = np.clip(goal, shape.radius[peak], SIZE - shape.radius[peak])
+    near = window(len(shape.centre), peak - 1, peak + 1, 8.0)
+    partner.centre = partner.centre + near[:, None] * (goal - partner.centre[peak])
 
 
-def paths_fit(layers: list[DemoLayer], split: DemoSplit, events: tuple[str, ...]) -> bool:
-    """Whether the paths of a layout allow its events: a cheap test, before that of the pixels."""
-    if not events:  # shapes overlap by a tenth of their radii at most
-        return all(
-            (np.linalg.norm(a.centre - b.centre, axis=1) > 0.9 * (a.radius + b.radius)).all()
-            for i, a in enumerate(layers)
-            for b in layers[:i]
+def sample_layout(rng: np.random.Generator, split: DemoSplit) -> tuple[list[Shape], list[Shape]]:
+    """The annotated objects, and all shapes from back to front."""
+    objects: list[Shape] = []
+    for _ in range(int(rng.integers(split.min_objects, split.max_objects + 1))):
+        objects.append(sample_shape(rng, split, [shape.colours[0] for shape in objects]))
+    others = [sample_shape(rng, split, []) for _ in range(int(rng.integers(0, 2)))]
+    if split.events and rng.random() < split.twins:
+        twins = [*objects, *others]
+        make_twin(objects[0], rng, twins[int(rng.integers(1, len(twins)))])
+    bars: list[Shape] = []
+    last = split.num_frames - 1
+    for shape in objects:
+        drawn = rng.choice(len(EVENTS), p=list(EVENTS.values()))
+        event = list(EVENTS)[drawn] if rng.random() < split.events else None
+        if event == "leaves":
+            first = rng.uniform(4, last - 6)
+            move_out(shape, first, first + rng.uniform(2, 8), rng.uniform(3, 5))
+        elif event == "gone":
+            move_out(shape, rng.uniform(0.5, 0.85) * last, 2 * last, rng.uniform(3, 5))
+        elif event == "late":
+            move_out(shape, -last, rng.uniform(0.05, 0.4) * last, rng.uniform(2, 3))
+        elif event == "hidden" and len(bars) < MAX_BARS:
+            bars.append(hide(shape, rng, split, rng.uniform(4, last - 3)))
+        shape.event = event
+    order = rng.permutation(len(objects) + len(others))
+    return objects, [[*objects, *others][i] for i in order] + bars
+
+
+def sample_backdrop(rng: np.random.Generator, split: DemoSplit) -> np.ndarray:
+    """(T, SIZE, SIZE, 3): crossing waves between two colours, under a slow pan, zoom and turn."""
+    num_frames = split.num_frames
+    colours = rng.uniform(20, 235, (2, 3))
+    colours[1] = colours[0] + (colours[1] - colours[0]) * rng.uniform(0.2, 0.7)
+    waves = np.stack([rng.uniform(-0.16, 0.16, 9), rng.uniform(-0.16, 0.16, 9)], 1)
+    phases, weights = rng.uniform(0, TURN, 9), rng.uniform(0.3, 1, 9)
+    pan = sway(rng, num_frames, min(2.0, split.max_speed))
+    turn = rng.uniform(-0.01, 0.01) * np.arange(num_frames)
+    zoom = 1 + swing(rng, num_frames, 0.15)
+    sharpness = rng.uniform(0.4, 2.0)
+    y, x = np.mgrid[:SIZE, :SIZE] - SIZE / 2
+    frames = np.empty((num_frames, SIZE, SIZE, 3))
+    for t in range(num_frames):
+        cos, sin = np.cos(turn[t]) * zoom[t], np.sin(turn[t]) * zoom[t]
+        # A wave in turned and shifted coordinates is a wave with another vector and phase.
+        vectors = waves @ np.array([[cos, -sin], [sin, cos]])
+        shift = waves @ pan[t] + phases
+        total = sum(
+            w * np.sin(v[0] * x + v[1] * y + p)
+            for w, v, p in zip(weights, vectors, shift, strict=True)
         )
-    objects = numbered(layers)
-    moving_out = {"leaves": [1], "late": [len(objects)]}
-    outside = [track_id for event in events for track_id in moving_out.get(event, [])]
-    for layer in layers:
-        is_shown = layer.track_id or layer.double_of
-        if is_shown and np.linalg.norm(np.diff(layer.centre, axis=0), axis=1).max() > 7.0:
-            return False
-        leeway = np.minimum(layer.centre, SIZE - layer.centre).min()  # to the nearest border
-        if is_shown and layer.track_id not in outside and leeway < 2:
-            return False
-    pairs = [(layer, layer.double_of) for layer in layers if layer.double_of]
-    pairs += [(objects[0], objects[1])] if "crossing" in events else []
-    # A pair that meets later is well apart on frame 0, or the first prompt would be ambiguous.
-    return all(
-        np.linalg.norm(a.centre[0] - b.centre[0]) > 1.2 * (a.radius[0] + b.radius[0])
-        for a, b in pairs
-    )
+        frames[t] = colours[0] + (colours[1] - colours[0]) * (
+            0.5 + 0.5 * np.tanh(sharpness * total)[..., None]
+        )
+    return frames
 
 
-def one_spell(flags: np.ndarray, shortest: int, longest: int) -> bool:
-    """Whether (T,) flags are on in one such run, off on 2 frames before and 3 after it."""
-    on = np.flatnonzero(flags)
-    return bool(
-        shortest <= len(on) <= longest
-        and on[-1] - on[0] == len(on) - 1
-        and on[0] >= 2
-        and on[-1] < len(flags) - 3
-    )
-
-
-def events_show(layers: list[DemoLayer], areas: np.ndarray, events: tuple[str, ...]) -> bool:
-    """Whether the listed events take place, and no others. areas: (T, N) visible px of objects."""
-    seen = areas / np.stack([layer.full_area() for layer in numbered(layers)], axis=1)
-    if not events:
-        return bool(seen.min() > 0.85)
-    absent = areas < MIN_AREA
-    steady = np.ones(areas.shape[1], bool)  # objects that are never gone
-    if "late" in events:
-        first = int(absent[:, -1].sum())
-        if not (2 <= first <= 12 and absent[:first, -1].all()):
-            return False
-        steady[-1] = False
-    if "leaves" in events and not one_spell(absent[:, 0], 2, 8):
-        return False
-    if "occlusion" in events and not one_spell(seen[:, 0] < 0.35, 2, 6):
-        return False
-    if "crossing" in events and not one_spell(seen[:, 0] < 0.5, 2, 8):
-        return False
-    is_there = seen[0, : -1 if "late" in events else None] > 0.6
-    if {"leaves", "occlusion", "crossing"} & set(events):
-        steady[0] = False
-        if seen[-3:, 0].max() < 0.6:
-            return False
-    often = (seen[:, steady] > 0.5).mean(0)
-    return bool(is_there.all() and not absent[:, steady].any() and (often > 0.75).all())
-
-
-def backdrop(
-    rng: np.random.Generator, split: DemoSplit, calm: float
+def cover(
+    shapes: list[Shape], objects: list[Shape], frames: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Background frames (T, SIZE, SIZE, 3) float32 and its (2, 3) colours.
+    """Masks (T, N, SIZE, SIZE) bool and visible shares (T, N) of the objects on some frames.
 
-    A larger picture under a slow pan, zoom and turn; the shapes painted on it are never annotated.
+    A mask is where the object is the topmost shape that covers at least half a pixel. A share is
+    the mask's area over that of the whole object, parts outside of the frame included.
     """
-    size = SIZE * 7 // 4
-    colours = two_colours(rng, [], rng.uniform(0.2, 0.6))
-    ground = texture(rng, size, colours, rng.uniform(1.5, 7))
-    for _ in range(rng.integers(1, 6)):
-        points = outline(rng) * rng.uniform(0.06, 0.2) * SIZE + rng.uniform(0, size, 2)
-        cover = np.zeros((size, size), np.float32)
-        cv2.fillPoly(cover, [np.round(points * 16).astype(np.int32)], 1.0, shift=4)
-        cover = cv2.GaussianBlur(cover, (3, 3), 0)[..., None]
-        patch = texture(rng, PATCH, two_colours(rng, [colours], rng.uniform(0.2, 0.6)), 6.0)
-        ground += (cv2.resize(patch, (size, size)) - ground) * cover
-    pan = SIZE / 2 + sway(rng, split.num_frames, min(2.5, split.max_speed) * calm)
-    frames = np.arange(split.num_frames)
-    angle = rng.uniform(0, 6.3) + rng.uniform(-0.012, 0.012) * calm * frames
-    zoom = 1.0 + rng.uniform(-0.008, 0.008) * calm * frames
-    return np.stack(
-        [view(ground, zoom[t], angle[t], pan[t], (SIZE, SIZE)) for t in frames]
-    ), colours
+    number = {id(shape): n for n, shape in enumerate(objects)}
+    owner = np.full((len(frames), SIZE, SIZE), -1)
+    for row, t in zip(owner, frames, strict=True):
+        for shape in shapes:
+            if (box := shape.box(t)) is not None:
+                row[box][shape.coverage(t, box)[0] >= 0.5] = number.get(id(shape), -1)
+    masks = owner[:, None] == np.arange(len(objects))[:, None, None]
+    full = [[shape.full_area(t) for shape in objects] for t in frames]
+    return masks, masks.sum((2, 3)) / full
+
+
+def is_clear(masks: np.ndarray, shares: np.ndarray) -> bool:
+    """Whether each object is seen well on its first frame, and on a third of all frames or more."""
+    seen = masks.sum((2, 3)) >= MIN_AREA
+    first = seen.argmax(0)
+    least = np.where(first == 0, SHOWN_AT_FIRST, SHOWN_WHEN_LATE)
+    shown = shares[first, np.arange(len(first))] >= least
+    return bool((shown & (seen.mean(0) >= 1 / 3)).all())
+
+
+def attributes_of(
+    shapes: list[Shape], objects: list[Shape], masks: np.ndarray, shares: np.ndarray
+) -> list[list[str]]:
+    """The names of ATTRIBUTES that hold for each object."""
+    seen = masks.sum((2, 3)) >= MIN_AREA
+    found = []
+    for n, shape in enumerate(objects):
+        first = int(seen[:, n].argmax())
+        after, turned = seen[first:, n], np.abs(shape.roll - shape.roll[first])[first:]
+        twins = [s for s in shapes if s is not shape and s.pattern is shape.pattern]
+        holds = {
+            "absence": not after.all(),
+            "late": first > 0,
+            "occlusion": bool(shape.event == "hidden" or _is_covered(shape, shares[first:, n])),
+            "look-alike": bool(twins),
+            "scale": shape.radius.max() / shape.radius.min() > 1.3,
+            "looks": turned.max() > 1.5 or shape.squash.min() < 0.7,
+        }
+        found.append([name for name in ATTRIBUTES if holds[name]])
+    return found
+
+
+def _is_covered(shape: Shape, shares: np.ndarray) -> bool:
+    """Whether other shapes hide half of an object that stays in the frame."""
+    inside = (np.abs(shape.centre - SIZE / 2) < SIZE / 2 - shape.radius[:, None]).all(1)
+    return bool((shares[inside[len(inside) - len(shares) :]] < 0.5).any())
 
 
 def make_video(
     split: DemoSplit, video_index: int
-) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Frames (T, SIZE, SIZE, 3) uint8 BGR, masks (T, N, SIZE, SIZE) bool, names of the events.
-
-    A mask is exactly where the object is the topmost layer that covers at least half a pixel.
-    """
+) -> tuple[np.ndarray, np.ndarray, list[list[str]]]:
+    """Frames (T, SIZE, SIZE, 3) uint8 BGR, masks (T, N, SIZE, SIZE) bool, attributes by object."""
     rng = np.random.default_rng([split.seed, video_index])
-    events = EVENTS[video_index % len(EVENTS)] if split.events else ()
-    if split.only is not None:
-        events = (split.only,)
-    elif split.events and video_index % LATE_EVERY == LATE_EVERY - 1:
-        events = (*events, "late")
-    calm = 0.1 if split.still_every and video_index % split.still_every == 0 else 1.0
-    num_objects = int(rng.integers(split.min_objects, split.max_objects + 1))
-    if "late" in events:
-        num_objects = split.max_objects  # two for the other event and one to be late
-    frames = range(split.num_frames)
-    for _ in range(MAX_ATTEMPTS):
-        layers = stage(rng, split, num_objects, events, calm)
-        if not paths_fit(layers, split, events):
+    for _ in range(MAX_LAYOUTS):
+        objects, shapes = sample_layout(rng, split)
+        # Frame 0 alone tells most of the layouts that do not fit.
+        at_first = [shape for shape in objects if shape.event != "late"]
+        if (cover(shapes, at_first, [0])[1] < SHOWN_AT_FIRST).any():
             continue
-        alphas = np.array([[layer.alpha(t) for layer in layers] for t in frames])  # (T, L, H, W)
-        visible = alphas >= 0.5
-        for i in reversed(range(1, len(layers))):
-            visible[:, :i] &= alphas[:, i : i + 1] < 0.5
-        masks = visible[:, [layers.index(layer) for layer in numbered(layers)]]
-        if events_show(layers, masks.sum((2, 3)), events):
+        masks, shares = cover(shapes, objects, range(split.num_frames))
+        if is_clear(masks, shares):
             break
     else:
-        raise RuntimeError(f"video {video_index} of {split}: no layout with {events} was found")
+        raise RuntimeError(f"video {video_index} of {split}: no layout shows all of its objects")
 
-    if split.vanish_every and video_index % split.vanish_every == 0:
-        gone, since = rng.integers(len(layers)), rng.integers(1, split.num_frames)
-        alphas[since:, gone] = 0
-        masks[since:, layers[gone].track_id - 1] = False
-    pictures, colours = backdrop(rng, split, calm)
-    taken, textures = [colours], {}
-    for layer in layers:
-        if layer.double_of:
-            continue
-        taken.append(two_colours(rng, taken, rng.uniform(0.2, 0.7)))
-        textures[id(layer)] = texture(rng, PATCH, taken[-1], rng.uniform(0.7, 3.5))
-    for t in frames:
-        for i, layer in enumerate(layers):
-            own = textures[id(layer.double_of or layer)]
-            patch = view(
-                own, 2 * layer.radius[t] / PATCH, layer.angle[t], layer.centre[t], (SIZE, SIZE)
-            )
-            pictures[t] += (patch - pictures[t]) * alphas[t, i, ..., None]
-    light = 1 + rng.uniform(0, 0.12) * np.sin(np.arange(split.num_frames) / 5 + rng.uniform(0, 6.3))
-    pictures *= light.astype(np.float32)[:, None, None, None]
-    pictures += rng.standard_normal(pictures.shape, np.float32) * np.float32(rng.uniform(1, 4))
-    return np.clip(np.round(pictures), 0, 255).astype(np.uint8), masks, events
+    frames = sample_backdrop(rng, split)
+    light = 1 + swing(rng, split.num_frames, 0.25 * split.looks)
+    for t, frame in enumerate(frames):
+        for shape in shapes:
+            if (box := shape.box(t)) is not None:
+                alpha, x, y = shape.coverage(t, box)
+                frame[box] += (shape.colour(t, x, y) - frame[box]) * alpha[..., None]
+        frame *= light[t]
+    frames += rng.integers(-6, 7, frames.shape)
+    pictures = np.clip(np.rint(frames), 0, 255).astype(np.uint8)
+    return pictures, masks, attributes_of(shapes, objects, masks, shares)
