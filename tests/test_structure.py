@@ -19,23 +19,15 @@ PACKAGE = ROOT / "sam2train"
 # other: they meet in `clips`.
 GROUPS = {
     "ground": {
-        "errors",
-        "files",
-        "config",
-        "config_yaml",
-        "machine",
-        "stats",
-        "clips",
-        "faults",
-        "distributed",
-        "run_files",
+        *("errors", "files", "config", "config_yaml", "machine", "stats", "clips", "distributed"),
+        "run_folder",
     },
     "data": {
         *("datasets", "data_source", "data_clips", "data_videos", "data_coco", "data_vos"),
         *("data_sav", "data_synthetic", "data_pictures", "data_report", "data_loader"),
-        *("data_mask_facts", "data_mask_values", "data_mots", "data_mevis", "data_coco_crowds"),
+        *("data_mask_facts", "data_mask_values", "data_coco_crowds"),
         *("data_rle", "data_fingerprint", "data_mixture", "data_coco_files", "data_coco_objects"),
-        *("data_youtube_vis", "data_burst", "data_index", "data_coco_plain", "data_coco_index"),
+        *("data_index", "data_coco_plain", "data_coco_index"),
         *("data_mask_cache", "data_cvat", "data_label_studio"),
         *("data_facts_cache", "data_layouts"),
         *("transforms", "prompts", "demo", "demo_videos"),
@@ -50,7 +42,7 @@ GROUPS = {
         *("pictures", "video_pictures", "score_figures"),
     },
     "runs": {
-        *("experiment", "run_folder", "runlog", "runlog_wandb", "checkpoint", "audit"),
+        *("experiment", "runlog", "runlog_wandb", "checkpoint", "audit"),
         *(
             "bad_batch",
             "trainer",
