@@ -138,9 +138,10 @@ def test_the_command_line_imports_nothing_heavy():
 
 def test_settings_are_read_without_torch(tmp_path):
     """So that a wrong one is told in half a second."""
+    file = ROOT / "experiments/coco_point_bbox.yaml"
     code = (
         "import sys; from sam2train.cli import main\n"
-        f"code = main([{str(ROOT / 'experiments/coco_point_bbox.yaml')!r}, 'trainer.num_stepss=3'])\n"
+        f"code = main([{str(file)!r}, 'trainer.num_stepss=3'])\n"
         f"assert not sys.modules.keys() & {HEAVY - {'cv2'}}, sys.modules.keys()\n"
         "sys.exit(code)"
     )
