@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sam2train.data_facts_cache import FactsCache
-from sam2train.data_mask_facts import MaskFacts
 from sam2train.data_mask_values import MaskValues, Reading, decide, decide_folder
+from sam2train.data_masks import FactsCache, MaskFacts
 from sam2train.data_pictures import read_colour_mask, read_id_mask
 from sam2train.data_source import (
     Annotation,

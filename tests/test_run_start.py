@@ -15,7 +15,7 @@ from test_data_label_studio import both, make_tasks
 from test_data_layouts import make_burst, make_youtube_vis
 from test_data_vos import make_vos
 
-from sam2train import data_coco_files, data_coco_plain, data_facts_cache, data_videos
+from sam2train import data_coco_files, data_coco_index, data_masks, data_videos
 from sam2train.trainer import Trainer
 
 _counts: list[list[str]] = []  # of the blocks of `opened` that are open
@@ -50,9 +50,9 @@ def headers(monkeypatch):
     def counted(read):
         return lambda path, *rest: (found.append(str(path)), read(path, *rest))[1]
 
-    for module in (data_coco_files, data_coco_plain, data_videos):
+    for module in (data_coco_files, data_coco_index, data_videos):
         monkeypatch.setattr(module, "read_header", counted(module.read_header))
-    monkeypatch.setattr(data_facts_cache, "read_facts", counted(data_facts_cache.read_facts))
+    monkeypatch.setattr(data_masks, "read_facts", counted(data_masks.read_facts))
     return found
 
 

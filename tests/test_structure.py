@@ -23,13 +23,10 @@ GROUPS = {
         "run_folder",
     },
     "data": {
-        *("datasets", "data_source", "data_clips", "data_videos", "data_coco", "data_vos"),
-        *("data_sav", "data_synthetic", "data_pictures", "data_report", "data_loader"),
-        *("data_mask_facts", "data_mask_values", "data_coco_crowds"),
-        *("data_rle", "data_fingerprint", "data_mixture", "data_coco_files", "data_coco_objects"),
-        *("data_index", "data_coco_plain", "data_coco_index"),
-        *("data_mask_cache", "data_cvat", "data_label_studio"),
-        *("data_facts_cache", "data_layouts"),
+        *("datasets", "data_source", "data_clips", "data_loader", "data_report", "data_index"),
+        *("data_pictures", "data_videos", "data_vos", "data_masks", "data_mask_values"),
+        *("data_coco", "data_coco_files", "data_coco_objects", "data_coco_index", "data_rle"),
+        *("data_layouts", "data_cvat", "data_label_studio", "data_sav", "data_synthetic"),
         *("transforms", "prompts", "demo", "demo_videos"),
     },
     "model": {
