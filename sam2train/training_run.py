@@ -22,8 +22,7 @@ from sam2train.demo import resolve_data_path
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment, as_begun, load_experiment
 from sam2train.machine import Interrupted
-from sam2train.run_files import read_summary
-from sam2train.run_folder import RunFolder
+from sam2train.run_folder import RunFolder, read_summary
 from sam2train.trainer import Trainer
 
 # What a resumed run may change: these move no result, or say only how far the run goes.
