@@ -198,7 +198,6 @@ class DryRun(FileCommand):
 
     def run(self) -> int:
         experiment, console = self.experiment(), _console()
-        from sam2train.audit import row_warnings
         from sam2train.clips import collate_fn
         from sam2train.config import to_yaml
         from sam2train.data_report import batch_table, data_table
@@ -206,6 +205,7 @@ class DryRun(FileCommand):
         from sam2train.experiment import build_model
         from sam2train.machine import say
         from sam2train.runlog import parameter_table
+        from sam2train.trainer_step import row_warnings
 
         say(console, to_yaml(experiment))
         paths = {
