@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-import torch
 
 from sam2train.clips import Clip, Prompt, normalise_pixels
 from sam2train.data_index import fingerprint
@@ -346,6 +345,8 @@ def finish_clip(
         pixels: at the clip's size; an object without a pixel left is dropped.
         num_padding: T - T'.
     """
+    import torch
+
     images, masks, object_ids, ignore = pixels
     # A clip is played backwards only if its last frame has something to prompt.
     if rng.random() < settings.augment.reverse and masks[-1].any():

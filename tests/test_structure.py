@@ -123,6 +123,21 @@ def test_the_command_line_imports_nothing_heavy():
     assert not top & HEAVY
 
 
+def test_settings_are_read_without_torch(tmp_path):
+    """So that a wrong one is told in half a second."""
+    file = ROOT / "experiments/coco_point_bbox.yaml"
+    code = (
+        "import sys; from sam2train.cli import main\n"
+        f"code = main([{str(file)!r}, 'trainer.num_stepss=3'])\n"
+        f"assert not sys.modules.keys() & {HEAVY - {'cv2'}}, sys.modules.keys()\n"
+        "sys.exit(code)"
+    )
+    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, "did you mean `trainer.num_steps`" in done.stderr) == (2, True)
+
+
 def test_importing_the_modules_leaves_no_trace(tmp_path):
     """No file, no environment variable, no CUDA, no W&B."""
     modules = ", ".join(f"sam2train.{path.stem}" for path in PACKAGE.glob("*.py"))
