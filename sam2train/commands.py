@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shlex
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -187,6 +188,39 @@ class ListExperiments(Command):
         width = max((len(name) for name, _ in rows), default=0)
         for name, text in rows:
             print(f"{name:{width}}  {text}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Command):
+    """Explain every key of a SECTION such as `trainer`, or of all: what it takes, its default, its
+    meaning."""
+
+    group, flag = "Look first", "--settings"
+    section: str | None = operand(nargs="?", metavar="SECTION")
+    write: bool = option(
+        "--write",
+        "write experiments/SETTINGS.md and settings.schema.json anew",
+        False,
+    )
+
+    def run(self) -> int:
+        from sam2train.experiment import (
+            Experiment,
+            settings_of_section,
+            settings_page,
+            settings_schema,
+        )
+        from sam2train.files import write_text
+
+        if self.write:
+            write_text(EXPERIMENTS / "SETTINGS.md", settings_page())
+            write_text(EXPERIMENTS / "settings.schema.json", settings_schema())
+            return 0
+        for section in [self.section] if self.section else Experiment.model_fields:
+            for name, taken, default, meaning in settings_of_section(section):
+                print(f"{name}: {default}", f"    {taken}", sep="\n")
+                print(textwrap.fill(meaning, 96, initial_indent=" " * 4, subsequent_indent=" " * 4))
         return 0
 
 
@@ -422,6 +456,7 @@ COMMANDS: tuple[type[Command], ...] = (
     Train,
     RunSweep,
     ListExperiments,
+    Settings,
     DryRun,
     CheckData,
     Probe,

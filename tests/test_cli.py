@@ -52,6 +52,7 @@ FIXED = {
     "training": {"--smoke", "--run-dir", "--resume"},
     "a sweep": {"--smoke", "--run-dir", "--count", "--jobs"},
     "--list": set(),
+    "--settings": {"--write"},
     "--dry-run": {"--smoke"},
     "--check-data": {"--smoke", "--json"},
     "--probe": {"--smoke"},
@@ -74,11 +75,12 @@ OPERANDS = {
     "--split": ["test"],
     "--save-masks": ["masks"],
     "--export": ["a.pt", "b.pt"],
+    "--settings": ["trainer"],
     "--runs": ["runs"],
     "--compare": ["a", "b"],
     "--collect": ["runs/sweep"],
 }
-WITHOUT_FILE = {"--list", "--runs", "--compare", "--collect"}
+WITHOUT_FILE = {"--list", "--settings", "--runs", "--compare", "--collect"}
 FLAGS = sorted(set().union(*FIXED.values()))
 
 
