@@ -385,7 +385,7 @@ class PromptMatrix(_Scoring):
 
     def run(self) -> int:
         evaluation = self.open(self.checkpoint)
-        from sam2train.eval_prompts import prompt_matrix
+        from sam2train.eval_checkpoint import prompt_matrix
 
         prompt_matrix(evaluation)
         return 0

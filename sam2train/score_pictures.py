@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
+from rich.table import Table
 
 from sam2train.clips import Prompt
 from sam2train.data_clips import ClipDataset, stack_ignored
@@ -25,12 +26,15 @@ from sam2train.data_videos import PICTURE_SUFFIXES
 from sam2train.errors import UserError
 from sam2train.evaluate import SeenFrame, TrackedVideo
 from sam2train.files import file_name, printable, write_text
+from sam2train.machine import cell
 from sam2train.metrics import JANDF, ObjectScores
 from sam2train.pictures import comparison, id_mask, object_colours, pick_frames, save_png
 from sam2train.scores import (
     ABSENCE_RECALL,
     FALSE_ABSENCES,
+    Scores,
     area_under_roc,
+    bin_name,
     presence_scores,
     roc,
 )
@@ -409,3 +413,26 @@ def _draw_bins(
                 fontsize=7,
                 color=GREY,
             )
+
+
+def horizon_table(rows: Sequence[Scores]) -> Table:
+    """The curves of `horizon_rows` and the share of false positives, a column each model."""
+    table = Table("memory", title="Memory horizon", title_justify="left")
+    for scores in rows:
+        table.add_column(cell(scores.label), justify="right")
+    texts = {
+        "horizon/J": "J, {} frames on",
+        "horizon/recall_after_absence": "found, absent {}",
+        "horizon/false_positives": "false positives",
+    }
+    cells = [
+        {(row["metric"], row["at"]): (row["value"], row["count"]) for row in scores.horizon}
+        for scores in rows
+    ]
+    for metric, text in texts.items():
+        for key in dict.fromkeys(key for part in cells for key in part if key[0] == metric):
+            values = [
+                f"{part[key][0]:.3f} (n={part[key][1]})" if key in part else "" for part in cells
+            ]
+            table.add_row(text.format(key[1] and bin_name(key[1])), *values)
+    return table

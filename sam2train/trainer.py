@@ -34,8 +34,8 @@ from sam2train.machine import Interrupted, StopRequests, say
 from sam2train.metrics import COPY, TRAINED
 from sam2train.optimizer import build_optimizer, set_learning_rates
 from sam2train.run_folder import RunFolder
+from sam2train.run_scores import TrainerScores
 from sam2train.runlog import RunLog
-from sam2train.trainer_scores import TrainerScores
 from sam2train.trainer_step import (
     audit_step,
     check_same_everywhere,

@@ -39,8 +39,7 @@ GROUPS = {
     },
     "runs": {
         *("experiment", "runlog", "runlog_wandb", "checkpoint", "probe", "export"),
-        *("trainer", "trainer_step", "trainer_scores", "training_run"),
-        *("eval_checkpoint", "eval_prompts"),
+        *("trainer", "trainer_step", "run_scores", "training_run", "eval_checkpoint"),
     },
     "reports": {
         *("results", "ablation", "compare", "figures"),
