@@ -1,17 +1,22 @@
-"""A tracked video on disk: as one picture of ground truth with prompts, prediction and errors, and
-as palette PNGs in the layout that the DAVIS evaluation reads."""
+"""A tracked video on disk: as one picture of ground truth with prompts, prediction and errors, as
+palette PNGs in the layout that the DAVIS evaluation reads, as a COCO video JSON, and as a film."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+import cv2
 import numpy as np
 from PIL import Image
+from pycocotools import mask as rle
 
 from sam2train.clips import Prompt
 from sam2train.data_clips import ClipDataset, stack_ignored
@@ -21,11 +26,21 @@ from sam2train.errors import UserError
 from sam2train.evaluate import SeenFrame, TrackedVideo
 from sam2train.files import file_name, printable, write_text
 from sam2train.metrics import ObjectScores
-from sam2train.pictures import comparison, id_mask, object_colours, pick_frames, save_png
-from sam2train.transforms import resize_mask_smoothly
+from sam2train.pictures import (
+    comparison,
+    draw_masks,
+    id_mask,
+    object_colours,
+    paint_prompts,
+    pick_frames,
+    save_png,
+)
+from sam2train.transforms import resize_mask_smoothly, resize_mask_to_paint
 
 MAX_SHOWN = 8  # of a picture
 MAX_TOGGLED = 255  # objects in a mask of W&B's
+_FILM_SIDE = (320, 640)  # px: the longer side of a film lies between these
+_CODECS = ("vp09", "mp4v")  # browsers play the first one; OpenCV's wheels cannot write H.264
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,22 +151,28 @@ class OverlayDrawer:
         self, tracked: TrackedVideo, numbers: dict[int | str, int], shown: list[int]
     ) -> list[dict]:
         """Those on the frames shown, counted among these, in pixels of the video."""
-        size = tracked.video.size
-        scale = np.array(size, np.float32)[::-1] / np.array(self.dataset.image_size)[::-1]
+        sizes = tracked.video.size, self.dataset.image_size
         return [
             {
-                **prompt,
+                **_in_video(prompt, *sizes),
                 "object_id": numbers[prompt["object_id"]],
                 "frame_index": shown.index(prompt["frame_index"]),
-                "points": prompt["points"] * scale,
-                "box": None if prompt["box"] is None else prompt["box"] * np.tile(scale, 2),
-                "mask": None
-                if prompt["mask"] is None
-                else resize_mask_smoothly(prompt["mask"], size),
             }
             for prompt in tracked.prompts
             if prompt["frame_index"] in shown
         ]
+
+
+def _in_video(prompt: Prompt, size: tuple[int, int], image_size: tuple[int, int]) -> Prompt:
+    """A prompt in pixels of the model's input, in pixels of the video."""
+    scale = np.array(size, np.float32)[::-1] / np.array(image_size)[::-1]
+    box, mask = prompt["box"], prompt["mask"]
+    return {
+        **prompt,
+        "points": prompt["points"] * scale,
+        "box": None if box is None else box * np.tile(scale, 2),
+        "mask": None if mask is None else resize_mask_smoothly(mask, size),
+    }
 
 
 def _picked(video: Video, prompts: list[Prompt]) -> tuple[list[int], int]:
@@ -244,3 +265,125 @@ def _frame_names(video: Video) -> list[str]:
     if pictures and len({stem.casefold() for stem in stems}) == len(stems):
         return stems
     return [f"{t:05d}" for t in range(len(stems))]
+
+
+class CocoFile:
+    """A COCO video JSON that is written annotation by annotation: a long video has too many to be
+    kept."""
+
+    def __init__(self, file: TextIO):
+        self.file, self.number = file, 0
+        self.has_names = False
+
+    def begin(self, video: Video, picture_of: Callable[[int], Path], first: int) -> None:
+        """All but the annotations; frames before `first` are marked as not annotated.
+
+        Args:
+            picture_of: the file of a frame; paths are relative to the folder of this one where they
+                lie below.
+        """
+        # A reader takes one kind of id in a video.
+        self.has_names = any(isinstance(object_id, str) for object_id in video.object_ids)
+        height, width = video.size
+        size = {"width": width, "height": height}
+        about = {"id": 1, "name": str(video.video_id), "length": len(video.frames), **size}
+        categories = json.dumps([{"id": 1, "name": "object"}])
+        self.file.write(f'{{"videos": {json.dumps([about])},\n"categories": {categories},\n')
+        home = Path(self.file.name).resolve().parent
+        self.file.write('"images": [')
+        for t in range(len(video.frames)):
+            path = picture_of(t).resolve()
+            name = path.relative_to(home) if path.is_relative_to(home) else path
+            entry = {"id": t + 1, "video_id": 1, "order_in_video": t, "path": name.as_posix()}
+            self._row({**entry, **size, "is_annotated": t >= first}, t)
+        self.file.write('],\n"annotations": [')
+
+    def add(self, t: int, object_id: int | str, mask: np.ndarray, score: float) -> None:
+        """A mask (H, W) bool that is not empty."""
+        code = rle.encode(np.asfortranarray(mask.view(np.uint8)))
+        entry = {
+            "id": self.number + 1,
+            "image_id": t + 1,
+            "category_id": 1,
+            "track_id": str(object_id) if self.has_names else object_id,
+            "segmentation": {"size": list(mask.shape), "counts": code["counts"].decode()},
+            "area": int(rle.area(code)),
+            "bbox": rle.toBbox(code).tolist(),
+            "score": score,
+            "iscrowd": 0,
+        }
+        self._row(entry, self.number)
+        self.number += 1
+
+    def _row(self, entry: Mapping[str, Any], place: int) -> None:
+        self.file.write(("," if place else "") + "\n" + json.dumps(entry))
+
+    def __exit__(self, *error: Any) -> None:
+        self.file.write("]}\n")
+
+
+class FilmFile:
+    """An MP4 of frames with masks and prompts; none where OpenCV has no encoder.
+
+    Args:
+        size: (H, W) of the video.
+        rate: frames a second.
+    """
+
+    def __init__(self, path: Path, size: tuple[int, int], rate: float):
+        self.path, self.partial = path, path.with_name(f".{path.name}")
+        self.scale = np.clip(max(size), *_FILM_SIDE) / max(size)
+        # Codecs store colours for squares of two pixels.
+        self.size = tuple(max(2, 2 * round(self.scale * side / 2)) for side in size)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for codec in _CODECS:
+            how = cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*codec), rate, self.size[::-1]
+            self.writer = cv2.VideoWriter(str(self.partial), *how)
+            if self.writer.isOpened():
+                break
+        # Encoding a frame takes as long as tracking it on a GPU: it goes on beside that.
+        self.pool = ThreadPoolExecutor(1)
+        self.encoded: Future | None = None
+
+    def add(
+        self,
+        pixels: np.ndarray,
+        masks: Mapping[int | str, np.ndarray],
+        prompts: Iterable[Prompt],
+        image_size: tuple[int, int],
+    ) -> None:
+        """The next frame, (H, W, 3) uint8, with the prompts given on it, in pixels of the model's
+        input; objects have their colours by their order in `masks`."""
+        if self.encoded is not None:
+            self.encoded.result()  # raises what went wrong
+        self.encoded = self.pool.submit(self._add, pixels, masks, prompts, image_size)
+
+    def _add(
+        self,
+        pixels: np.ndarray,
+        masks: Mapping[int | str, np.ndarray],
+        prompts: Iterable[Prompt],
+        image_size: tuple[int, int],
+    ) -> None:
+        smooth = cv2.INTER_AREA if self.scale < 1 else cv2.INTER_CUBIC
+        picture = cv2.resize(pixels, self.size[::-1], interpolation=smooth)
+        numbers = {object_id: place for place, object_id in enumerate(masks, start=1)}
+        shown = {numbers[o]: mask for o, mask in masks.items() if mask.any()}
+        smaller = {n: resize_mask_to_paint(mask, self.size) for n, mask in shown.items()}
+        here = [
+            {**_in_video(p, pixels.shape[:2], image_size), "object_id": numbers[p["object_id"]]}
+            for p in prompts
+        ]
+        picture = paint_prompts(draw_masks(picture, smaller), here, self.scale)
+        self.writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+
+    def __exit__(self, kind: type | None, *error: Any) -> None:
+        self.pool.shutdown()
+        self.writer.release()
+        if kind is None and self.encoded is not None:
+            self.encoded.result()
+        with contextlib.suppress(FileNotFoundError):
+            if kind is None:
+                os.replace(self.partial, self.path)
+            else:
+                self.partial.unlink()
