@@ -22,8 +22,7 @@ from typing import Any, NoReturn, TextIO
 
 from sam2train import distributed
 from sam2train.commands import COMMANDS, Command, FileCommand
-from sam2train.errors import UserError
-from sam2train.faults import explain
+from sam2train.errors import UserError, explain
 from sam2train.files import printable
 from sam2train.machine import Interrupted, interruptible
 

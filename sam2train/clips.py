@@ -15,13 +15,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import cv2
 import numpy as np
-import torch
 
 from sam2train.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 # ImageNet statistics, which SAM 2 was trained with.
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
@@ -164,6 +166,8 @@ class BatchedVideoDatapoint:
     def to(self, device: torch.device | str) -> BatchedVideoDatapoint:
         """The batch on a device. Frames that arrive as uint8 are normalised there, so that a
         quarter of their bytes travels."""
+        import torch
+
         moved = {
             field.name: value.to(device, non_blocking=True)
             for field in fields(self)
@@ -173,6 +177,8 @@ class BatchedVideoDatapoint:
         return replace(self, **moved)
 
     def pin_memory(self) -> BatchedVideoDatapoint:
+        import torch
+
         pinned = {
             field.name: value.pin_memory()
             for field in fields(self)
@@ -187,6 +193,8 @@ def normalise_pixels(pixels: torch.Tensor) -> torch.Tensor:
     The same to the last bit on every device: CUDA would multiply by the reciprocal of a plain
     number.
     """
+    import torch
+
     if pixels.dtype != torch.uint8:
         return pixels
     peak, mean, std = _constants(pixels.device)
@@ -195,6 +203,8 @@ def normalise_pixels(pixels: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _constants(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    import torch
+
     peak = torch.full((1, 1, 1), 255.0, device=device)
     return peak, *(torch.tensor(v, device=device).reshape(3, 1, 1) for v in (MEAN, STD))
 
@@ -228,6 +238,8 @@ def scatter_objects(
 
 def make_object_index(object_valid: torch.Tensor, num_frames: int) -> torch.Tensor:
     """(T, O, 2) int32 `obj_to_frame_idx`: the frame and the clip of every object on every frame."""
+    import torch
+
     clip_idx = object_valid.nonzero()[:, 0].int()  # (O,)
     frame_idx = torch.arange(num_frames, dtype=torch.int32, device=clip_idx.device)
     return torch.stack(torch.broadcast_tensors(frame_idx[:, None], clip_idx[None]), dim=-1)
@@ -243,6 +255,8 @@ def collate_fn(clips: Sequence[Clip | Mapping[str, Any]]) -> BatchedVideoDatapoi
     Raises:
         UserError: a dict without one of the other fields.
     """
+    import torch
+
     clips = [clip if isinstance(clip, Clip) else _to_clip(clip) for clip in clips]
     num_frames = max(len(clip.images) for clip in clips)
     num_objects = [len(clip.object_ids) for clip in clips]
@@ -309,6 +323,8 @@ def _to_clip(sample: Mapping[str, Any]) -> Clip:
 
 
 def _pad_frames(values: torch.Tensor, num_frames: int, *, repeat: bool) -> torch.Tensor:
+    import torch
+
     missing = num_frames - len(values)
     if missing == 0:
         return values

@@ -119,9 +119,9 @@ class Train(FileCommand):
     )
 
     def run(self) -> int:
+        experiment = self.experiment()  # first: what is wrong with it is told before torch comes
         from sam2train.training_run import draw_demo_data, find_checkpoint, find_unfinished, train
 
-        experiment = self.experiment()
         draw_demo_data(experiment)
         runs = RunFolder.of_experiment(self.name)
 

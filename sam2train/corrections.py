@@ -14,15 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-import torch
 from pydantic import Field
 
 from sam2train.clips import boundary_distance
 from sam2train.config import Section
 from sam2train.losses import mask_iou
+
+if TYPE_CHECKING:
+    import torch
 
 # Keeps these random numbers apart from those of the clips.
 _STREAM = 3
@@ -117,6 +119,8 @@ class SimulatedUser:
             truth: (n, H, W) bool.
             ignore: (n, H, W) bool, pixels where nothing is wrong whatever is predicted.
         """
+        import torch
+
         draws, ignores = (
             torch.from_numpy(drawn).to(truth.device)
             for drawn in self._sample_clicks(frame_idx, objects)
@@ -160,6 +164,8 @@ class SimulatedUser:
     def take_sums(self, device: torch.device) -> tuple[torch.Tensor, int]:
         """Since the last call: (3,) float32, the sums over the visible objects of their IoU before
         and after the clicks, and their number; and how many times something was corrected."""
+        import torch
+
         ious = torch.cat([torch.zeros(2, 0, device=device), *self._ious], dim=1)
         num_corrected = len(self._ious)
         self._ious.clear()
@@ -181,6 +187,8 @@ class SimulatedUser:
     ) -> None:
         """(n, H, W) each: bool, logits of the first and the last pass over a frame, and bool, the
         pixels that count; None counts all."""
+        import torch
+
         ious = torch.stack([mask_iou(m.detach(), truth, kept) for m in (before, after)])
         self._ious.append(ious.where(truth.flatten(1).any(1), torch.nan))
 
@@ -238,6 +246,8 @@ def add_clicks(
     points: dict[str, torch.Tensor] | None, new: torch.Tensor, labels: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """SAM 2's point inputs, with more points (n, P, 2) and labels (n, P) at their end."""
+    import torch
+
     if points is None:
         return {"point_coords": new, "point_labels": labels}
     return {
@@ -259,6 +269,8 @@ def uniform_clicks(
         draws: (n,) float64 in [0, 1), on the same device: no device waits for another, and the
             same draws give the same clicks on every device.
     """
+    import torch
+
     # SAM 2 clicks "not the object" on an object that fills the frame: "the object" is meant here.
     choices = (truth ^ predicted, ~truth, truth)
     region = _first_with_a_pixel([choice.flatten(1) for choice in choices])
@@ -276,6 +288,8 @@ def center_clicks(
     As SAM 2's `sample_one_point_from_error_center`: missed pixels and wrong ones are separate
     regions, of two as deep the wrong ones count.
     """
+    import torch
+
     pixels = []
     for own, other in zip(truth.cpu().numpy(), predicted.cpu().numpy(), strict=True):
         missed, wrong = boundary_distance(own & ~other), boundary_distance(other & ~own)
@@ -288,6 +302,8 @@ def center_clicks(
 
 def _first_with_a_pixel(regions: list[torch.Tensor]) -> torch.Tensor:
     """(n, pixels) bool: for each object the first of the regions that is not empty."""
+    import torch
+
     *others, result = regions
     for region in reversed(others):
         result = torch.where(region.any(1, keepdim=True), region, result)
@@ -296,6 +312,8 @@ def _first_with_a_pixel(regions: list[torch.Tensor]) -> torch.Tensor:
 
 def _as_clicks(pixel: torch.Tensor, truth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(n, 1) index into the pixels of `truth` (n, H, W) -> points (n, 1, 2), labels (n, 1)."""
+    import torch
+
     width = truth.shape[-1]
     labels = truth.flatten(1).gather(1, pixel).to(torch.int32)
     return torch.stack([pixel % width, pixel // width], dim=-1).float(), labels

@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-import torch
 
 from sam2train.clips import Clip, Prompt, normalise_pixels
-from sam2train.data_fingerprint import fingerprint
-from sam2train.data_mask_cache import MaskCache
+from sam2train.data_index import fingerprint
+from sam2train.data_masks import MaskCache
 from sam2train.data_source import ClipPixels, Video, VideoSource, in_time
 from sam2train.errors import UserError
 from sam2train.prompts import PromptGenerator, types_like
@@ -141,7 +140,7 @@ class ClipDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells this data from other data; see `data_fingerprint`."""
+        """Tells this data from other data; see `fingerprint`."""
         return fingerprint(self.source)
 
     def set_epoch(self, epoch: int) -> None:
@@ -346,6 +345,8 @@ def finish_clip(
         pixels: at the clip's size; an object without a pixel left is dropped.
         num_padding: T - T'.
     """
+    import torch
+
     images, masks, object_ids, ignore = pixels
     # A clip is played backwards only if its last frame has something to prompt.
     if rng.random() < settings.augment.reverse and masks[-1].any():

@@ -15,16 +15,23 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sam2train.data_coco_crowds import Crowds, read_crowds, split_crowds
-from sam2train.data_coco_files import Roots, image_names, image_roots, locate
-from sam2train.data_coco_objects import (
+from sam2train.data_coco_files import (
     ID_WANTED,
     Findings,
     Image,
+    Roots,
     as_id,
     has_tracks,
-    read_annotations,
+    image_names,
+    image_roots,
+    locate,
     whole_number,
+)
+from sam2train.data_coco_objects import (
+    Crowds,
+    read_annotations,
+    read_crowds,
+    split_crowds,
 )
 from sam2train.data_label_studio import TASKS
 from sam2train.data_rle import Parts, decode_part, decode_segmentation
@@ -315,8 +322,10 @@ def _order_images(images: _Images, told: dict[str, list[str]], found: Findings) 
         key = next((k for k in _ORDER_KEYS if any(e.get(k) is not None for e in entries)), None)
         if key is None:
             names = {i: PurePath(images.paths[i].as_posix()) for i in members}
-            sort_key = _by_seconds if all(map(_is_numbered, names.values())) else _by_name
-            orders = {i: sort_key(name) for i, name in names.items()}
+            if all(re.fullmatch(r"\d+(\.\d+)?", name.stem) for name in names.values()):
+                orders = {i: float(name.stem) for i, name in names.items()}  # seconds, or numbers
+            else:
+                orders = {i: natural_key(name.as_posix()) for i, name in names.items()}
             keys_used.setdefault("the file names", []).append(f"video {video_id!r}")
         else:
             orders = {}
@@ -348,18 +357,6 @@ def _order_images(images: _Images, told: dict[str, list[str]], found: Findings) 
         if key != "`order_in_video`":
             where = f"{listed(videos)}: " if len(keys_used) > 1 else ""
             found.notes.append(f"{where}order of frames from {key}")
-
-
-def _is_numbered(name: PurePath) -> bool:
-    return re.fullmatch(r"\d+(\.\d+)?", name.stem) is not None
-
-
-def _by_seconds(name: PurePath) -> float:
-    return float(name.stem)
-
-
-def _by_name(name: PurePath) -> tuple:
-    return natural_key(name.as_posix())
 
 
 def _make_videos(
@@ -405,12 +402,9 @@ def find_unlabelled(
             _marked(v, [not gap for gap in of_video])
             for v, of_video in zip(videos, gaps, strict=True)
         ]
+        why = "frames without an annotation are unlabelled: dataset.unlabelled_frames"
         for video in marked:
-            _tell(
-                video,
-                "frames without an annotation are unlabelled: dataset.unlabelled_frames",
-                found,
-            )
+            _tell(video, why, found)
         return marked
     distances = [_label_distance(gap) for gap in gaps] if how == "auto" else [None] * len(videos)
     known = Counter(distance for distance in distances if distance)

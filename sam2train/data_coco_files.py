@@ -1,23 +1,52 @@
-"""Where the picture of an entry in a JSON file lies, however its path is written."""
+"""What the entries of a COCO file say of themselves: the ids of images and objects, the video of an
+image, and where its picture lies, however its path is written."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from sam2train.data_coco_objects import has_tracks
 from sam2train.data_pictures import Header, read_header
 from sam2train.data_videos import frame_key
 from sam2train.errors import UserError
+
+ID_WANTED = "expected a whole number or text"
+# Where the id of an object is, the first that an annotation has. CVAT and others keep their own
+# fields in `attributes`; a name there is compared without its capitals, `_`, `-` and spaces.
+_TRACK_KEYS = ("track_id", "attributes.trackid", "attributes.track", "attributes.trackingid")
+_OBJECT_KEYS = ("instance_id", "object_id", "attributes.instanceid", "attributes.objectid")
+_OBJECT_KEYS += ("attributes.objid",)
+CATEGORY, NO_ID = "category_id", "no id of an object"
 
 # Folders beside a JSON that hold its frames, where the names do not say it.
 _USUAL_FOLDERS = ("JPEGImages", "frames", "images")
 # Label Studio and others put a part of a hash before the name of an uploaded file.
 _UPLOAD_HASH = re.compile(r"^[0-9a-f]{4,32}-(?=.)")
+
+
+@dataclass(frozen=True)
+class Image:
+    """What annotations need to know of an image."""
+
+    video_id: int | str
+    place: int  # in its video, from 0
+    size: tuple[int, int]
+    stated: tuple[int, int]  # the size that the JSON gives, of the picture where it gives none
+    is_labelled: bool | None  # what the JSON says; None: nothing
+
+
+@dataclass
+class Findings:
+    """What there is to say about a file, a line each."""
+
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 class Located(NamedTuple):
@@ -34,6 +63,60 @@ class Roots(NamedTuple):
 
     folders: tuple[Path, ...]
     is_set: bool  # by dataset.image_root
+
+
+def whole_number(value: Any) -> int | None:
+    """A whole number, also where it is text or a float such as 3.0; None for anything else."""
+    if isinstance(value, str):
+        try:
+            return int(value)
+        except ValueError:
+            return None
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def as_id(value: Any) -> int | str | None:
+    """An id as JSON files have it, or None for what cannot be one."""
+    return value if isinstance(value, str) else whole_number(value)
+
+
+def has_tracks(annotations: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether an id of an object, other than the category, is on several images."""
+    seen: dict[tuple[str, Any], Any] = {}
+    for raw in annotations:
+        key, value = identity(raw)
+        object_id = as_id(value)
+        if key in (CATEGORY, NO_ID) or object_id is None:
+            continue
+        image_id = as_id(raw.get("image_id"))
+        if seen.setdefault((key, object_id), image_id) != image_id:
+            return True
+    return False
+
+
+def has_identity(raw: Mapping[str, Any]) -> bool:
+    """Whether an annotation says which object it is, by more than its category."""
+    return identity(raw)[0] not in (CATEGORY, NO_ID)
+
+
+def identity(raw: Mapping[str, Any]) -> tuple[str, Any]:
+    """Where the id of the object is, and the id; null and -1 are none."""
+    attributes = raw.get("attributes")
+    inner: dict[str, tuple[str, Any]] = {}
+    if isinstance(attributes, dict):
+        for name, value in attributes.items():
+            plain = name.lower().replace("_", "").replace("-", "").replace(" ", "")
+            if as_id(value) is not None:  # a check box or a list is something else
+                inner["attributes." + plain] = (f"attributes.{name}", value)
+    for key in (*_TRACK_KEYS, *_OBJECT_KEYS):
+        name, value = inner.get(key, (key, None)) if "." in key else (key, raw.get(key))
+        if value is not None and whole_number(value) != -1:
+            return name, value
+    if raw.get(CATEGORY) is not None:
+        return CATEGORY, raw[CATEGORY]
+    return NO_ID, 1
 
 
 def image_roots(path: Path, image_root: str | Path | None) -> Roots:

@@ -1,16 +1,27 @@
-"""Which object each annotation of a COCO file belongs to, and the mask it gives."""
+"""Which object each annotation of a COCO file belongs to, and the mask it gives; which annotations
+are no object: crowds and regions to ignore."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from sam2train.data_coco_files import (
+    CATEGORY,
+    ID_WANTED,
+    NO_ID,
+    Findings,
+    Image,
+    as_id,
+    has_identity,
+    identity,
+)
 from sam2train.data_rle import (
     Parts,
     bounding_box,
@@ -22,36 +33,10 @@ from sam2train.data_rle import (
 from sam2train.data_source import Annotation, listed
 from sam2train.machine import watched
 
-ID_WANTED = "expected a whole number or text"
-# Where the id of an object is, the first that an annotation has. CVAT and others keep their own
-# fields in `attributes`; a name there is compared without its capitals, `_`, `-` and spaces.
-_TRACK_KEYS = ("track_id", "attributes.trackid", "attributes.track", "attributes.trackingid")
-_OBJECT_KEYS = ("instance_id", "object_id", "attributes.instanceid", "attributes.objectid")
-_OBJECT_KEYS += ("attributes.objid",)
-_CATEGORY, _NO_ID, _ANNOTATION = "category_id", "no id of an object", "annotation"
+_ANNOTATION = "annotation"  # the key of an object that is on one image only
 _SAME_PLACE = 0.3  # IoU of the boxes of one object on neighbouring frames, a guess
 
 Box = tuple[int, int, int, int]  # x1, y1, x2, y2, the last column and row included
-
-
-@dataclass(frozen=True)
-class Image:
-    """What annotations need to know of an image."""
-
-    video_id: int | str
-    place: int  # in its video, from 0
-    size: tuple[int, int]
-    stated: tuple[int, int]  # the size that the JSON gives, of the picture where it gives none
-    is_labelled: bool | None  # what the JSON says; None: nothing
-
-
-@dataclass
-class Findings:
-    """What there is to say about a file, a line each."""
-
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -62,7 +47,7 @@ class _Entry:
     image_id: int | str
     image: Image
     raw: Mapping[str, Any]
-    key: str = _NO_ID
+    key: str = NO_ID
     object_id: int | str | None = 1  # None: what the file has cannot be an id
     segmentation: Any = None
     area: int = 0
@@ -75,23 +60,6 @@ class _Entry:
     @property
     def where(self) -> str:
         return f"annotation {self.name} (image {self.image_id!r})"
-
-
-def whole_number(value: Any) -> int | None:
-    """A whole number, also where it is text or a float such as 3.0; None for anything else."""
-    if isinstance(value, str):
-        try:
-            return int(value)
-        except ValueError:
-            return None
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def as_id(value: Any) -> int | str | None:
-    """An id as JSON files have it, or None for what cannot be one."""
-    return value if isinstance(value, str) else whole_number(value)
 
 
 def read_annotations(
@@ -152,25 +120,6 @@ def read_annotations(
     return annotations
 
 
-def has_tracks(annotations: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether an id of an object, other than the category, is on several images."""
-    seen: dict[tuple[str, Any], Any] = {}
-    for raw in annotations:
-        key, value = _identity(raw)
-        object_id = as_id(value)
-        if key in (_CATEGORY, _NO_ID) or object_id is None:
-            continue
-        image_id = as_id(raw.get("image_id"))
-        if seen.setdefault((key, object_id), image_id) != image_id:
-            return True
-    return False
-
-
-def has_identity(raw: Mapping[str, Any]) -> bool:
-    """Whether an annotation says which object it is, by more than its category."""
-    return _identity(raw)[0] not in (_CATEGORY, _NO_ID)
-
-
 def _read_entries(
     annotations: Sequence[Mapping[str, Any]],
     images: Mapping[int | str, Image],
@@ -216,31 +165,13 @@ def _read_entries(
 # Identity
 
 
-def _identity(raw: Mapping[str, Any]) -> tuple[str, Any]:
-    """Where the id of the object is, and the id; null and -1 are none."""
-    attributes = raw.get("attributes")
-    inner: dict[str, tuple[str, Any]] = {}
-    if isinstance(attributes, dict):
-        for name, value in attributes.items():
-            plain = name.lower().replace("_", "").replace("-", "").replace(" ", "")
-            if as_id(value) is not None:  # a check box or a list is something else
-                inner["attributes." + plain] = (f"attributes.{name}", value)
-    for key in (*_TRACK_KEYS, *_OBJECT_KEYS):
-        name, value = inner.get(key, (key, None)) if "." in key else (key, raw.get(key))
-        if value is not None and whole_number(value) != -1:
-            return name, value
-    if raw.get(_CATEGORY) is not None:
-        return _CATEGORY, raw[_CATEGORY]
-    return _NO_ID, 1
-
-
 def _identify(
     video_id: int | str, members: list[_Entry], told: dict[str, list], found: Findings
 ) -> None:
     """Give the entries of a video their objects."""
     kinds: dict[tuple[str, str], str] = {}  # where the id is and its type -> an annotation with it
     for entry in members:
-        key, value = _identity(entry.raw)
+        key, value = identity(entry.raw)
         entry.key, entry.object_id = key, as_id(value)
         if entry.object_id is None:
             found.problems.append(f"{entry.where}: `{key}` is {value!r}; {ID_WANTED}")
@@ -262,9 +193,9 @@ def _tell_identity(told: Mapping[str, list], found: Findings) -> None:
         if key == "track_id":
             continue
         what = f"object identity from {key}"
-        if key == _CATEGORY:
+        if key == CATEGORY:
             what += ", as there is no `track_id`: one object of each category"
-        elif key == _NO_ID:
+        elif key == NO_ID:
             what = "no `track_id` and no category: one object"
         if len(told) > 1:
             what = f"{listed([f'video {v!r}' for v in videos])}: {what}"
@@ -309,7 +240,7 @@ def _part_restarted(
         switches = [
             (one, two)
             for one, two in pairwise(entries)
-            if entries[0].key != _CATEGORY and _category(one) != _category(two)
+            if entries[0].key != CATEGORY and _category(one) != _category(two)
         ]
         if not switches:
             continue
@@ -336,7 +267,7 @@ def _part_restarted(
 
 
 def _category(entry: _Entry) -> int | str | None:
-    return as_id(entry.raw.get(_CATEGORY))
+    return as_id(entry.raw.get(CATEGORY))
 
 
 def _box_iou(a: Box, b: Box) -> float:
@@ -357,7 +288,7 @@ def _refuse_jumps(
     absence, an object may be anywhere.
     """
     for object_id, entries in _entries_by_object(members).items():
-        shown = [entry for entry in entries if entry.key in (_CATEGORY, _NO_ID) and entry.box]
+        shown = [entry for entry in entries if entry.key in (CATEGORY, NO_ID) and entry.box]
         steps = [
             (_center_distance(one.box, two.box), one, two)
             for one, two in pairwise(shown)
@@ -383,10 +314,10 @@ def _center_distance(a: Box, b: Box) -> float:
 
 def _why_not_united(parts: list[_Entry], unite: bool) -> str | None:
     first, second = parts[:2]
-    by_id = first.key not in (_CATEGORY, _NO_ID)
+    by_id = first.key not in (CATEGORY, NO_ID)
     if by_id and unite:
         return None
-    key = first.key if first.key != _NO_ID else "no id"
+    key = first.key if first.key != NO_ID else "no id"
     advice = "or merge the parts of one object into one segmentation"
     if by_id:
         advice = "or let dataset.same_object_twice: unite make them one"
@@ -472,3 +403,72 @@ def _has_extent(ring: list) -> bool:
     return all(max(part) > min(part) for part in (ring[::2], ring[1::2])) and any(
         0 < value < 1 for value in ring
     )
+
+
+# What annotations with `iscrowd` are.
+#   auto     regions to ignore, unless `iscrowd` only says that a mask is an RLE, as CVAT writes it.
+#   ignore   regions to ignore, always.
+#   objects  objects like all others.
+Crowds = Literal["auto", "ignore", "objects"]
+
+
+def split_crowds(
+    annotations: Sequence[Mapping[str, Any]], how: Crowds, found: Findings
+) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """The annotations of objects, and those of regions to ignore (`iscrowd`, `ignore`)."""
+    flagged = [raw for raw in annotations if _is_set(raw, "iscrowd")]
+    crowds = {id(raw) for raw in annotations if _is_set(raw, "ignore")}
+    if how == "ignore":
+        crowds |= set(map(id, flagged))
+    elif how == "auto" and flagged:
+        # COCO's polygons have iscrowd 0 and its RLEs iscrowd 1; some programs take that for a rule
+        # of the format and flag whatever they write as RLE.
+        encoding = all(_is_set(raw, "iscrowd") for raw in annotations if _is_rle(raw))
+        everything = len(flagged) == len(annotations)
+        of_kind = [raw for raw in flagged if not (encoding and (everything or has_identity(raw)))]
+        crowds |= set(map(id, of_kind))
+        if len(of_kind) < len(flagged):
+            found.notes.append(
+                f"{len(flagged) - len(of_kind)} annotations have `iscrowd`, as all RLEs do, "
+                "and are objects; dataset.crowds: ignore if they are crowds"
+            )
+    if crowds:
+        found.notes.append(
+            f"{len(crowds)} annotations are regions to ignore (`iscrowd`, `ignore`): left out of "
+            "the loss, and of scores unless evaluation.void is background; dataset.crowds: objects "
+            "takes those with `iscrowd` for objects"
+        )
+    return (
+        [raw for raw in annotations if id(raw) not in crowds],
+        [raw for raw in annotations if id(raw) in crowds],
+    )
+
+
+def read_crowds(
+    crowds: Sequence[Mapping[str, Any]], images: Mapping[int | str, Image], found: Findings
+) -> dict[int | str, Parts]:
+    """The regions to ignore of each image that has some."""
+    parts: dict[int | str, list[Any]] = {}
+    for raw in crowds:
+        image_id = as_id(raw.get("image_id"))
+        if image_id not in images:
+            continue  # of a broken image, or of none: as with a hole in the file, nothing to ignore
+        segmentation = raw.get("segmentation")
+        try:
+            area = segmentation_area(segmentation, images[image_id].size)
+        except ValueError as problem:
+            found.problems.append(
+                f"annotation {raw.get('id')} (image {image_id!r}): segmentation: {problem}"
+            )
+            continue
+        if area:
+            parts.setdefault(image_id, []).append(segmentation)
+    return {image_id: Parts(tuple(of_image)) for image_id, of_image in parts.items()}
+
+
+def _is_set(raw: Mapping[str, Any], key: str) -> bool:
+    return raw.get(key) in (1, True, "1", "true", "True")
+
+
+def _is_rle(raw: Mapping[str, Any]) -> bool:
+    return isinstance(raw.get("segmentation"), dict) and "counts" in raw["segmentation"]

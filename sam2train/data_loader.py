@@ -20,8 +20,7 @@ from sam2train import distributed
 from sam2train.clips import BatchedVideoDatapoint, Clip, Prompt, collate_fn
 from sam2train.data_clips import ClipDataset
 from sam2train.datasets import DatasetConfig
-from sam2train.errors import MachineFault, UserError
-from sam2train.faults import worker_ended
+from sam2train.errors import MachineFault, UserError, worker_ended
 from sam2train.machine import leave_group, num_cores, time_limit
 
 # Seconds. A clip is a few pictures, which even a slow network disk gives in some seconds.

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from sam2train.data_mask_facts import MaskFacts
+from sam2train.data_masks import MaskFacts
 
 # How pixel values are read. `auto` decides from the masks; the others override it.
 #   ids      the palette index or grey value (R + 256 G + 65536 B of an RGB picture) is the object's

@@ -1,10 +1,11 @@
-"""The index that every data format is read into: a format is a child of `VideoSource`."""
+"""The index that every data format is read into: a format is a child of `VideoSource`. Several data
+sets are one in a `Mixture`."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -375,3 +376,76 @@ def video_warnings(video_ids: Sequence[int | str], most: Sequence[int]) -> list[
         for what, bad in told.items()
     }
     return [f"{listed(names)}: {what}" for what, names in named.items() if names]
+
+
+def _of_part(method: Callable[..., T]) -> Callable[..., T]:
+    """The same method of the source that a video is from, given the video as that source has it."""
+
+    @wraps(method)
+    def ask_part(self: Mixture, video: Video, *more: Any, **how: Any) -> T:
+        part, own_id = self._parts[video.video_id]
+        return getattr(part, method.__name__)(replace(video, video_id=own_id), *more, **how)
+
+    return ask_part
+
+
+class Mixture(VideoSource):
+    """The videos of several sources, those of the first one first.
+
+    Where two sources have a video of the same id, all ids begin with the place of their source, as
+    in "2/bear". Each part keeps its own way to read.
+
+    Args:
+        parts: at least one, with videos in each.
+        weights: one for each part: how often an epoch visits each of its videos; with 0.5, half of
+            them, and the other half in the next epoch.
+
+    Raises:
+        DataError: parts share pictures, so that one's masks lie on the pictures of the other.
+    """
+
+    mask_hint = "expected at least one object with a pixel in one of the data sets"
+
+    def __init__(self, parts: Sequence[VideoSource], weights: Sequence[float]):
+        self._parts: dict[int | str, tuple[VideoSource, int | str]] = {}  # source and its own id
+        ids = [video.video_id for part in parts for video in part.videos]
+        is_unique = len({*ids}) == len(ids)
+        videos = []
+        for place, part in enumerate(parts, start=1):
+            for video in part.videos:
+                video_id = video.video_id if is_unique else f"{place}/{video.video_id}"
+                self._parts[video_id] = (part, video.video_id)
+                videos.append(replace(video, video_id=video_id))
+        self._sources = list(zip(parts, weights, strict=True))
+        path = Path(" + ".join(str(part.path) for part in parts))
+        warnings = [f"{part.path}: {line}" for part in parts for line in part.warnings]
+        super().__init__(path, videos, warnings, shared_pictures(videos))
+
+    def scale_levels(self, wanted: IntensityRange) -> None:
+        """See `VideoSource.scale_levels`; each part has chosen its own for "auto" already."""
+        for part, _ in self._sources if wanted != "auto" else ():
+            part.scale_levels(wanted)
+        self.notes = [
+            f"{part.path}: {len(part.videos)} videos, weight {weight:g}"
+            for part, weight in self._sources
+        ]
+        self.notes += [f"{part.path}: {line}" for part, _ in self._sources for line in part.notes]
+
+    read_picture = _of_part(VideoSource.read_picture)
+    read_masks = _of_part(VideoSource.read_masks)
+    read_small_masks = _of_part(VideoSource.read_small_masks)
+    read_frame = _of_part(VideoSource.read_frame)
+    read_small_frame = _of_part(VideoSource.read_small_frame)
+    read_ignore = _of_part(VideoSource.read_ignore)
+    has_mask = _of_part(VideoSource.has_mask)
+    has_ignored = _of_part(VideoSource.has_ignored)
+    is_trainable = _of_part(VideoSource.is_trainable)
+    sample_clip = _of_part(VideoSource.sample_clip)
+
+    def weighted(self, videos: Sequence[Video]) -> list[tuple[list[Video], float]]:
+        """See `VideoSource.weighted`."""
+        groups = [
+            ([video for video in videos if self._parts[video.video_id][0] is part], weight)
+            for part, weight in self._sources
+        ]
+        return [(group, weight) for group, weight in groups if group]

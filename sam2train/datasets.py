@@ -14,18 +14,15 @@ from sam2train.clips import collate_fn as collate_fn  # beside the data sets it 
 from sam2train.config import Section, one_of
 from sam2train.data_clips import ClipDataset, clip_settings
 from sam2train.data_coco import CocoVideos, Unlabelled
-from sam2train.data_coco_crowds import Crowds
+from sam2train.data_coco_objects import Crowds
 from sam2train.data_cvat import cvat_file
-from sam2train.data_layouts import read_layout
+from sam2train.data_layouts import MevisVideos, read_layout
 from sam2train.data_mask_values import MaskValues
-from sam2train.data_mevis import MevisVideos
-from sam2train.data_mixture import Mixture
-from sam2train.data_mots import MotsVideos
 from sam2train.data_sav import read_sav
-from sam2train.data_source import DataError, VideoSource, files_outside, listed
+from sam2train.data_source import DataError, Mixture, VideoSource, files_outside, listed
 from sam2train.data_synthetic import SyntheticConfig
 from sam2train.data_videos import MadeUpVideos
-from sam2train.data_vos import VosVideos, find_masks
+from sam2train.data_vos import MotsVideos, VosVideos, find_masks
 from sam2train.prompts import (
     DEFAULT_TYPES,
     BoxJitter,

@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 
 from sam2train.clips import Prompt
-from sam2train.config import Section
 from sam2train.data_clips import ClipDataset
 from sam2train.data_source import Video
 from sam2train.memory import FrameOutput, ImageFeatures, track_clip
 from sam2train.metrics import (
+    EvaluationConfig,
     FramePolicy,
     Measures,
     VideoScores,
@@ -32,41 +31,13 @@ from sam2train.metrics import (
     score_measures,
 )
 from sam2train.model import SAM2Model
-from sam2train.prompts import PromptGenerator, TypeName
+from sam2train.prompts import PromptGenerator
 from sam2train.transforms import image_keys, normalise, stack_frames
 
 # Keeps the random numbers of evaluation prompts apart from those of training clips.
 _PROMPT_STREAM = (1,)
 # Frames that are encoded at once where none is kept, as large products are faster. A guess.
 _ENCODED_TOGETHER = 4
-
-
-class EvaluationConfig(Section):
-    """The `evaluation:` section."""
-
-    prompt_types: tuple[TypeName, ...] | None = Field(
-        None,
-        min_length=1,
-        description="prompts of the objects; null takes those of the training data",
-    )
-    seed: int | None = Field(
-        0,
-        ge=0,
-        lt=2**63,
-        description="draws the prompts, the same ones in every run; null: trainer.seed, so that "
-        "each run has its own",
-    )
-    frame_policy: FramePolicy = Field("after_prompt", description="frames that count")
-    void: VoidRule = Field(
-        "ignore",
-        description="pixels that the annotators left undecided (void, crowds): ignore leaves them "
-        "out of J and F; background counts them as such, as the DAVIS program does",
-    )
-    max_videos: int | None = Field(None, ge=1, description="the first so many; null scores all")
-    max_frames: int | None = Field(
-        None, ge=2, description="labelled ones of each video, the first so many"
-    )
-    num_overlays: int = Field(3, ge=0, description="videos drawn at each evaluation")
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import Field, model_validator
 
 from sam2train.config import Section, apply_overrides, build, sweep_parameters
@@ -15,17 +14,21 @@ from sam2train.config_yaml import load_yaml
 from sam2train.corrections import InteractionConfig
 from sam2train.datasets import DatasetConfig, data_paths
 from sam2train.demo import is_demo_path
-from sam2train.evaluate import EvaluationConfig
 from sam2train.features import FeaturesConfig
 from sam2train.files import file_hash, resolve_path
 from sam2train.losses import LossConfig
 from sam2train.machine import check_available, choose_device
-from sam2train.model import ModelConfig, SAM2Model
+from sam2train.metrics import EvaluationConfig
 from sam2train.optimizer import OptimizerConfig
 from sam2train.pretrained import selects
 from sam2train.prompts import PROMPTS, check_prompts
 from sam2train.runlog_wandb import TrackingConfig
 from sam2train.transforms import AugmentConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from sam2train.model import SAM2Model
 
 # What --smoke changes: two steps of anything, in seconds.
 SMOKE = {
@@ -40,6 +43,43 @@ SMOKE = {
     "evaluation.max_frames": 4,
     "evaluation.num_overlays": 1,
 }
+
+
+class ModelConfig(Section):
+    """The `model:` section of an experiment."""
+
+    checkpoint_path: str | None = Field(
+        None, description="SAM 2 weights to start from; null starts from random ones"
+    )
+    config_path: str = Field("configs/sam2.1_hiera_t.yaml", description="SAM 2 model config")
+    trainable_modules: tuple[str, ...] = Field(
+        ("memory_attention", "memory_encoder"),
+        description="modules, `memory`, parameters or patterns to train; all else is frozen",
+    )
+    image_size: int = Field(512, ge=32, multiple_of=32, description="side of the square input")
+    num_maskmem: int = Field(7, ge=0, description="memories: the conditioning one and past frames")
+    max_obj_ptrs_in_encoder: int = Field(
+        16, ge=0, description="object pointers in memory attention; 0 uses none"
+    )
+    memory_gradient: Literal["full", "detached"] | Annotated[int, Field(ge=1)] = Field(
+        "full", description="frames a gradient travels back through the memory"
+    )
+    drop_path_rate: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="chance to skip a block of a trained image encoder; null: as config_path says",
+    )
+    dropout: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="of the memory attention; null: as config_path says, 0.1 in SAM 2's. 0 is "
+        "faster: attention with dropout has no fused code",
+    )
+    seed: int | None = Field(
+        None, ge=0, lt=2**63, description="of random initial weights; null: trainer.seed"
+    )
 
 
 class TrainerConfig(Section):
@@ -253,6 +293,10 @@ def build_model(experiment: Experiment, say: Callable[[str], None] = print) -> S
     Args:
         say: gets what the feature cache has to tell.
     """
+    import torch
+
+    from sam2train.model import SAM2Model
+
     config = experiment.model
     torch.manual_seed(experiment.weights_seed)
     device = choose_device(experiment.trainer.device)
@@ -298,6 +342,8 @@ def base_hash(experiment: Experiment) -> str | None:
 
 def uses_bf16(experiment: Experiment, device: torch.device) -> bool:
     """Whether to compute in bfloat16 autocast: as the experiment says, else where CUDA can."""
+    import torch
+
     if experiment.trainer.bf16 is not None:
         return experiment.trainer.bf16
     return device.type == "cuda" and torch.cuda.is_bf16_supported()

@@ -14,12 +14,15 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from pydantic import Field
-from torch import nn
 
 from sam2train.config import Section
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 # Whoever changes what an entry holds counts this up: entries from before are then never read.
 _FORMAT = 1
@@ -29,7 +32,7 @@ _PARTIAL_AGE = 3600.0  # seconds after which an unfinished file is one of a kill
 # write, too.
 _LOOK_SHARE = 0.02
 
-Maps = list[torch.Tensor]  # (1, C_l, H_l, W_l) each, finest first
+Maps = "list[torch.Tensor]"  # (1, C_l, H_l, W_l) each, finest first
 
 
 class FeaturesConfig(Section):
@@ -90,6 +93,8 @@ class FeatureCache:
             images: the key of each, from the pixels that the encoder gets.
             encode: place in `images` -> its maps; called for what is not in the cache.
         """
+        import torch
+
         found: dict[str, Maps] = {}
         for place, image in enumerate(images):
             if image in found:
@@ -217,6 +222,8 @@ class FeatureCaches:
 
     def of_encoder(self, modules: Sequence[nn.Module], config_file: Path) -> FeatureCache:
         """The cache for the modules as they are now, in the precision that autocast asks for."""
+        import torch
+
         precision, kind = "float32", self.device.type
         if torch.is_autocast_enabled(kind):
             precision = str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
@@ -232,6 +239,8 @@ class FeatureCaches:
 
 def _checksum(maps: Maps) -> str:
     """Over the bytes of all maps; it detects damage, not intent."""
+    import torch
+
     value = 0
     for of_level in maps:
         raw = of_level.detach().contiguous().view(torch.uint8).flatten().numpy()
@@ -247,6 +256,8 @@ def identify(modules: Sequence[nn.Module], config: bytes, device: torch.device) 
         config: the file that the encoder was built from, for what is no parameter.
         device: kind and number of threads decide on the order of sums.
     """
+    import torch
+
     digest = hashlib.sha256(config)
     for module in modules:
         for name, value in module.state_dict().items():

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-import torch.nn.functional as F
 from pydantic import Field, create_model
 
 from sam2train.clips import NO_OBJECT_LOGIT, FramePrediction
 from sam2train.config import Section
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ def iou_term(decoded: SupervisedPass) -> torch.Tensor:
 
 def object_score_term(decoded: SupervisedPass) -> torch.Tensor:
     """At 0 a wrong "absent" is never corrected: no other term reaches it."""
+    import torch.nn.functional as F
+
     return F.binary_cross_entropy_with_logits(
         decoded.object_score_logits, decoded.visible.float(), reduction="none"
     )
@@ -153,61 +156,76 @@ def mask_losses(
         target: (n, H, W) bool.
         kept: (n, H, W) bool, the pixels that count; None counts all.
     """
-    return _MaskLosses.apply(logits, target, alpha, gamma, kept)
+    return _mask_losses_function().apply(logits, target, alpha, gamma, kept)
 
 
-class _MaskLosses(torch.autograd.Function):
+@cache
+def _mask_losses_function() -> type[torch.autograd.Function]:
     """Both losses from one sigmoid. Step by step, autograd would keep some ten tensors of the size
     of the logits until the backward. This keeps the logits and computes their gradient from q, the
     probability of the wrong answer: 1 - p where the target is set, p elsewhere.
     """
+    import torch
 
-    @staticmethod
-    def forward(ctx, logits, target, alpha, gamma, kept):
-        counted = torch.ones_like(target) if kept is None else kept
-        inside, everywhere = (target & counted).to(logits), counted.to(logits)  # (n, H, W)
-        weight = torch.where(target, alpha, 1 - alpha) * everywhere
-        wrong = _wrong_logits(logits, target)
-        q = wrong.sigmoid()
-        of_pixels = F.softplus(wrong).mul_(q.pow(gamma))
-        num_pixels = everywhere.sum((-2, -1))[:, None].clamp(min=1)  # (n, 1)
-        focal = _sum_pixels(of_pixels, weight) / num_pixels
-        # |P T| = |T| - sum of q inside, |P| = |T| + sum of q everywhere - 2 * sum of q inside
-        size = inside.sum((-2, -1))[:, None]
-        missed, all_wrong = _sum_pixels(q, inside), _sum_pixels(q, everywhere)
-        numerator = 2 * (size - missed) + 1
-        denominator = 2 * size + all_wrong - 2 * missed + 1
-        ctx.save_for_backward(logits, target, kept, numerator, denominator, num_pixels)
-        ctx.alpha, ctx.gamma = alpha, gamma
-        return focal, 1 - numerator / denominator
+    class MaskLosses(torch.autograd.Function):
+        forward = staticmethod(_losses_forward)
+        backward = staticmethod(torch.autograd.function.once_differentiable(_losses_backward))
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, of_focal, of_dice):
-        logits, target, kept, numerator, denominator, num_pixels = ctx.saved_tensors
-        alpha, gamma = ctx.alpha, ctx.gamma
-        wrong = _wrong_logits(logits, target)
-        q = wrong.sigmoid()
-        # d focal / d wrong = weight * q ** gamma * (q + gamma * (1 - q) * cross entropy)
-        right = 1 - q
-        gradient = F.softplus(wrong).mul_(right).mul_(gamma).add_(q).mul_(q.pow(gamma))
-        weight = torch.where(target, alpha, 1 - alpha)[:, None]
-        gradient.mul_(weight).mul_((of_focal / num_pixels)[..., None, None])
-        # d dice / d q: twice (denominator - numerator) / denominator ** 2 more where it is set
-        everywhere = of_dice * numerator / denominator**2  # (n, M)
-        inside = of_dice * 2 * (denominator - numerator) / denominator**2
-        of_q = torch.addcmul(
-            everywhere[..., None, None], inside[..., None, None], target[:, None].to(q.dtype)
-        )
-        gradient.addcmul_(q.mul_(right), of_q)
-        gradient = torch.where(target[:, None], gradient.neg(), gradient)
-        if kept is not None:
-            gradient.mul_(kept[:, None])
-        return gradient, None, None, None, None
+    return MaskLosses
+
+
+def _losses_forward(ctx, logits, target, alpha, gamma, kept):
+    import torch
+    import torch.nn.functional as F
+
+    counted = torch.ones_like(target) if kept is None else kept
+    inside, everywhere = (target & counted).to(logits), counted.to(logits)  # (n, H, W)
+    weight = torch.where(target, alpha, 1 - alpha) * everywhere
+    wrong = _wrong_logits(logits, target)
+    q = wrong.sigmoid()
+    of_pixels = F.softplus(wrong).mul_(q.pow(gamma))
+    num_pixels = everywhere.sum((-2, -1))[:, None].clamp(min=1)  # (n, 1)
+    focal = _sum_pixels(of_pixels, weight) / num_pixels
+    # |P T| = |T| - sum of q inside, |P| = |T| + sum of q everywhere - 2 * sum of q inside
+    size = inside.sum((-2, -1))[:, None]
+    missed, all_wrong = _sum_pixels(q, inside), _sum_pixels(q, everywhere)
+    numerator = 2 * (size - missed) + 1
+    denominator = 2 * size + all_wrong - 2 * missed + 1
+    ctx.save_for_backward(logits, target, kept, numerator, denominator, num_pixels)
+    ctx.alpha, ctx.gamma = alpha, gamma
+    return focal, 1 - numerator / denominator
+
+
+def _losses_backward(ctx, of_focal, of_dice):
+    import torch
+    import torch.nn.functional as F
+
+    logits, target, kept, numerator, denominator, num_pixels = ctx.saved_tensors
+    alpha, gamma = ctx.alpha, ctx.gamma
+    wrong = _wrong_logits(logits, target)
+    q = wrong.sigmoid()
+    # d focal / d wrong = weight * q ** gamma * (q + gamma * (1 - q) * cross entropy)
+    right = 1 - q
+    gradient = F.softplus(wrong).mul_(right).mul_(gamma).add_(q).mul_(q.pow(gamma))
+    weight = torch.where(target, alpha, 1 - alpha)[:, None]
+    gradient.mul_(weight).mul_((of_focal / num_pixels)[..., None, None])
+    # d dice / d q: twice (denominator - numerator) / denominator ** 2 more where it is set
+    everywhere = of_dice * numerator / denominator**2  # (n, M)
+    inside = of_dice * 2 * (denominator - numerator) / denominator**2
+    of_q = torch.addcmul(
+        everywhere[..., None, None], inside[..., None, None], target[:, None].to(q.dtype)
+    )
+    gradient.addcmul_(q.mul_(right), of_q)
+    gradient = torch.where(target[:, None], gradient.neg(), gradient)
+    if kept is not None:
+        gradient.mul_(kept[:, None])
+    return gradient, None, None, None, None
 
 
 def _wrong_logits(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """(n, M, H, W) logits of the wrong answer: their sign is turned where the target is set."""
+    import torch
+
     return logits * torch.where(target, -1.0, 1.0)[:, None]
 
 
@@ -269,6 +287,8 @@ def sum_losses(
 
     Args: see `compute_losses`.
     """
+    import torch
+
     names = [*(f"loss/{name}" for name, _, _ in TERMS), "gate/visible", "gate/gated", "gate/loss"]
     sums = {name: torch.zeros((), device=targets.device) for name in names}
     for frame_idx, passes in enumerate(frames):
@@ -318,6 +338,8 @@ def _sum_pass(
         counted: (n,) bool, False on padding; None where all count.
         ignore: (n, H, W) bool, pixels without a label; None where all have one.
     """
+    import torch
+
     decoded = SupervisedPass(
         candidates=prediction.mask_logits.float(),
         iou_predictions=prediction.iou_predictions.float(),

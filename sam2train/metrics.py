@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
+from pydantic import Field
 
+from sam2train.config import Section
 from sam2train.errors import UserError
+from sam2train.prompts import TypeName
 
 # Which frames count for an object; a score is complete only with the name of its rule.
 #   all           every frame.
@@ -31,6 +34,35 @@ FramePolicy = Literal["all", "davis", "sav", "after_prompt"]
 #   ignore      left out of both masks, as VOST and the panoptic programs do.
 #   background  of no object, as the DAVIS program has it: predicting them costs.
 VoidRule = Literal["ignore", "background"]
+
+
+class EvaluationConfig(Section):
+    """The `evaluation:` section."""
+
+    prompt_types: tuple[TypeName, ...] | None = Field(
+        None,
+        min_length=1,
+        description="prompts of the objects; null takes those of the training data",
+    )
+    seed: int | None = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        description="draws the prompts, the same ones in every run; null: trainer.seed, so that "
+        "each run has its own",
+    )
+    frame_policy: FramePolicy = Field("after_prompt", description="frames that count")
+    void: VoidRule = Field(
+        "ignore",
+        description="pixels that the annotators left undecided (void, crowds): ignore leaves them "
+        "out of J and F; background counts them as such, as the DAVIS program does",
+    )
+    max_videos: int | None = Field(None, ge=1, description="the first so many; null scores all")
+    max_frames: int | None = Field(
+        None, ge=2, description="labelled ones of each video, the first so many"
+    )
+    num_overlays: int = Field(3, ge=0, description="videos drawn at each evaluation")
+
 
 # Whose masks are scored, in the column `model` of the files.
 TRAINED, BASE, COPY = "trained", "base", "copy_first_mask"

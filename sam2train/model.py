@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from sam2train.clips import (
@@ -19,7 +18,6 @@ from sam2train.clips import (
     FramePrediction,
     Prompt,
 )
-from sam2train.config import Section
 from sam2train.corrections import SimulatedUser
 from sam2train.errors import UserError
 from sam2train.features import FeatureCaches, FeaturesConfig
@@ -40,43 +38,6 @@ from sam2train.pretrained import (
     match_parameters,
     resolve_config,
 )
-
-
-class ModelConfig(Section):
-    """The `model:` section of an experiment."""
-
-    checkpoint_path: str | None = Field(
-        None, description="SAM 2 weights to start from; null starts from random ones"
-    )
-    config_path: str = Field("configs/sam2.1_hiera_t.yaml", description="SAM 2 model config")
-    trainable_modules: tuple[str, ...] = Field(
-        ("memory_attention", "memory_encoder"),
-        description="modules, `memory`, parameters or patterns to train; all else is frozen",
-    )
-    image_size: int = Field(512, ge=32, multiple_of=32, description="side of the square input")
-    num_maskmem: int = Field(7, ge=0, description="memories: the conditioning one and past frames")
-    max_obj_ptrs_in_encoder: int = Field(
-        16, ge=0, description="object pointers in memory attention; 0 uses none"
-    )
-    memory_gradient: Literal["full", "detached"] | Annotated[int, Field(ge=1)] = Field(
-        "full", description="frames a gradient travels back through the memory"
-    )
-    drop_path_rate: float | None = Field(
-        None,
-        ge=0,
-        lt=1,
-        description="chance to skip a block of a trained image encoder; null: as config_path says",
-    )
-    dropout: float | None = Field(
-        None,
-        ge=0,
-        lt=1,
-        description="of the memory attention; null: as config_path says, 0.1 in SAM 2's. 0 is "
-        "faster: attention with dropout has no fused code",
-    )
-    seed: int | None = Field(
-        None, ge=0, lt=2**63, description="of random initial weights; null: trainer.seed"
-    )
 
 
 class SAM2Model(nn.Module):

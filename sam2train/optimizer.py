@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from pydantic import Field
 
 from sam2train.config import Section
 from sam2train.errors import UserError
 from sam2train.pretrained import selects
+
+if TYPE_CHECKING:
+    import torch
 
 _TRUNK = "image_encoder.trunk"
 
@@ -67,6 +69,8 @@ def build_optimizer(
     Raises:
         UserError: a pattern that matches no trained parameter, or a final rate above its peak.
     """
+    import torch
+
     for key in ("learning_rates", "final_learning_rates"):
         _check_patterns(key, getattr(config, key), parameters)
     scales = _layer_scales(parameters, config, sam2)
@@ -176,6 +180,8 @@ def _undecayed(
     sam2: torch.nn.Module | None,
 ) -> set[str]:
     """Names of the parameters without weight decay."""
+    import torch
+
     if config.no_weight_decay == "vectors":
         # Vectors are biases, gains of norms and layer scales: decay would only shrink them.
         return {name for name, parameter in parameters.items() if parameter.ndim <= 1}

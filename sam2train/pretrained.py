@@ -10,10 +10,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from sam2train.config_yaml import load_yaml
 from sam2train.errors import UserError
@@ -24,6 +21,10 @@ from sam2train.files import (
     printable,
     resolve_path,
 )
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 DOWNLOAD_ADDRESS = "https://dl.fbaipublicfiles.com/segment_anything_2/092824/"
 PUBLISHED = tuple(f"sam2.1_hiera_{size}.pt" for size in ("tiny", "small", "base_plus", "large"))
@@ -187,6 +188,8 @@ _TARGETS = ("sam2.modeling", "torch.nn")
 def _is_module(target: Any) -> bool:
     """Whether a dotted name is that of a class of modules, where it is defined: a name may lead
     through a module to what it imports, such as sam2.modeling.sam2_base.torch.hub.load."""
+    from torch import nn
+
     place, _, name = str(target).rpartition(".")
     if not any(f"{place}.".startswith(f"{allowed}.") for allowed in _TARGETS):
         return False
@@ -248,6 +251,8 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
     Raises:
         UserError: a missing file (with the address of a published one) or another layout.
     """
+    import torch
+
     if not path.is_file():
         message = f"model.checkpoint_path: no file {path}"
         if path.name in PUBLISHED:
@@ -297,6 +302,8 @@ def _check_pinned(path: Path) -> None:
 
 
 def _read_untrained_rows(content: Mapping[str, Any], path: Path) -> tuple[int, ...]:
+    import torch
+
     rows = content["model"].get("maskmem_tpos_enc")
     if rows is None:
         return ()
@@ -324,6 +331,8 @@ def fit_temporal_rows(rows: torch.Tensor, num_maskmem: int, fresh: torch.Tensor)
         rows: (K, 1, 1, C) of the checkpoint.
         fresh: (num_maskmem, 1, 1, C) to take where the checkpoint has nothing to copy.
     """
+    import torch
+
     if len(rows) == num_maskmem:
         return rows
     if num_maskmem == 0 or len(rows) == 0:

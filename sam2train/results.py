@@ -17,15 +17,16 @@ from sam2train.config import flatten
 from sam2train.config_yaml import load_yaml, quote
 from sam2train.errors import UserError
 from sam2train.metrics import TRAINED
-from sam2train.run_files import (
+from sam2train.run_folder import (
+    EVALUATIONS,
     TEXTS,
+    RunFolder,
     Say,
     read_environment,
     read_metrics,
     read_summary,
     read_table,
 )
-from sam2train.run_folder import EVALUATIONS, RunFolder
 from sam2train.runlog_wandb import STEP_AXIS
 from sam2train.stats import (
     mean_interval,

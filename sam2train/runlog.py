@@ -21,8 +21,7 @@ from sam2train import distributed
 from sam2train.errors import UserError
 from sam2train.files import naming, printable, write_text
 from sam2train.machine import describe_environment, say
-from sam2train.run_files import parse_row, read_lines, read_summary
-from sam2train.run_folder import RunFolder
+from sam2train.run_folder import RunFolder, parse_row, read_lines, read_summary
 from sam2train.runlog_wandb import (
     FLUSH_INTERVAL,
     STEP_AXIS,

@@ -11,7 +11,7 @@ import numpy as np
 from sam2train import distributed
 from sam2train.errors import UserError
 from sam2train.files import write_rows
-from sam2train.run_files import Say, read_table
+from sam2train.run_folder import Say, read_table
 from sam2train.scores import Scores
 
 

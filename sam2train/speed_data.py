@@ -22,8 +22,15 @@ from pycocotools import mask as rle
 from sam2train.clips import collate_fn
 from sam2train.data_loader import load_batches
 from sam2train.datasets import COCODataset, DatasetConfig, build_dataset
-from sam2train.speed_clock import CPU, Mismatch, Row, alternate, in_process, peak_of
-from sam2train.speed_reference import import_training
+from sam2train.speed_clock import (
+    CPU,
+    Mismatch,
+    Row,
+    alternate,
+    import_training,
+    in_process,
+    peak_of,
+)
 from sam2train.speed_video import VideoFiles, made_up_frames, write_video
 from sam2train.transforms import MEAN, STD, AugmentConfig
 

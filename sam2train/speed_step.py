@@ -21,14 +21,15 @@ from sam2train.optimizer import OptimizerConfig, build_optimizer
 from sam2train.speed_clock import (
     Mismatch,
     Row,
+    TheirTraining,
     alternate,
     count_operations,
     gemm_rates,
     gemms,
     in_process,
     peak_of,
+    set_dropout,
 )
-from sam2train.speed_reference import TheirTraining, set_dropout
 
 DROPOUT = 0.1  # of memory attention, in SAM 2's configs
 # Of the loss, ours against theirs: sums in another order, and TF32 on CUDA.

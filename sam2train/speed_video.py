@@ -24,8 +24,7 @@ from sam2train.demo import JPEG_QUALITY
 from sam2train.evaluate import first_prompts, track_video
 from sam2train.features import FeaturesConfig
 from sam2train.model import SAM2Model
-from sam2train.speed_clock import Mismatch, Row, alternate, gemm_rates, gemms
-from sam2train.speed_reference import build_predictor
+from sam2train.speed_clock import Mismatch, Row, alternate, build_predictor, gemm_rates, gemms
 from sam2train.speed_step import build_ours
 
 # Share of pixels on which our masks and the predictor's agree, at least: it stores memories in

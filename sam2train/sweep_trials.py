@@ -22,8 +22,7 @@ from sam2train.errors import UserError
 from sam2train.files import read_json, write_text
 from sam2train.machine import STOP_SIGNALS, num_cores, say
 from sam2train.results import load_metrics
-from sam2train.run_files import read_summary
-from sam2train.run_folder import RunFolder
+from sam2train.run_folder import RunFolder, read_summary
 from sam2train.sweep_claims import Claim
 
 LOG = "log.txt"  # all that a trial printed

@@ -25,8 +25,7 @@ from sam2train.demo import resolve_data_path
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment, as_begun, build_model, load_experiment
 from sam2train.machine import Interrupted, say
-from sam2train.run_files import read_summary
-from sam2train.run_folder import RunFolder
+from sam2train.run_folder import RunFolder, read_summary
 from sam2train.runlog import parameter_table
 from sam2train.trainer import Trainer
 

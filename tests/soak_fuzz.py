@@ -19,9 +19,8 @@ import yaml
 from conftest import SIZE, make_coco
 from PIL import Image
 from rich.console import Console
-from test_data_burst import make_burst
+from test_data_layouts import make_burst, make_youtube_vis
 from test_data_vos import make_vos
-from test_data_youtube_vis import make_youtube_vis
 
 from sam2train import checkpoint, cli
 from sam2train.commands import COMMANDS

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 from conftest import SIZE, load, make_coco, moving_masks
-from test_data_youtube_vis import build_it
+from test_data_layouts import build_it
 
 from sam2train.data_rle import decode_segmentation
 from sam2train.errors import UserError

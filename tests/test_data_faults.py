@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import test_data_cvat
 import test_data_label_studio
-import test_data_mevis
-import test_data_mots
+import test_data_layouts
 import test_data_sav
+import test_data_vos
 from conftest import make_coco, make_frames
-from test_data_burst import make_burst
+from test_data_layouts import make_burst, make_youtube_vis
 from test_data_vos import make_vos
-from test_data_youtube_vis import make_youtube_vis
 
 from sam2train import data_source
 from sam2train.config import build
@@ -39,7 +38,7 @@ def make_sav(root):
 
 
 def make_mots(root):
-    test_data_mots.write(root / "images" / "0001", root / "instances" / "0001")
+    test_data_vos.write(root / "images" / "0001", root / "instances" / "0001")
     return root
 
 
@@ -62,7 +61,7 @@ MAKERS = {
     "vos": (make_vos, "JPEGImages/bear/00001.png", "Annotations/bear/00001.png"),
     "sav": (make_sav, "JPEGImages_24fps/sav_1/00001.png", "sav_1_manual.json"),
     "mots": (make_mots, "images/0001/frame_000001.png", "instances/0001/frame_000001.png"),
-    "mevis": (test_data_mevis.write, "JPEGImages/a/00001.png", "mask_dict.json"),
+    "mevis": (test_data_layouts.write, "JPEGImages/a/00001.png", "mask_dict.json"),
     "cvat": (make_cvat, "images/frame_000001.png", "annotations.xml"),
     "label_studio": (make_label_studio, "frames/frame_001.png", "annotations.json"),
 }

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image, ImageFilter
 
 from sam2train.data_clips import ClipDataset, clip_settings
-from sam2train.data_mask_facts import read_facts
 from sam2train.data_mask_values import decide
+from sam2train.data_masks import read_facts
 from sam2train.data_vos import VosVideos
 from sam2train.errors import UserError
 

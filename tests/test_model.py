@@ -9,9 +9,10 @@ from conftest import moving_masks
 
 from sam2train.clips import Clip, Prompt, collate_fn
 from sam2train.errors import UserError
+from sam2train.experiment import ModelConfig
 from sam2train.files import REPOSITORY
 from sam2train.losses import LossConfig, compute_losses
-from sam2train.model import ModelConfig, SAM2Model
+from sam2train.model import SAM2Model
 from sam2train.optimizer import OptimizerConfig, build_optimizer
 from sam2train.prompts import mask_center, mask_to_box
 

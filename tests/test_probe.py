@@ -7,7 +7,7 @@ from rich.console import Console
 from test_trainer import experiment  # noqa: F401
 
 from sam2train import probe
-from sam2train.faults import explain
+from sam2train.errors import explain
 from sam2train.probe import Found, Setting, fits, measure_setting, settings_of
 
 # ruff: noqa: F811

@@ -10,13 +10,12 @@ import pytest
 from conftest import edit, make_coco
 from rich.console import Console
 from small_run import small_experiments
-from test_data_burst import make_burst
 from test_data_cvat import TRUTH, make_frames_beside, on_frame, track, write_xml
 from test_data_label_studio import both, make_tasks
+from test_data_layouts import make_burst, make_youtube_vis
 from test_data_vos import make_vos
-from test_data_youtube_vis import make_youtube_vis
 
-from sam2train import data_coco_files, data_coco_plain, data_facts_cache, data_videos
+from sam2train import data_coco_files, data_coco_index, data_masks, data_videos
 from sam2train.trainer import Trainer
 
 _counts: list[list[str]] = []  # of the blocks of `opened` that are open
@@ -51,9 +50,9 @@ def headers(monkeypatch):
     def counted(read):
         return lambda path, *rest: (found.append(str(path)), read(path, *rest))[1]
 
-    for module in (data_coco_files, data_coco_plain, data_videos):
+    for module in (data_coco_files, data_coco_index, data_videos):
         monkeypatch.setattr(module, "read_header", counted(module.read_header))
-    monkeypatch.setattr(data_facts_cache, "read_facts", counted(data_facts_cache.read_facts))
+    monkeypatch.setattr(data_masks, "read_facts", counted(data_masks.read_facts))
     return found
 
 

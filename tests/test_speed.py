@@ -10,7 +10,7 @@ import torch
 from conftest import make_coco
 from tensors import peak_of_tensors
 
-from sam2train import speed, speed_clock, speed_data, speed_runs, speed_step, speed_video
+from sam2train import speed, speed_clock, speed_data, speed_step, speed_video
 from sam2train.errors import MachineFault, UserError
 from sam2train.files import REPOSITORY
 from sam2train.runlog import RunLog
@@ -251,7 +251,7 @@ def test_without_sam2s_training_code_the_way_to_it_is_told(monkeypatch):
     def missing(name):
         raise ImportError("No module named 'tensordict'")
 
-    monkeypatch.setattr("sam2train.speed_reference.import_module", missing)
+    monkeypatch.setattr("sam2train.speed_clock.import_module", missing)
     with pytest.raises(UserError, match=r"No module named 'tensordict'.*pip install sam2==1.1.0"):
         speed_step.TheirStep(SMALL, CPU)
 
@@ -266,9 +266,9 @@ def test_a_sweep_is_compared_with_as_many_separate_runs(tmp_path, monkeypatch):
         commands.append(command)
         time.sleep(0.3 if "--jobs" in command else 0.1)
 
-    monkeypatch.setattr(speed_runs, "_run", run)
-    monkeypatch.setattr(speed_runs, "_draw_demo", lambda: None)
-    (row,) = speed_runs.measure_sweep(CPU, tmp_path / "s", num_trials=8, num_steps=3, rounds=2)
+    monkeypatch.setattr(speed, "_run", run)
+    monkeypatch.setattr(speed, "_draw_demo", lambda: None)
+    (row,) = speed.measure_sweep(CPU, tmp_path / "s", num_trials=8, num_steps=3, rounds=2)
     assert 0.3 <= row.ours < 0.6
     assert 0.8 <= row.other < 1.6
     assert "trainer.num_steps=3" in commands[0]
@@ -283,20 +283,20 @@ def test_the_start_ends_where_the_first_step_begins(tmp_path, monkeypatch):
         time.sleep(0.2 if script else 0.05)
         return f"something\nfirst step at {begun + 0.1}\n" if script else ""
 
-    monkeypatch.setattr(speed_runs, "_run", run)
-    monkeypatch.setattr(speed_runs, "_draw_demo", lambda: None)
-    start, wrong = speed_runs.measure_start(tmp_path / "start", rounds=2)
+    monkeypatch.setattr(speed, "_run", run)
+    monkeypatch.setattr(speed, "_draw_demo", lambda: None)
+    start, wrong = speed.measure_start(tmp_path / "start", rounds=2)
     assert 0.1 <= start.ours < 0.2 > start.other >= 0.05
     assert len(start.details["ours"]) == 2
     assert (wrong.what, wrong.beside) == ("until a wrong setting is told", "import torch")
 
 
 def test_a_run_that_fails_is_told_with_its_last_line(tmp_path):
-    assert speed_runs._run(["-c", "print(3)"], tmp_path) == "3\n"
+    assert speed._run(["-c", "print(3)"], tmp_path) == "3\n"
     with pytest.raises(MachineFault, match=r"ended with 1: ValueError: no such thing"):
-        speed_runs._run(["-c", "raise ValueError('no such thing')"], tmp_path)
+        speed._run(["-c", "raise ValueError('no such thing')"], tmp_path)
     with pytest.raises(MachineFault, match=r"ended with 0: 3"):
-        speed_runs._run(["-c", "print(3)"], tmp_path, code=2)
+        speed._run(["-c", "print(3)"], tmp_path, code=2)
 
 
 def test_a_line_of_the_log_is_timed_beside_its_step(tmp_path, monkeypatch):
@@ -306,8 +306,8 @@ def test_a_line_of_the_log_is_timed_beside_its_step(tmp_path, monkeypatch):
         f"dataset: {{data_path: {data}, image_size: [64, 64], video_clip_length: 2}}\n"
         f"model: {{config_path: {DEMO}, image_size: 64}}\n"
     )
-    monkeypatch.setattr(speed_runs, "EXPERIMENT", str(experiment))
-    monkeypatch.setattr(speed_runs, "_draw_demo", lambda: None)
+    monkeypatch.setattr(speed, "EXPERIMENT", str(experiment))
+    monkeypatch.setattr(speed, "_draw_demo", lambda: None)
     monkeypatch.setenv("WANDB_SILENT", "true")
     log = RunLog.log
 
@@ -316,7 +316,7 @@ def test_a_line_of_the_log_is_timed_beside_its_step(tmp_path, monkeypatch):
         log(self, *values, **options)
 
     monkeypatch.setattr(RunLog, "log", slow)
-    (row,) = speed_runs.measure_log(CPU, tmp_path / "run", num_steps=2)
+    (row,) = speed.measure_log(CPU, tmp_path / "run", num_steps=2)
     assert row.ours >= row.other + 0.2
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines if "loss" in line] == [1, 2, 3]

@@ -19,25 +19,14 @@ PACKAGE = ROOT / "sam2train"
 # other: they meet in `clips`.
 GROUPS = {
     "ground": {
-        "errors",
-        "files",
-        "config",
-        "config_yaml",
-        "machine",
-        "stats",
-        "clips",
-        "faults",
-        "distributed",
-        "run_files",
+        *("errors", "files", "config", "config_yaml", "machine", "stats", "clips", "distributed"),
+        "run_folder",
     },
     "data": {
-        *("datasets", "data_source", "data_clips", "data_videos", "data_coco", "data_vos"),
-        *("data_sav", "data_synthetic", "data_pictures", "data_report", "data_loader"),
-        *("data_mask_facts", "data_mask_values", "data_mots", "data_mevis", "data_coco_crowds"),
-        *("data_rle", "data_fingerprint", "data_mixture", "data_coco_files", "data_coco_objects"),
-        *("data_youtube_vis", "data_burst", "data_index", "data_coco_plain", "data_coco_index"),
-        *("data_mask_cache", "data_cvat", "data_label_studio"),
-        *("data_facts_cache", "data_layouts"),
+        *("datasets", "data_source", "data_clips", "data_loader", "data_report", "data_index"),
+        *("data_pictures", "data_videos", "data_vos", "data_masks", "data_mask_values"),
+        *("data_coco", "data_coco_files", "data_coco_objects", "data_coco_index", "data_rle"),
+        *("data_layouts", "data_cvat", "data_label_studio", "data_sav", "data_synthetic"),
         *("transforms", "prompts", "demo", "demo_videos"),
     },
     "model": {
@@ -50,7 +39,7 @@ GROUPS = {
         *("pictures", "video_pictures", "score_figures"),
     },
     "runs": {
-        *("experiment", "run_folder", "runlog", "runlog_wandb", "checkpoint", "audit"),
+        *("experiment", "runlog", "runlog_wandb", "checkpoint", "audit"),
         *(
             "bad_batch",
             "trainer",
@@ -69,8 +58,7 @@ GROUPS = {
         *("sweep", "sweep_trials", "sweep_claims", "sweep_tables", "sweep_file", "sweep_search"),
     },
     "speed": {
-        *("speed", "speed_clock", "speed_reference", "speed_step", "speed_video"),
-        *("speed_data", "speed_runs"),
+        *("speed", "speed_clock", "speed_step", "speed_video", "speed_data"),
     },
     "door": {"commands", "cli"},
 }
@@ -144,6 +132,21 @@ def test_no_circle_of_imports_in_a_group(group):
 def test_the_command_line_imports_nothing_heavy():
     top = {name.split(".")[0] for name in imports(PACKAGE / "cli.py", anywhere=False)}
     assert not top & HEAVY
+
+
+def test_settings_are_read_without_torch(tmp_path):
+    """So that a wrong one is told in half a second."""
+    file = ROOT / "experiments/coco_point_bbox.yaml"
+    code = (
+        "import sys; from sam2train.cli import main\n"
+        f"code = main([{str(file)!r}, 'trainer.num_stepss=3'])\n"
+        f"assert not sys.modules.keys() & {HEAVY - {'cv2'}}, sys.modules.keys()\n"
+        "sys.exit(code)"
+    )
+    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, "did you mean `trainer.num_steps`" in done.stderr) == (2, True)
 
 
 def test_importing_the_modules_leaves_no_trace(tmp_path):
