@@ -269,7 +269,8 @@ def test_each_command_has_its_own_help(command, capsys):
             assert cli.main(words) == 0
             own = capsys.readouterr().out
             assert own.startswith("usage: python run.py ")
-            assert {word for word in FLAGS if re.search(rf" {word}(?![-\w])", own)} == FIXED[command.flag]
+            named = {word for word in FLAGS if re.search(rf" {word}(?![-\w])", own)}
+            assert named == FIXED[command.flag]
     assert max(map(len, overview.splitlines())) <= 100
 
 
