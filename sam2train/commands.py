@@ -190,6 +190,31 @@ class ListExperiments(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Settings(Command):
+    """Explain every key of a SECTION such as `trainer`, or of all: what it takes, its default, its
+    meaning."""
+
+    group, flag = "Look first", "--settings"
+    section: str | None = operand(nargs="?", metavar="SECTION")
+    write: bool = option(
+        "--write",
+        "write experiments/SETTINGS.md and settings.schema.json anew",
+        False,
+    )
+
+    def run(self) -> int:
+        from sam2train.experiment import settings_page, settings_schema, settings_text
+        from sam2train.files import write_text
+
+        if self.write:
+            write_text(EXPERIMENTS / "SETTINGS.md", settings_page())
+            write_text(EXPERIMENTS / "settings.schema.json", settings_schema())
+        else:
+            print(settings_text(self.section))
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class DryRun(FileCommand):
     """Show the resolved settings, the data, the parameters and one batch, and stop."""
 
@@ -360,8 +385,7 @@ class Predict(FileCommand):
 
         given = read_prompts(self.prompt, self.prompts)
         folder = RunFolder.of_evaluations(self.name) / f"{new_run_id()}-predict-{self.video.stem}"
-        run_dir = self.run_dir or folder
-        predict(experiment, self.video, given, self.weights, run_dir, _console())
+        predict(experiment, self.video, given, self.weights, self.run_dir or folder, _console())
         return 0
 
 
@@ -430,6 +454,7 @@ COMMANDS: tuple[type[Command], ...] = (
     Train,
     RunSweep,
     ListExperiments,
+    Settings,
     DryRun,
     CheckData,
     Probe,
@@ -445,14 +470,9 @@ COMMANDS: tuple[type[Command], ...] = (
 
 
 def _console() -> Console:
-    """A console that raises where its pipe is closed: rich would end the program."""
-    from rich.console import Console
+    from sam2train.machine import plain_console
 
-    class PlainConsole(Console):
-        def on_broken_pipe(self) -> None:
-            raise BrokenPipeError
-
-    return PlainConsole(quiet=not distributed.is_main())
+    return plain_console(quiet=not distributed.is_main())
 
 
 def _say_nothing(text: str) -> None:

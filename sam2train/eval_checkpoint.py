@@ -34,7 +34,7 @@ from sam2train.metrics import BASE, COPY, TRAINED
 from sam2train.model import SAM2Model
 from sam2train.run_folder import RunFolder
 from sam2train.runlog import RunLog
-from sam2train.score_figures import horizon_figure
+from sam2train.score_pictures import OverlayDrawer, horizon_figure
 from sam2train.scores import (
     FRAME_COLUMNS,
     HORIZON_COLUMNS,
@@ -47,7 +47,7 @@ from sam2train.scores import (
     score,
     scores_table,
 )
-from sam2train.video_pictures import MaskFolder, OverlayDrawer
+from sam2train.video_files import MaskFolder
 
 SplitName = Literal["val", "test"]
 MEANS = ("J", "F", "J_and_F", "J_recall", "J_decay", "F_recall", "F_decay", "mIoU")

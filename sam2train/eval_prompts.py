@@ -22,7 +22,7 @@ from sam2train.machine import say
 from sam2train.memory import track_clip
 from sam2train.model import SAM2Model
 from sam2train.prompts import PROMPTS, PromptGenerator, mask_to_box, move_point, type_of
-from sam2train.score_figures import matrix_figure
+from sam2train.score_pictures import matrix_figure
 from sam2train.scores import SCORE_COLUMNS, Scores, difference
 from sam2train.transforms import image_keys, normalise
 

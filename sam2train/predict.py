@@ -47,7 +47,7 @@ from sam2train.machine import count_bar, say
 from sam2train.model import SAM2Model
 from sam2train.run_folder import RunFolder
 from sam2train.transforms import resize_frame, resize_mask
-from sam2train.video_pictures import CocoFile, FilmFile, MaskFolder
+from sam2train.video_files import CocoFile, FilmFile, MaskFolder
 
 FORMS = (
     'expected "ID: box X0 Y0 X1 Y1 @FRAME", "ID: point X Y + point X Y - @FRAME" or "ID: mask '

@@ -20,16 +20,17 @@ from sam2train.metrics import BASE, COPY, TRAINED
 from sam2train.model import SAM2Model
 from sam2train.run_folder import RunFolder
 from sam2train.runlog import RunLog
-from sam2train.score_files import RowsFile, read_scores
+from sam2train.score_pictures import OverlayDrawer
 from sam2train.scores import (
     HORIZON_COLUMNS,
     LABELS,
     SCORE_COLUMNS,
+    RowsFile,
     Scores,
     numbers,
+    read_scores,
     scores_table,
 )
-from sam2train.video_pictures import OverlayDrawer
 
 
 class TrainerScores:

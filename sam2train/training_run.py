@@ -15,7 +15,6 @@ from pathlib import Path
 from rich.console import Console
 
 from sam2train import distributed
-from sam2train.audit import row_warnings
 from sam2train.clips import collate_fn
 from sam2train.config import flatten, to_yaml
 from sam2train.config_yaml import load_yaml
@@ -28,6 +27,7 @@ from sam2train.machine import Interrupted, say
 from sam2train.run_folder import RunFolder, read_summary
 from sam2train.runlog import parameter_table
 from sam2train.trainer import Trainer
+from sam2train.trainer_step import row_warnings
 
 # What a resumed run may change: these move no result, or say only how far the run goes.
 _MAY_CHANGE = (

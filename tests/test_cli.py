@@ -52,6 +52,7 @@ FIXED = {
     "training": {"--smoke", "--run-dir", "--resume"},
     "a sweep": {"--smoke", "--run-dir", "--count", "--jobs"},
     "--list": set(),
+    "--settings": {"--write"},
     "--dry-run": {"--smoke"},
     "--check-data": {"--smoke", "--json"},
     "--probe": {"--smoke"},
@@ -79,11 +80,12 @@ OPERANDS = {
     "--prompts": ["prompts.json"],
     "--weights": ["base"],
     "--export": ["a.pt", "b.pt"],
+    "--settings": ["trainer"],
     "--runs": ["runs"],
     "--compare": ["a", "b"],
     "--collect": ["runs/sweep"],
 }
-WITHOUT_FILE = {"--list", "--runs", "--compare", "--collect"}
+WITHOUT_FILE = {"--list", "--settings", "--runs", "--compare", "--collect"}
 FLAGS = sorted(set().union(*FIXED.values()))
 
 

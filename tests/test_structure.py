@@ -35,26 +35,15 @@ GROUPS = {
         *("losses", "optimizer"),
     },
     "scores": {
-        *("metrics", "evaluate", "scores", "score_files"),
-        *("pictures", "video_pictures", "score_figures"),
+        *("metrics", "evaluate", "scores", "pictures", "score_pictures", "video_files"),
     },
     "runs": {
-        *("experiment", "runlog", "runlog_wandb", "checkpoint", "audit"),
-        *(
-            "bad_batch",
-            "trainer",
-            "trainer_scores",
-            "trainer_processes",
-            "probe",
-            "training_run",
-            "predict",
-            "eval_checkpoint",
-            "eval_prompts",
-            "export",
-        ),
+        *("experiment", "runlog", "runlog_wandb", "checkpoint", "probe", "export"),
+        *("trainer", "trainer_step", "trainer_scores", "training_run"),
+        *("eval_checkpoint", "eval_prompts", "predict"),
     },
     "reports": {
-        *("results", "results_compare", "ablation", "compare", "figures"),
+        *("results", "ablation", "compare", "figures"),
         *("sweep", "sweep_trials", "sweep_claims", "sweep_tables", "sweep_file", "sweep_search"),
     },
     "speed": {
