@@ -36,13 +36,7 @@ from sam2train.prompts import PROMPTS, PromptGenerator, mask_to_box, move_point,
 from sam2train.run_folder import RunFolder
 from sam2train.run_scores import Contender, score_beside, score_contender
 from sam2train.runlog import RunLog
-from sam2train.score_pictures import (
-    MaskFolder,
-    OverlayDrawer,
-    horizon_figure,
-    horizon_table,
-    matrix_figure,
-)
+from sam2train.score_pictures import OverlayDrawer, horizon_figure, horizon_table, matrix_figure
 from sam2train.scores import (
     FRAME_COLUMNS,
     HORIZON_COLUMNS,
@@ -54,6 +48,7 @@ from sam2train.scores import (
     scores_table,
 )
 from sam2train.transforms import image_keys, normalise
+from sam2train.video_files import MaskFolder
 
 SplitName = Literal["val", "test"]
 MEANS = ("J", "F", "J_and_F", "J_recall", "J_decay", "F_recall", "F_decay", "mIoU")

@@ -1,13 +1,11 @@
 """What is drawn of scored videos.
 
-Of a tracked video: one picture of ground truth with prompts, prediction and errors, and palette
-PNGs in the layout that the DAVIS evaluation reads. Of scores: matplotlib figures, the prompt matrix
-as a heat map and the horizon of the memory.
+Of a tracked video: one picture of ground truth with prompts, prediction and errors. Of scores:
+matplotlib figures, the prompt matrix as a heat map and the horizon of the memory.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,19 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 from rich.table import Table
 
 from sam2train.clips import Prompt
 from sam2train.data_clips import ClipDataset, stack_ignored
 from sam2train.data_source import Video
-from sam2train.data_videos import PICTURE_SUFFIXES
-from sam2train.errors import UserError
 from sam2train.evaluate import SeenFrame, TrackedVideo
-from sam2train.files import file_name, printable, write_text
+from sam2train.files import file_name, printable
 from sam2train.machine import cell
 from sam2train.metrics import JANDF, ObjectScores
-from sam2train.pictures import comparison, id_mask, object_colours, pick_frames, save_png
+from sam2train.pictures import comparison, id_mask, pick_frames, prompt_in_video, save_png
 from sam2train.scores import (
     ABSENCE_RECALL,
     FALSE_ABSENCES,
@@ -38,7 +33,6 @@ from sam2train.scores import (
     presence_scores,
     roc,
 )
-from sam2train.transforms import resize_mask_smoothly
 
 MAX_SHOWN = 8  # of a picture
 MAX_TOGGLED = 255  # objects in a mask of W&B's
@@ -152,18 +146,12 @@ class OverlayDrawer:
         self, tracked: TrackedVideo, numbers: dict[int | str, int], shown: list[int]
     ) -> list[dict]:
         """Those on the frames shown, counted among these, in pixels of the video."""
-        size = tracked.video.size
-        scale = np.array(size, np.float32)[::-1] / np.array(self.dataset.image_size)[::-1]
+        sizes = tracked.video.size, self.dataset.image_size
         return [
             {
-                **prompt,
+                **prompt_in_video(prompt, *sizes),
                 "object_id": numbers[prompt["object_id"]],
                 "frame_index": shown.index(prompt["frame_index"]),
-                "points": prompt["points"] * scale,
-                "box": None if prompt["box"] is None else prompt["box"] * np.tile(scale, 2),
-                "mask": None
-                if prompt["mask"] is None
-                else resize_mask_smoothly(prompt["mask"], size),
             }
             for prompt in tracked.prompts
             if prompt["frame_index"] in shown
@@ -184,82 +172,6 @@ def _mean_J(objects: Iterable[ObjectScores], frame_idx: int) -> str:
     found = [s.J[s.frames == frame_idx] for s in objects]
     values = np.concatenate(found) if found else np.zeros(0)
     return f"J {values.mean():.2f}" if len(values) else ""
-
-
-class MaskFolder:
-    """Writes `<folder>/<video>/<frame>.png`: one picture a frame, the pixel is the object's number.
-
-    A folder has the name of its video; where that is not a safe or free file name, `videos.json`
-    says which video it is.
-
-    A number is the object's id where all ids of the video are 1 to 255; else objects count from 1
-    in their order of appearance, and `objects.json` in the folder says which is which. Frames are
-    named as their pictures are, or by position where these names repeat (a film).
-
-    Raises:
-        UserError: the folder holds something already.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise UserError(
-                f"--save-masks {folder}: there is something already; name a new or empty folder"
-            )
-        self.colours = [0, 0, 0, *object_colours(256)[1:].ravel().tolist()]
-        self.renamed: dict[str, dict[int, str]] = {}
-        self.videos: dict[str, str] = {}
-        self.taken = {"objects.json", "videos.json"}
-        # Of the video that is being written.
-        self.name = ""
-        self.numbers: dict[int | str, int] = {}
-        self.names: list[str] = []
-
-    def write(self, seen: SeenFrame) -> None:
-        """Write one frame's prediction; the frames of a video come in order.
-
-        Raises:
-            UserError: more than 255 objects.
-        """
-        video = seen.video
-        if seen.frame_idx == 0:
-            self.name = file_name(video.video_id, self.taken)
-            self.numbers, self.names = self._number(video, self.name), _frame_names(video)
-            (self.folder / self.name).mkdir(parents=True)
-            if self.name != str(video.video_id):
-                self.videos[self.name] = str(video.video_id)
-                self._write_json("videos.json", self.videos)
-        ids = np.zeros(video.size, np.uint8)
-        for object_id, mask in seen.prediction.items():
-            ids[mask] = self.numbers[object_id]
-        picture = Image.fromarray(ids)
-        picture.putpalette(self.colours)
-        picture.save(self.folder / self.name / f"{self.names[seen.frame_idx]}.png")
-
-    def _number(self, video: Video, name: str) -> dict[int | str, int]:
-        if len(video.object_ids) > 255:
-            raise UserError(
-                f"--save-masks: video {video.video_id!r} has {len(video.object_ids)} objects; a "
-                "palette PNG holds 255"
-            )
-        if all(isinstance(o, int) and 1 <= o <= 255 for o in video.object_ids):
-            return {o: o for o in video.object_ids}
-        numbers = {o: place for place, o in enumerate(video.object_ids, start=1)}
-        self.renamed[name] = {number: str(o) for o, number in numbers.items()}
-        self._write_json("objects.json", self.renamed)
-        return numbers
-
-    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        write_text(self.folder / name, json.dumps(content, indent=2) + "\n")
-
-
-def _frame_names(video: Video) -> list[str]:
-    """The names of the pictures; positions where these repeat, or for the frames of a film."""
-    stems = [file_name(frame.path.stem) for frame in video.frames]
-    pictures = all(frame.path.suffix.lower() in PICTURE_SUFFIXES for frame in video.frames)
-    if pictures and len({stem.casefold() for stem in stems}) == len(stems):
-        return stems
-    return [f"{t:05d}" for t in range(len(stems))]
 
 
 if TYPE_CHECKING:
