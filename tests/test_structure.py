@@ -46,7 +46,7 @@ GROUPS = {
         *("sweep", "sweep_trials", "sweep_claims", "sweep_tables", "sweep_file", "sweep_search"),
     },
     "speed": {
-        *("speed", "speed_clock", "speed_step", "speed_video", "speed_data"),
+        *("speed", "speed_clock", "speed_step", "speed_data"),
     },
     "door": {"commands", "cli"},
 }
