@@ -29,7 +29,7 @@ from sam2train.config import (
 )
 from sam2train.config_yaml import load_yaml
 from sam2train.errors import UserError
-from sam2train.experiment import SMOKE, Experiment, load_experiment
+from sam2train.experiment import Experiment, load_experiment, smoke_settings
 from sam2train.files import REPOSITORY, resolve_path
 from sam2train.sweep_search import (
     MAX_GRID_TRIALS,
@@ -126,7 +126,9 @@ class Sweep:
         """The settings of a trial; UserError for what is wrong with them."""
         path = resolve_path(next(filter(_is_experiment, self._words)))
         settings = parse_overrides([w for w in self._words if "=" in w]) | flatten(values)
-        return load_experiment(path, SMOKE | settings if "--smoke" in self._words else settings)
+        if "--smoke" in self._words:
+            settings = smoke_settings(path, settings)
+        return load_experiment(path, settings)
 
     def fixed_settings(self) -> dict[str, Any]:
         """What must not change while the sweep goes on; a grid may grow. JSON can hold it."""
