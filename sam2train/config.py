@@ -402,6 +402,32 @@ def _names(section: type[Section], prefix: str = "") -> Iterator[str]:
             yield from _names(kind, f"{prefix}{name}.")
 
 
+def described_keys(section: type[Section], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """Each key by its dotted name, as the code has it: what it takes, its default, its meaning."""
+    for name, field in section.model_fields.items():
+        kind = _branches(field.annotation)[0]
+        if isinstance(kind, type) and issubclass(kind, Section):
+            yield from described_keys(kind, f"{prefix}{name}.")
+            continue
+        taken = _expected(field.annotation, field.metadata).replace(str(2**63), "2^63")
+        if field.is_required():
+            default = "required"
+        elif field.default_factory_takes_validated_data:
+            default = "see there"
+        else:
+            default = parse_back(field.get_default(call_default_factory=True))
+        also = f" (or {field.alias})" if field.alias else ""
+        yield prefix + name + also, taken, default, " ".join((field.description or "").split())
+
+
+def parse_back(value: Any) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(parse_back, value))}]"
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)
+
+
 def _suggest(path: str, section: type[Section]) -> str:
     """The nearest known names of all sections, or all names of this one."""
     known = list(_names(section))

@@ -33,9 +33,9 @@ class SyntheticConfig(Section):
         True, description="lay cut-outs over the frames; false: only masks move, over nothing"
     )
     min_objects: int = Field(1, ge=1, description="of a clip")
-    max_objects: int = Field(3, ge=1, le=254)
+    max_objects: int = Field(3, ge=1, le=254, description="of a clip")
     min_size: float = Field(0.12, gt=0, le=1, description="length across an object")
-    max_size: float = Field(0.45, gt=0, le=1)
+    max_size: float = Field(0.45, gt=0, le=1, description="length across an object")
     max_speed: float = Field(0.04, ge=0, description="per frame; events may be faster")
     max_turn: float = Field(5.0, ge=0, description="degrees per frame")
     max_zoom: float = Field(1.5, ge=1, description="largest ratio of an object's sizes in a video")

@@ -16,9 +16,9 @@ from sam2train.data_clips import ClipDataset, clip_settings
 from sam2train.data_coco import CocoVideos, Unlabelled
 from sam2train.data_coco_objects import Crowds
 from sam2train.data_cvat import cvat_file
-from sam2train.data_layouts import MevisVideos, read_layout
+from sam2train.data_layouts import read_layout
 from sam2train.data_mask_values import MaskValues
-from sam2train.data_sav import read_sav
+from sam2train.data_sav import MevisVideos, read_sav
 from sam2train.data_source import DataError, Mixture, VideoSource, files_outside, listed
 from sam2train.data_synthetic import SyntheticConfig
 from sam2train.data_videos import MadeUpVideos
@@ -120,7 +120,7 @@ def read_folders(path: Path, config: DatasetConfig) -> VideoSource:
 class DataPart(Section):
     """One of several training data sets."""
 
-    path: str
+    path: str = Field(description="as data_path")
     weight: float = Field(
         1.0, gt=0, le=1000, description="how often an epoch visits each of its videos"
     )
@@ -180,9 +180,9 @@ class DatasetConfig(Section):
     video_clip_length: int = Field(5, ge=1, description="T, frames of a clip")
     max_frame_stride: int = Field(1, ge=1, description="largest step between frames of a clip")
     max_objects: int | None = Field(None, ge=1, description="objects of a clip; null takes all")
-    batch_size: int = Field(1, ge=1)
+    batch_size: int = Field(1, ge=1, description="B, clips of a batch, in each process")
     num_workers: int = Field(0, ge=0, description="processes that load data; 0 loads in line")
-    shuffle: bool = True
+    shuffle: bool = Field(True, description="clips in a new random order in each epoch")
     seed: int | None = Field(
         None,
         ge=0,
@@ -190,7 +190,9 @@ class DatasetConfig(Section):
         description="of the order of clips, and of all that is drawn for a clip: frames, objects, "
         "augmentation, prompts, correction clicks; null: trainer.seed",
     )
-    prompt_types: tuple[TypeName, ...] = Field(DEFAULT_TYPES, min_length=1)
+    prompt_types: tuple[TypeName, ...] = Field(
+        DEFAULT_TYPES, min_length=1, description="one of these is drawn for each object"
+    )
     prompt_weights: tuple[Weight, ...] | None = Field(
         None, description="how often each of the prompt types is drawn; null draws all alike"
     )
@@ -200,8 +202,14 @@ class DatasetConfig(Section):
         description="positive clicks of a point prompt, or their range [low, high]; "
         "where it is not given, 1, and [1, 3] for video",
     )
-    include_center: bool = Field(False, alias="include_center_point")
-    num_of_neg_points: Clicks = 0
+    include_center: bool = Field(
+        False,
+        alias="include_center_point",
+        description="the first positive click is the pixel deepest inside the object",
+    )
+    num_of_neg_points: Clicks = Field(
+        0, description="clicks of a point prompt beside the object, which say that it is not there"
+    )
     box_jitter: BoxJitter = Field(0.0, description="noise of boxes, share of their side")
     max_conditioning_frames: int = Field(
         1, ge=1, description="a clip has 1 to this many; objects get a prompt on each"

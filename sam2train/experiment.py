@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from sam2train.config import Section, apply_overrides, build, sweep_parameters
+from sam2train.config import (
+    Section,
+    apply_overrides,
+    build,
+    described_keys,
+    flatten,
+    sweep_parameters,
+)
 from sam2train.config_yaml import load_yaml
 from sam2train.corrections import InteractionConfig
-from sam2train.datasets import DatasetConfig, data_paths
+from sam2train.datasets import FORMATS, DatasetConfig, data_paths
 from sam2train.demo import is_demo_path
+from sam2train.errors import UserError
 from sam2train.features import FeaturesConfig
 from sam2train.files import file_hash, resolve_path
 from sam2train.losses import LossConfig
@@ -30,7 +40,7 @@ if TYPE_CHECKING:
 
     from sam2train.model import SAM2Model
 
-# What --smoke changes: two steps of anything, in seconds.
+# What --smoke changes: two steps of anything, in seconds. `smoke_settings` shrinks more.
 SMOKE = {
     "trainer.num_steps": 2,
     "trainer.log_every": 1,
@@ -82,15 +92,28 @@ class ModelConfig(Section):
     )
 
 
+# What takes memory and time, and the most that --smoke leaves of it.
+SMOKE_MOST = {
+    "dataset.video_clip_length": 4,
+    "dataset.max_objects": 2,
+    "interaction.num_correction_pt_per_frame": 1,
+}
+SMOKE_SIDE = 256  # of the image
+
+
 class TrainerConfig(Section):
     """The `trainer:` section. Periods count optimiser steps."""
 
-    num_steps: int = Field(1000, ge=0)
-    val_every: int = Field(200, ge=1, description="also before the first step and after the last")
-    save_every: int = Field(200, ge=1)
-    log_every: int = Field(10, ge=1)
+    num_steps: int = Field(1000, ge=0, description="optimiser steps of the run")
+    val_every: int = Field(
+        200,
+        ge=1,
+        description="steps between validations; also before the first step and after the last",
+    )
+    save_every: int = Field(200, ge=1, description="steps between checkpoints")
+    log_every: int = Field(10, ge=1, description="steps whose means are one line of the log")
     grad_accumulation: int = Field(1, ge=1, description="batches of one optimiser step")
-    max_grad_norm: float = Field(0.1, gt=0)
+    max_grad_norm: float = Field(0.1, gt=0, description="longer gradients are scaled to this norm")
     audit: Literal["stop", "warn"] = Field(
         "stop", description="what a trainable module without gradient at the first step does"
     )
@@ -191,6 +214,92 @@ def load_experiment(path: Path, overrides: Mapping[str, Any] | None = None) -> E
     )
 
 
+def settings_page() -> str:
+    """experiments/SETTINGS.md: each key of each section, from the code."""
+    lines = [
+        "# Settings",
+        "",
+        "Every key of an experiment, with what it takes, its default and its meaning. Written from",
+        "the code by `python run.py --settings --write`, as is `settings.schema.json` for editors.",
+    ]
+    for section in Experiment.model_fields:
+        lines += [
+            "",
+            f"## {section}",
+            "",
+            "| key | takes | default | meaning |",
+            "|---|---|---|---|",
+        ]
+        for name, *texts in settings_of_section(section):
+            taken, default, meaning = (text.replace("|", "\\|") for text in texts)
+            lines.append(f"| `{name}` | {taken} | `{default}` | {meaning} |")
+    return "\n".join([*lines, ""])
+
+
+def settings_of_section(name: str) -> list[tuple[str, str, str, str]]:
+    """`described_keys` of one section of an experiment.
+
+    Raises:
+        UserError: there is no such section.
+    """
+    if name not in Experiment.model_fields:
+        raise UserError(f"--settings {name}: expected one of {', '.join(Experiment.model_fields)}")
+    return list(described_keys(Experiment.model_fields[name].annotation, f"{name}."))
+
+
+def settings_text(name: str | None) -> str:
+    """The keys of a section, or of all, for a terminal: name and default, values, meaning."""
+    lines = []
+    for section in [name] if name else Experiment.model_fields:
+        for key, taken, default, meaning in settings_of_section(section):
+            lines += [f"{key}: {default}", f"    {taken}"]
+            lines += [f"    {line}" for line in textwrap.wrap(meaning, 92)]
+    return "\n".join(lines)
+
+
+def settings_schema() -> str:
+    """experiments/settings.schema.json: for editors, which check and complete YAML files by it. It
+    has the types, ranges and choices of keys, not the rules across them."""
+    schema = Experiment.model_json_schema(by_alias=False)
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    choices = {"prompt_types": list(PROMPTS), "dataset_type": list(FORMATS)}
+    for part in (schema, *schema["$defs"].values()):
+        known = part["properties"]
+        for key, names in choices.items():
+            for text in _texts(known.get(key, {})):
+                text["enum"] = names
+        for of_key in known.values():
+            if of_key.get("type") == "object":  # dotted names, which may be nested, too
+                of_key["additionalProperties"] = {
+                    "anyOf": [of_key["additionalProperties"], {"type": "object"}]
+                }
+        if "num_of_pos_points" in known:  # of both spellings one may be given
+            known["number_of_points"] = known["num_of_pos_points"]
+            known["include_center_point"] = known["include_center"]
+    return json.dumps(schema, indent=1) + "\n"
+
+
+def _texts(schema: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of a schema that allow a text."""
+    parts = [schema, *schema.get("anyOf", ())]
+    parts += [part["items"] for part in parts if isinstance(part.get("items"), dict)]
+    return [part for part in parts if part.get("type") == "string"]
+
+
+def smoke_settings(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The overrides with what --smoke changes of an experiment; what they name stays as it is."""
+    wanted = {**SMOKE, **overrides}
+    now = flatten(load_experiment(path, wanted).model_dump())
+    named = flatten(overrides)
+    for key, most in SMOKE_MOST.items():
+        if key not in named and (now[key] is None or now[key] > most):
+            wanted[key] = most
+    sides = "model.image_size", "dataset.image_size"
+    if now[sides[0]] > SMOKE_SIDE and named.keys().isdisjoint(sides):
+        wanted |= {sides[0]: SMOKE_SIDE, sides[1]: [SMOKE_SIDE, SMOKE_SIDE]}
+    return wanted
+
+
 def as_begun(experiment: Experiment, config: Mapping[str, Any]) -> Experiment:
     """The experiment as a run goes on with it that began with `config`, nested.
 
@@ -223,7 +332,7 @@ def prepare_experiment(
         # The agent's words have no types; the values in this file have.
         overrides = {**overrides, **sweep_parameters(Path(typed))}
     if smoke:
-        overrides = {**SMOKE, **overrides}
+        overrides = smoke_settings(path, overrides)
     experiment = load_experiment(path, overrides)
     demo = demo_beside_own(experiment, overrides)
     if "dataset.test_path" in demo:

@@ -74,14 +74,17 @@ class SupervisedPass:
 
 
 def focal_term(decoded: SupervisedPass) -> torch.Tensor:
+    """Weight of the focal loss of the masks."""
     return decoded.reduce(decoded.focal, mean=decoded.config.all_candidates)
 
 
 def dice_term(decoded: SupervisedPass) -> torch.Tensor:
+    """Weight of the dice loss of the masks."""
     return decoded.reduce(decoded.dice, mean=decoded.config.all_candidates)
 
 
 def iou_term(decoded: SupervisedPass) -> torch.Tensor:
+    """Weight of the error of the predicted IoU."""
     target, kept = decoded.target[:, None], decoded.kept
     iou = mask_iou(decoded.candidates, target, None if kept is None else kept[:, None])
     difference = decoded.iou_predictions - iou
@@ -90,7 +93,8 @@ def iou_term(decoded: SupervisedPass) -> torch.Tensor:
 
 
 def object_score_term(decoded: SupervisedPass) -> torch.Tensor:
-    """At 0 a wrong "absent" is never corrected: no other term reaches it."""
+    """Weight of the error of the object score. At 0 a wrong "absent" is never corrected: no other
+    term reaches it."""
     import torch.nn.functional as F
 
     return F.binary_cross_entropy_with_logits(
@@ -128,8 +132,12 @@ _Weights = create_model(
 class LossConfig(_Weights):
     """The `loss:` section: a weight for each of `TERMS`, and options; the defaults are SAM 2's."""
 
-    focal_alpha: float = Field(0.25, ge=0, le=1)
-    focal_gamma: float = Field(2.0, ge=0)
+    focal_alpha: float = Field(
+        0.25, ge=0, le=1, description="focal loss: weight of the pixels of the object"
+    )
+    focal_gamma: float = Field(
+        2.0, ge=0, description="focal loss: how much less a pixel counts that is nearly right"
+    )
     all_candidates: bool = Field(
         False,
         description="masks learn on the mean over the candidates, not on the best one, so that "

@@ -26,13 +26,15 @@ class OptimizerConfig(Section):
         default_factory=dict,
         description="peaks by module, parameter or pattern; the last match counts",
     )
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="of the learning rate, after the warm-up"
+    )
     final_ratio: float = Field(0.1, ge=0, le=1, description="cosine ends at this share of the peak")
     final_learning_rates: dict[str, Annotated[float, Field(ge=0)]] = Field(
         default_factory=dict,
         description="where the cosine of a module, parameter or pattern ends, instead",
     )
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, description="in which the rate rises linearly to its peak")
     layer_decay: float = Field(
         1.0,
         gt=0,
@@ -45,12 +47,14 @@ class OptimizerConfig(Section):
         description="trunk: share of the full learning rate by parameter or pattern, whatever the "
         "layer; the first match counts",
     )
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: float = Field(0.1, ge=0, description="of AdamW")
     no_weight_decay: Literal["vectors", "biases_and_layer_norm"] = Field(
         "vectors",
         description="what does not decay: all vectors, or as in SAM 2 biases and torch's LayerNorm",
     )
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = Field(
+        (0.9, 0.999), description="of AdamW: decay of the means of gradients and of their squares"
+    )
 
 
 def build_optimizer(

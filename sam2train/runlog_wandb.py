@@ -30,13 +30,19 @@ OTHER_MODES: dict[str, Mode] = {"shared": "online", "run": "online", "dryrun": "
 class TrackingConfig(Section):
     """Where a run reports to besides its own folder. `mode: null` lets `choose_mode` decide."""
 
-    mode: Mode | None = None
+    mode: Mode | None = Field(
+        None,
+        description="null: WANDB_MODE, else what `wandb offline` or `wandb disabled` set, else "
+        "online where there is an API key and offline where there is none",
+    )
     # The pattern leaves out the characters that W&B refuses in a project's name.
-    project: str = Field(default="sam2train", pattern=r"^[^/\\#?%:]+$", max_length=128)
-    entity: str | None = None
-    name: str | None = None
-    group: str | None = None
-    tags: tuple[str, ...] = ()
+    project: str = Field(
+        "sam2train", pattern=r"^[^/\\#?%:]+$", max_length=128, description="W&B's project"
+    )
+    entity: str | None = Field(None, description="W&B's user or team; null: that of the key")
+    name: str | None = Field(None, description="of the run in W&B; null: the experiment's")
+    group: str | None = Field(None, description="of runs that W&B shows together")
+    tags: tuple[str, ...] = Field((), description="of the run in W&B")
 
 
 def choose_mode(config: TrackingConfig) -> tuple[Mode, str]:

@@ -29,12 +29,12 @@ class AugmentConfig(Section):
     shear: float = Field(0.0, ge=0, lt=90, description="degrees, up to, either way")
     crop_scale: float = Field(1.0, gt=0, le=1, description="smallest area that a crop keeps")
     brightness: float = Field(0.0, ge=0, le=1, description="colour jitter of the whole clip")
-    contrast: float = Field(0.0, ge=0, le=1)
-    saturation: float = Field(0.0, ge=0, le=1)
+    contrast: float = Field(0.0, ge=0, le=1, description="colour jitter of the whole clip")
+    saturation: float = Field(0.0, ge=0, le=1, description="colour jitter of the whole clip")
     greyscale: float = Field(0.0, ge=0, le=1, description="chance, for the whole clip")
     frame_brightness: float = Field(0.0, ge=0, le=1, description="a second jitter, for each frame")
-    frame_contrast: float = Field(0.0, ge=0, le=1)
-    frame_saturation: float = Field(0.0, ge=0, le=1)
+    frame_contrast: float = Field(0.0, ge=0, le=1, description="a second jitter, for each frame")
+    frame_saturation: float = Field(0.0, ge=0, le=1, description="a second jitter, for each frame")
     reverse: float = Field(0.0, ge=0, le=1, description="chance to play the clip backwards")
     num_views: int | None = Field(
         None,

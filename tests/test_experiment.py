@@ -1,13 +1,25 @@
 """Sections together: rules that cross them, spellings, errors a user can act on."""
 
+import json
 from pathlib import Path
 
 import pytest
+import yaml
 from guide_blocks import COCO, MODEL
 
 from sam2train.config import to_yaml
 from sam2train.errors import UserError
-from sam2train.experiment import Experiment, as_begun, load_experiment, untrained_rows
+from sam2train.experiment import (
+    Experiment,
+    as_begun,
+    load_experiment,
+    prepare_experiment,
+    settings_of_section,
+    settings_page,
+    settings_schema,
+    untrained_rows,
+)
+from sam2train.files import REPOSITORY
 
 
 @pytest.fixture
@@ -132,3 +144,58 @@ def test_rows_that_no_clip_reaches(clip_length, num_maskmem, rows):
 )
 def test_frozen_rows_are_not_trained_however_long_the_clips(modules, trained):
     assert untrained_rows(with_rows(8, 7, *modules)) == ([] if trained else [*range(7)])
+
+
+class TestSettings:
+    """What is written about the settings follows from the code."""
+
+    def test_the_files_are_those_of_this_code(self):
+        again = "run `python run.py --settings --write`"
+        folder = REPOSITORY / "experiments"
+        assert (folder / "SETTINGS.md").read_text() == settings_page(), again
+        assert (folder / "settings.schema.json").read_text() == settings_schema(), again
+
+    def test_each_key_has_its_type_default_and_meaning(self):
+        rows = {
+            row[0]: row[1:] for name in Experiment.model_fields for row in settings_of_section(name)
+        }
+        assert all(len(meaning) > 3 for _, _, meaning in rows.values())
+        taken, default, _ = rows["trainer.max_grad_norm"]
+        assert (taken, default) == ("a number above 0", "0.1")
+        assert rows["dataset.prompt_types"][1] == "[point, bbox, mask]"
+        assert rows["tracking.mode"][1] == "null"
+        with pytest.raises(UserError, match="--settings optimzer: expected one of dataset, "):
+            settings_of_section("optimzer")
+
+    def test_an_editor_accepts_what_the_program_does_and_marks_what_is_wrong(self):
+        validator = pytest.importorskip("jsonschema").Draft202012Validator(
+            json.loads(settings_schema())
+        )
+        for path in (REPOSITORY / "experiments").glob("*.yaml"):
+            assert validator.is_valid(yaml.safe_load(path.read_text())), path
+        wrong = [
+            {"dataset": {"data_path": "a", "batch_sise": 1}},
+            {"dataset": {"data_path": "a", "prompt_types": ["boxes"]}},
+            {"dataset": {"data_path": "a"}, "trainer": {"max_grad_norm": 0}},
+            {"dataset": {"data_path": "a"}, "model": {"memory_gradient": "some"}},
+            {"dataset": {}},
+        ]
+        assert not any(map(validator.is_valid, wrong))
+
+
+def test_smoke_shrinks_what_takes_memory():
+    """The official recipe too; what the command line names stays."""
+    path = REPOSITORY / "experiments" / "official_recipe_base_plus.yaml"
+    small = prepare_experiment(path, {}, smoke=True)
+    assert small.model.image_size == 256
+    assert small.dataset.image_size == (256, 256)
+    assert (small.dataset.video_clip_length, small.dataset.max_objects) == (4, 2)
+    assert small.interaction.num_correction_pt_per_frame == 1
+    assert small.trainer.num_steps == 2
+    named = {"model.image_size": 512, "dataset.image_size": [512, 512]}
+    named |= {"dataset.max_objects": 5, "trainer.num_steps": 7}
+    kept = prepare_experiment(path, named, smoke=True)
+    assert (kept.model.image_size, kept.dataset.max_objects) == (512, 5)
+    assert (kept.trainer.num_steps, kept.dataset.video_clip_length) == (7, 4)
+    demo = REPOSITORY / "experiments" / "coco_point_bbox.yaml"
+    assert prepare_experiment(demo, {}, smoke=True).model.image_size == 128  # never more

@@ -1,9 +1,14 @@
-"""The scores of a run: on the validation videos at its steps, on the test videos at its end."""
+"""A model's scores beside those of its baselines: the untouched base, and the first mask copied.
+
+Those of a run are of the validation videos at its steps, and of the test videos at its end.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,24 +17,110 @@ import torch
 
 from sam2train import checkpoint, distributed
 from sam2train.data_clips import ClipDataset
-from sam2train.eval_checkpoint import COPIED, Contender, score_beside, score_contender
-from sam2train.evaluate import OnFrame, SeenFrame, track_video
+from sam2train.evaluate import OnFrame, SeenFrame, Track, copy_first_mask, track_video
 from sam2train.experiment import Experiment
 from sam2train.machine import StopRequests
 from sam2train.metrics import BASE, COPY, TRAINED
 from sam2train.model import SAM2Model
 from sam2train.run_folder import RunFolder
 from sam2train.runlog import RunLog
-from sam2train.score_files import RowsFile, read_scores
+from sam2train.score_pictures import OverlayDrawer
 from sam2train.scores import (
     HORIZON_COLUMNS,
     LABELS,
     SCORE_COLUMNS,
+    RowsFile,
     Scores,
     numbers,
+    read_scores,
+    score,
     scores_table,
 )
-from sam2train.video_pictures import OverlayDrawer
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What is scored: a model, or the copy of the first mask."""
+
+    key: str  # TRAINED, BASE or COPY, in the column `model` of the files
+    label: str  # in tables
+    step: int
+    track: Track
+    # Where two contenders share one model: the trained parameters that it gets for this one.
+    model: SAM2Model | None = None
+    weights: Mapping[str, torch.Tensor] | None = None
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Its weights in the model while the block runs."""
+        if self.weights is None:
+            yield
+            return
+        parameters = self.model.trainable_parameters()
+        kept = {name: p.detach().clone() for name, p in parameters.items()}
+        try:
+            self.model.sam2.load_state_dict({n: self.weights[n] for n in kept}, strict=False)
+            yield
+        finally:
+            self.model.sam2.load_state_dict(kept, strict=False)
+
+
+COPIED = Contender(COPY, LABELS[COPY], 0, copy_first_mask)
+
+
+def score_contender(
+    contender: Contender,
+    data: ClipDataset,
+    experiment: Experiment,
+    split: str,
+    **options: Any,
+) -> Scores:
+    """The scores of one contender on a data set; `options` are those of `scores.score`."""
+    with contender.in_place():
+        return score(
+            contender.track,
+            data,
+            experiment.evaluation,
+            split=split,
+            model=contender.key,
+            step=contender.step,
+            label=contender.label,
+            seed=experiment.prompts_seed,
+            **options,
+        )
+
+
+def score_beside(
+    contenders: Sequence[Contender],
+    data: ClipDataset,
+    experiment: Experiment,
+    split: str,
+    watch: Callable[[Contender], dict[str, Any]],
+) -> list[Scores]:
+    """The scores of models, and beside them of the copied first mask, all on the same prompts.
+
+    Args:
+        watch: gives `on_frame` and `on_video` of `scores.score` for a contender.
+    """
+    return [
+        score_contender(contender, data, experiment, split, **watch(contender))
+        for contender in (*contenders, COPIED)
+    ]
+
+
+def weak_base(experiment: Experiment, base: Scores, copied: Scores) -> str | None:
+    """What it means that the untouched base does not beat the copied first mask, and what to do;
+    None where it does, or where the base has random weights."""
+    values = base.means["J_and_F"], copied.means["J_and_F"]
+    if experiment.model.checkpoint_path is None or values[0] > values[1]:
+        return None
+    return (
+        f"the untouched base (J&F {values[0]:.3f}) does not beat the copied first mask "
+        f"({values[1]:.3f}) on these videos: it loses the objects, or they hardly move, so look at "
+        "its pictures before training, and where it loses them try box or mask prompts "
+        "(evaluation.prompt_types), a larger image (model.image_size with dataset.image_size) or "
+        "larger weights of Meta's (model.checkpoint_path with model.config_path)"
+    )
 
 
 class TrainerScores:
@@ -125,6 +216,8 @@ class TrainerScores:
             self.baseline = self.latest
             self.runlog.summary({f"{COPY}/J_and_F": copied.means["J_and_F"]})
             self.show("validation", 0, (COPY, 0))
+            if step == 0 and (text := weak_base(self.experiment, scores, copied)):
+                self.runlog.say(text)
         score = self.latest["J_and_F"]
         if score > self.best:
             self.best = score
