@@ -178,15 +178,16 @@ def move_out(shape: Shape, first: float, last: float, ramp: float) -> None:
     Args:
         ramp: frames for the way out, and for the way back.
     """
-    at = int(np.clip((first + last) / 2, 0, len(shape.centre) - 1))
-    x, y = shape.centre[at]
-    gaps = np.array([x, SIZE - x, y, SIZE - y])
-    aside = np.array([(-1.0, 0.0), (1.0, 0.0), (0.0, -1.0), (0.0, 1.0)])[gaps.argmin()]
-    # Close to the border, the way out is short.
-    at_rest = shape.centre + aside * max(gaps.min() - 1.1 * shape.radius[at], 0.0)
-    way = aside * (2.8 * shape.radius.max() + 4)
-    out = window(len(shape.centre), first, last, ramp)
-    shape.centre = at_rest + out[:, None] * way
+    frames = np.arange(len(shape.centre))
+    spell = np.flatnonzero((frames >= first) & (frames <= last))
+    x, y = shape.centre[spell[len(spell) // 2]]
+    side = int(np.argmin([x, SIZE - x, y, SIZE - y]))
+    aside = np.array([(-1.0, 0.0), (1.0, 0.0), (0.0, -1.0), (0.0, 1.0)])[side]
+    to_border = SIZE * (side % 2) - shape.centre @ aside  # (T,) px
+    # At rest it keeps close to that border, so that the way out is short.
+    shape.centre += aside * max(to_border.min() - 1.1 * shape.radius.max(), 0.0)
+    way = (SIZE * (side % 2) - shape.centre @ aside)[spell].max() + 1.7 * shape.radius.max()
+    shape.centre += np.outer(window(len(frames), first, last, ramp), aside * way)
 
 
 def hide(shape: Shape, rng: np.random.Generator, split: DemoSplit, peak: float) -> Shape:

@@ -1,6 +1,7 @@
 """The generated data set: same bytes twice, exact masks, events that take place, repair on disk."""
 
 import dataclasses
+import json
 import os
 import threading
 import time
@@ -15,14 +16,14 @@ from sam2train.errors import UserError
 # pycocotools 2 decodes without the `copy` keyword that NumPy 2 asks of __array__.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-TINY = dataclasses.replace(demo.SPLITS["easy"], num_videos=2, num_frames=3)
+TINY = dataclasses.replace(demo.SPLITS["stills"], num_videos=2, num_frames=3)
 
 
 @pytest.fixture
-def easy_path(tmp_path, monkeypatch):
+def stills_path(tmp_path, monkeypatch):
     """A path below a fresh root, with a split small enough to draw many times."""
-    monkeypatch.setitem(demo.SPLITS, "easy", TINY)
-    return tmp_path / "demo" / "easy" / "annotations.json"
+    monkeypatch.setitem(demo.SPLITS, "stills", TINY)
+    return tmp_path / "demo" / "stills" / "annotations.json"
 
 
 def count_generations(monkeypatch):
@@ -48,19 +49,24 @@ def test_same_split_same_bytes_other_seed_other_bytes(tmp_path):
 
 def test_the_splits_as_published():
     assert {name: (split.num_videos, split.num_frames) for name, split in demo.SPLITS.items()} == {
-        "easy": (2400, 6),
-        "motion": (600, 6),
-        "train": (48, 24),
+        "stills": (4000, 1),
+        "clips": (400, 22),
+        "train": (60, 24),
         "val": (12, 24),
-        "test": (12, 24),
-        "absence": (20, 32),
-        "fresh": (96, 24),
+        "test": (48, 24),
     }
     assert len({split.seed for split in demo.SPLITS.values()}) == len(demo.SPLITS)
     knobs = [dataclasses.astuple(demo.SPLITS[name])[2:] for name in ("train", "val", "test")]
     assert knobs[0] == knobs[1] == knobs[2]  # the same difficulty
-    assert dataclasses.astuple(demo.SPLITS["fresh"])[2:] == knobs[0]
     assert set(demo.DIGESTS) == set(demo.SPLITS)
+
+
+def test_the_validation_videos_are_those_that_were_published(tmp_path):
+    path = demo.ensure(tmp_path / "demo/val/annotations.json")
+    assert demo.matches_recorded(path)
+    content = json.loads(path.read_text())
+    objects = {(a["image_id"] // 24, a["track_id"]) for a in content["annotations"]}
+    assert len(objects) >= 60
 
 
 def test_splits_share_no_picture():
@@ -71,31 +77,34 @@ def test_splits_share_no_picture():
 
 
 def test_is_demo_path(tmp_path):
-    assert demo.is_demo_path("data/demo/easy/annotations.json")
+    assert demo.is_demo_path("data/demo/stills/annotations.json")
     assert demo.is_demo_path(tmp_path / "demo/val/annotations.json")
     for path in ("demo/all/annotations.json", "demo/val", "x/val/annotations.json", "", "demo"):
         assert not demo.is_demo_path(path)
 
 
-def test_ensure_generates_once_and_leaves_nothing_else(easy_path, monkeypatch):
+def test_ensure_generates_once_and_leaves_nothing_else(stills_path, monkeypatch):
     calls = count_generations(monkeypatch)
-    assert demo.ensure(str(easy_path)) == easy_path
-    assert len(read(easy_path.parent)[1]) == 2
-    assert sorted(os.listdir(easy_path.parent)) == [
+    assert demo.ensure(str(stills_path)) == stills_path
+    assert len(read(stills_path.parent)) == 2
+    assert sorted(os.listdir(stills_path.parent)) == [
         "annotations.json",
+        "attributes.csv",
         "manifest.json",
         "video_data",
     ]
-    assert os.listdir(easy_path.parents[1]) == ["easy"]
-    demo.ensure(easy_path)
+    assert os.listdir(stills_path.parents[1]) == ["stills"]
+    demo.ensure(stills_path)
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("damage", ["byte", "missing", "extra", "json", "manifest", "recipe"])
-def test_ensure_repairs(easy_path, monkeypatch, damage):
-    demo.ensure(easy_path)
-    before = demo.digest(easy_path.parent)
-    frame = easy_path.parent / "video_data/video_002/frame_003.jpg"
+@pytest.mark.parametrize(
+    "damage", ["byte", "missing", "extra", "json", "attributes", "manifest", "recipe"]
+)
+def test_ensure_repairs(stills_path, monkeypatch, damage):
+    demo.ensure(stills_path)
+    before = demo.digest(stills_path.parent)
+    frame = stills_path.parent / "video_data/video_002/frame_003.jpg"
     if damage == "byte":
         content = bytearray(frame.read_bytes())
         content[-20] ^= 1
@@ -105,23 +114,25 @@ def test_ensure_repairs(easy_path, monkeypatch, damage):
     elif damage == "extra":
         frame.with_name("frame_004.jpg").write_bytes(frame.read_bytes())
     elif damage == "json":
-        easy_path.write_text(easy_path.read_text()[:-5])
+        stills_path.write_text(stills_path.read_text()[:-5])
+    elif damage == "attributes":
+        stills_path.with_name("attributes.csv").unlink()
     elif damage == "manifest":
-        easy_path.with_name("manifest.json").write_text("[]")
+        stills_path.with_name("manifest.json").write_text("[]")
     else:
-        monkeypatch.setitem(demo.SPLITS, "easy", dataclasses.replace(TINY, seed=5))
+        monkeypatch.setitem(demo.SPLITS, "stills", dataclasses.replace(TINY, seed=5))
     calls = count_generations(monkeypatch)
-    demo.ensure(easy_path)
+    demo.ensure(stills_path)
     assert len(calls) == 1
-    assert (demo.digest(easy_path.parent) == before) == (damage != "recipe")
-    assert os.listdir(easy_path.parents[1]) == ["easy"]
+    assert (demo.digest(stills_path.parent) == before) == (damage != "recipe")
+    assert os.listdir(stills_path.parents[1]) == ["stills"]
 
 
 @pytest.mark.parametrize("present", [False, True])
-def test_an_interrupted_generation_changes_nothing(easy_path, monkeypatch, present):
+def test_an_interrupted_generation_changes_nothing(stills_path, monkeypatch, present):
     if present:
-        demo.ensure(easy_path)
-        easy_path.write_text("damaged")
+        demo.ensure(stills_path)
+        stills_path.write_text("damaged")
     make_video = demo.make_video
 
     def interrupted(split, video_index):
@@ -131,28 +142,28 @@ def test_an_interrupted_generation_changes_nothing(easy_path, monkeypatch, prese
 
     monkeypatch.setattr(demo, "make_video", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        demo.ensure(easy_path)
-    assert os.listdir(easy_path.parents[1]) == (["easy"] if present else [])
+        demo.ensure(stills_path)
+    assert os.listdir(stills_path.parents[1]) == (["stills"] if present else [])
     if present:
-        assert easy_path.read_text() == "damaged"
+        assert stills_path.read_text() == "damaged"
 
 
-def test_what_a_killed_process_left_is_removed_after_an_hour(easy_path):
-    root = easy_path.parents[1]
-    for name, age in ((".easy-old", 3700), (".easy-new", 60)):
+def test_what_a_killed_process_left_is_removed_after_an_hour(stills_path):
+    root = stills_path.parents[1]
+    for name, age in ((".stills-old", 3700), (".stills-new", 60)):
         (root / name / "new").mkdir(parents=True)
         os.utime(root / name, (time.time() - age,) * 2)
-    demo.ensure(easy_path)
-    assert sorted(os.listdir(root)) == [".easy-new", "easy"]
+    demo.ensure(stills_path)
+    assert sorted(os.listdir(root)) == [".stills-new", "stills"]
 
 
-def test_several_at_once_end_with_one_whole_split(easy_path):
+def test_several_at_once_end_with_one_whole_split(stills_path):
     errors = []
 
     def work():
         try:
-            demo.ensure(easy_path)
-            assert demo.is_intact(easy_path, TINY)
+            demo.ensure(stills_path)
+            assert demo.is_intact(stills_path, TINY)
         except Exception as error:
             errors.append(error)
 
@@ -162,34 +173,34 @@ def test_several_at_once_end_with_one_whole_split(easy_path):
     for thread in threads:
         thread.join()
     assert errors == []
-    assert os.listdir(easy_path.parents[1]) == ["easy"]
+    assert os.listdir(stills_path.parents[1]) == ["stills"]
 
 
-def test_a_split_that_another_process_finished_meanwhile_stays(easy_path, monkeypatch):
+def test_a_split_that_another_process_finished_meanwhile_stays(stills_path, monkeypatch):
     generate, inodes = demo.generate, []
 
     def slow(split, folder):
         generate(split, folder)
         if not inodes:
             inodes.append(0)
-            demo.ensure(easy_path)  # the other process
-            inodes[0] = easy_path.stat().st_ino
+            demo.ensure(stills_path)  # the other process
+            inodes[0] = stills_path.stat().st_ino
 
     monkeypatch.setattr(demo, "generate", slow)
-    demo.ensure(easy_path)
-    assert easy_path.stat().st_ino == inodes[0]
+    demo.ensure(stills_path)
+    assert stills_path.stat().st_ino == inodes[0]
 
 
-def test_matches_recorded(easy_path, monkeypatch):
-    demo.ensure(easy_path)
-    assert not demo.matches_recorded(easy_path)  # the digest is that of the full split
-    monkeypatch.setitem(demo.DIGESTS, "easy", demo.digest(easy_path.parent))
-    assert demo.matches_recorded(str(easy_path))
+def test_matches_recorded(stills_path, monkeypatch):
+    demo.ensure(stills_path)
+    assert not demo.matches_recorded(stills_path)  # the digest is that of the full split
+    monkeypatch.setitem(demo.DIGESTS, "stills", demo.digest(stills_path.parent))
+    assert demo.matches_recorded(str(stills_path))
 
 
-def test_errors_of_the_user(tmp_path, easy_path):
-    with pytest.raises(UserError, match=r"demo/all/annotations\.json.*easy, motion, train"):
+def test_errors_of_the_user(tmp_path, stills_path):
+    with pytest.raises(UserError, match=r"demo/all/annotations\.json.*stills, clips, train"):
         demo.ensure(tmp_path / "demo/all/annotations.json")
     (tmp_path / "demo").write_text("a file where the folder should be")
-    with pytest.raises(UserError, match=r"demo.easy: .*cannot be written.*make room"):
-        demo.ensure(easy_path)
+    with pytest.raises(UserError, match=r"demo.stills: .*cannot be written.*make room"):
+        demo.ensure(stills_path)
