@@ -12,10 +12,10 @@ import numpy as np
 SIZE = 128  # px, height and width of every frame
 MIN_AREA = 12  # px; a smaller visible rest of an object gets no annotation
 # The share of an object that its first frame must show: on frame 0, and where it comes in later.
-SHOWN_AT_FIRST, SHOWN_WHEN_LATE = 0.5, 0.3
+SHOWN_ON_FRAME_0, SHOWN_WHEN_LATE = 0.5, 0.3
 MAX_BARS = 2  # of a video
 BAR = (1.5, 0.75)  # half its length, along its way, and half its width, in its radii
-MAX_LAYOUTS = 1000  # drawn for a video before giving up
+MAX_DRAWS = 1000  # drawn for a video before giving up
 TURN = 2 * np.pi
 
 # What may happen to an object, and how often it is drawn. `leaves`: out of the frame and back;
@@ -108,7 +108,7 @@ class Shape:
         return (front + (rear - front) * back) * self.light[frame_idx]
 
 
-def sway(rng: np.random.Generator, num_frames: int, max_speed: float) -> np.ndarray:
+def wander(rng: np.random.Generator, num_frames: int, max_speed: float) -> np.ndarray:
     """(T, 2) smooth path around (0, 0) that never moves more than max_speed a frame."""
     omega = TURN / rng.uniform(22, 48, 2)
     speed = max_speed / np.sqrt(2) * rng.uniform(0.3, 1.0, 2)
@@ -142,7 +142,7 @@ def sample_shape(rng: np.random.Generator, split: DemoSplit, taken: Sequence[np.
     num_frames, looks = split.num_frames, split.looks
     frames = np.arange(num_frames)
     radius = np.exp(rng.uniform(*np.log((8.0, split.max_radius))))
-    path = sway(rng, num_frames, split.max_speed)
+    path = wander(rng, num_frames, split.max_speed)
     path -= (path.min(0) + path.max(0)) / 2
     room = np.maximum(SIZE / 2 - radius - np.abs(path).max(0), 0)
     orders = np.arange(1, 6)
@@ -254,7 +254,7 @@ def sample_backdrop(rng: np.random.Generator, split: DemoSplit) -> np.ndarray:
     colours[1] = colours[0] + (colours[1] - colours[0]) * rng.uniform(0.2, 0.7)
     waves = np.stack([rng.uniform(-0.16, 0.16, 9), rng.uniform(-0.16, 0.16, 9)], 1)
     phases, weights = rng.uniform(0, TURN, 9), rng.uniform(0.3, 1, 9)
-    pan = sway(rng, num_frames, min(2.0, split.max_speed))
+    pan = wander(rng, num_frames, min(2.0, split.max_speed))
     turn = rng.uniform(-0.01, 0.01) * np.arange(num_frames)
     zoom = 1 + swing(rng, num_frames, 0.15)
     sharpness = rng.uniform(0.4, 2.0)
@@ -298,7 +298,7 @@ def is_clear(masks: np.ndarray, shares: np.ndarray) -> bool:
     """Whether each object is seen well on its first frame, and on a third of all frames or more."""
     seen = masks.sum((2, 3)) >= MIN_AREA
     first = seen.argmax(0)
-    least = np.where(first == 0, SHOWN_AT_FIRST, SHOWN_WHEN_LATE)
+    least = np.where(first == 0, SHOWN_ON_FRAME_0, SHOWN_WHEN_LATE)
     shown = shares[first, np.arange(len(first))] >= least
     return bool((shown & (seen.mean(0) >= 1 / 3)).all())
 
@@ -336,11 +336,11 @@ def make_video(
 ) -> tuple[np.ndarray, np.ndarray, list[list[str]]]:
     """Frames (T, SIZE, SIZE, 3) uint8 BGR, masks (T, N, SIZE, SIZE) bool, attributes by object."""
     rng = np.random.default_rng([split.seed, video_index])
-    for _ in range(MAX_LAYOUTS):
+    for _ in range(MAX_DRAWS):
         objects, shapes = sample_layout(rng, split)
         # Frame 0 alone tells most of the layouts that do not fit.
         at_first = [shape for shape in objects if shape.event != "late"]
-        if (cover(shapes, at_first, [0])[1] < SHOWN_AT_FIRST).any():
+        if (cover(shapes, at_first, [0])[1] < SHOWN_ON_FRAME_0).any():
             continue
         masks, shares = cover(shapes, objects, range(split.num_frames))
         if is_clear(masks, shares):

@@ -197,7 +197,7 @@ def test_masks_are_the_visible_pixels_of_the_picture(monkeypatch):
 
 
 def test_a_layout_that_cannot_be_found_is_reported(monkeypatch):
-    monkeypatch.setattr(demo_videos, "MAX_LAYOUTS", 3)
+    monkeypatch.setattr(demo_videos, "MAX_DRAWS", 3)
     monkeypatch.setattr(demo_videos, "is_clear", lambda *_: False)
     with pytest.raises(RuntimeError, match=r"video 1 of DemoSplit"):
         make_video(HARD, 1)
