@@ -54,7 +54,15 @@ GROUPS = {
     },
     "reports": {
         *("results", "results_compare", "ablation", "compare", "figures"),
-        *("sweep", "sweep_trials", "sweep_claims", "sweep_tables", "sweep_file", "sweep_search"),
+        *(
+            "sweep",
+            "sweep_trials",
+            "sweep_claims",
+            "sweep_server",
+            "sweep_tables",
+            "sweep_file",
+            "sweep_search",
+        ),
     },
     "speed": {
         *("speed", "speed_clock", "speed_step", "speed_video", "speed_data"),
