@@ -10,10 +10,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shlex
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -205,22 +203,14 @@ class Settings(Command):
     )
 
     def run(self) -> int:
-        from sam2train.experiment import (
-            Experiment,
-            settings_of_section,
-            settings_page,
-            settings_schema,
-        )
+        from sam2train.experiment import settings_page, settings_schema, settings_text
         from sam2train.files import write_text
 
         if self.write:
             write_text(EXPERIMENTS / "SETTINGS.md", settings_page())
             write_text(EXPERIMENTS / "settings.schema.json", settings_schema())
-            return 0
-        for section in [self.section] if self.section else Experiment.model_fields:
-            for name, taken, default, meaning in settings_of_section(section):
-                print(f"{name}: {default}", f"    {taken}", sep="\n")
-                print(textwrap.fill(meaning, 96, initial_indent=" " * 4, subsequent_indent=" " * 4))
+        else:
+            print(settings_text(self.section))
         return 0
 
 
@@ -231,42 +221,10 @@ class DryRun(FileCommand):
     group, flag = "Look first", "--dry-run"
 
     def run(self) -> int:
-        experiment, console = self.experiment(), _console()
-        from sam2train.audit import row_warnings
-        from sam2train.clips import collate_fn
-        from sam2train.config import to_yaml
-        from sam2train.data_report import batch_table, data_table
-        from sam2train.datasets import build_dataset
-        from sam2train.experiment import build_model
-        from sam2train.machine import say
-        from sam2train.runlog import parameter_table
+        experiment = self.experiment()
+        from sam2train.training_run import show_start
 
-        say(console, to_yaml(experiment))
-        paths = {
-            "training": experiment.dataset.data_path,
-            "validation": experiment.dataset.val_path,
-            "test": experiment.dataset.test_path,
-        }
-
-        warn = partial(say, console)
-        sections = experiment.dataset, experiment.augment, experiment.clips_seed
-        known: dict = {}  # a path that two splits name is read once
-        datasets = {
-            split: build_dataset(
-                *sections, path, training=split == "training", say=warn, known=known
-            )
-            for split, path in paths.items()
-            if path is not None
-        }
-        console.print(data_table(datasets))
-        model = build_model(experiment)
-        console.print(parameter_table(model.parameter_report()))
-        for text in row_warnings(model, experiment):
-            warn(f"warning: {text}")
-        data = datasets["training"]
-        batch_size = experiment.dataset.batch_size
-        batch = collate_fn([data[0, i % len(data)] for i in range(batch_size)])
-        console.print(batch_table(batch))
+        show_start(experiment, _console())
         return 0
 
 
@@ -385,9 +343,49 @@ class PromptMatrix(_Scoring):
 
     def run(self) -> int:
         evaluation = self.open(self.checkpoint)
-        from sam2train.eval_prompts import prompt_matrix
+        from sam2train.eval_checkpoint import prompt_matrix
 
         prompt_matrix(evaluation)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict(FileCommand):
+    """Track objects through a video: a folder of frames, a film or a TIFF of many pages. Writes
+    masks, a COCO JSON, scores and a film of them."""
+
+    group, flag = "Score and export a checkpoint", "--predict"
+    video: Path = operand(type=Path, metavar="VIDEO")
+    prompt: Sequence[str] = option(
+        "--prompt",
+        'an object: "1: box 10 20 80 90 @0" (x0 y0 x1 y1, frame), "2: point 30 40 + point 50 60 -" '
+        'or "3: mask FILE.png"; again for each object and frame',
+        (),
+        action="append",
+        metavar="PROMPT",
+    )
+    prompts: Path | None = option(
+        "--prompts", "a JSON list of prompts", type=Path, metavar="FILE.json"
+    )
+    weights: str = option(
+        "--weights",
+        "a run, a checkpoint, a file that --export wrote, or base, the default",
+        "base",
+        type=str,
+        metavar="WEIGHTS",
+    )
+    run_dir: Path | None = option(
+        "--run-dir", "the folder of this prediction", type=Path, metavar="PATH"
+    )
+
+    def run(self) -> int:
+        experiment = self.experiment()
+        from sam2train.predict import predict, read_prompts
+        from sam2train.training_run import new_run_id
+
+        given = read_prompts(self.prompt, self.prompts)
+        folder = RunFolder.of_evaluations(self.name) / f"{new_run_id()}-predict-{self.video.stem}"
+        predict(experiment, self.video, given, self.weights, self.run_dir or folder, _console())
         return 0
 
 
@@ -463,6 +461,7 @@ COMMANDS: tuple[type[Command], ...] = (
     Download,
     Evaluate,
     PromptMatrix,
+    Predict,
     Export,
     Runs,
     Compare,
@@ -471,14 +470,9 @@ COMMANDS: tuple[type[Command], ...] = (
 
 
 def _console() -> Console:
-    """A console that raises where its pipe is closed: rich would end the program."""
-    from rich.console import Console
+    from sam2train.machine import plain_console
 
-    class PlainConsole(Console):
-        def on_broken_pipe(self) -> None:
-            raise BrokenPipeError
-
-    return PlainConsole(quiet=not distributed.is_main())
+    return plain_console(quiet=not distributed.is_main())
 
 
 def _say_nothing(text: str) -> None:

@@ -1,126 +1,57 @@
-"""A checkpoint beside its baselines on whole videos: `--evaluate`, and a run's test scores."""
+"""A checkpoint beside its baselines on whole videos: `--evaluate`; and `--prompt-matrix`: with each
+prompt type, clean and moved, and 1, 3 and 5 clicks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from sam2train import distributed
 from sam2train.checkpoint import Loaded, load_checkpoint
+from sam2train.clips import Prompt, boundary_distance
 from sam2train.config import to_yaml
 from sam2train.data_clips import ClipDataset
 from sam2train.data_report import shared_split_warning
+from sam2train.data_source import Video
 from sam2train.datasets import build_dataset
 from sam2train.errors import UserError
-from sam2train.evaluate import (
-    SeenFrame,
-    Track,
-    TrackedVideo,
-    copy_first_mask,
-    track_video,
-)
+from sam2train.evaluate import SeenFrame, TrackedVideo, first_views, track_video
 from sam2train.experiment import Experiment, base_hash, build_model, uses_bf16
 from sam2train.files import replacing, write_rows, write_text
-from sam2train.machine import cell, count_bar, say
-from sam2train.metrics import BASE, COPY, TRAINED
+from sam2train.machine import cell as table_cell
+from sam2train.machine import count_bar, say
+from sam2train.memory import track_clip
+from sam2train.metrics import BASE, TRAINED
 from sam2train.model import SAM2Model
+from sam2train.prompts import PROMPTS, PromptGenerator, mask_to_box, move_point, type_of
 from sam2train.run_folder import RunFolder
+from sam2train.run_scores import Contender, score_beside, score_contender
 from sam2train.runlog import RunLog
-from sam2train.score_figures import horizon_figure
+from sam2train.score_pictures import OverlayDrawer, horizon_figure, horizon_table, matrix_figure
 from sam2train.scores import (
     FRAME_COLUMNS,
     HORIZON_COLUMNS,
     LABELS,
     SCORE_COLUMNS,
     Scores,
-    bin_name,
     difference,
     numbers,
-    score,
     scores_table,
 )
-from sam2train.video_pictures import MaskFolder, OverlayDrawer
+from sam2train.transforms import image_keys, normalise
+from sam2train.video_files import MaskFolder
 
 SplitName = Literal["val", "test"]
 MEANS = ("J", "F", "J_and_F", "J_recall", "J_decay", "F_recall", "F_decay", "mIoU")
-
-
-@dataclass(frozen=True)
-class Contender:
-    """What is scored: a model, or the copy of the first mask."""
-
-    key: str  # TRAINED, BASE or COPY, in the column `model` of the files
-    label: str  # in tables
-    step: int
-    track: Track
-    # Where two contenders share one model: the trained parameters that it gets for this one.
-    model: SAM2Model | None = None
-    weights: Mapping[str, torch.Tensor] | None = None
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Its weights in the model while the block runs."""
-        if self.weights is None:
-            yield
-            return
-        parameters = self.model.trainable_parameters()
-        kept = {name: p.detach().clone() for name, p in parameters.items()}
-        try:
-            self.model.sam2.load_state_dict({n: self.weights[n] for n in kept}, strict=False)
-            yield
-        finally:
-            self.model.sam2.load_state_dict(kept, strict=False)
-
-
-COPIED = Contender(COPY, LABELS[COPY], 0, copy_first_mask)
-
-
-def score_contender(
-    contender: Contender,
-    data: ClipDataset,
-    experiment: Experiment,
-    split: str,
-    **options: Any,
-) -> Scores:
-    """The scores of one contender on a data set; `options` are those of `scores.score`."""
-    with contender.in_place():
-        return score(
-            contender.track,
-            data,
-            experiment.evaluation,
-            split=split,
-            model=contender.key,
-            step=contender.step,
-            label=contender.label,
-            seed=experiment.prompts_seed,
-            **options,
-        )
-
-
-def score_beside(
-    contenders: Sequence[Contender],
-    data: ClipDataset,
-    experiment: Experiment,
-    split: str,
-    watch: Callable[[Contender], dict[str, Any]],
-) -> list[Scores]:
-    """The scores of models, and beside them of the copied first mask, all on the same prompts.
-
-    Args:
-        watch: gives `on_frame` and `on_video` of `scores.score` for a contender.
-    """
-    return [
-        score_contender(contender, data, experiment, split, **watch(contender))
-        for contender in (*contenders, COPIED)
-    ]
 
 
 class Evaluation:
@@ -151,11 +82,8 @@ class Evaluation:
     ):
         self.experiment, self.split = experiment, split
         self.folder, self.console = RunFolder(run_dir), console
-        if (
-            distributed.is_main()
-            and run_dir.exists()
-            and (not run_dir.is_dir() or any(run_dir.iterdir()))
-        ):
+        in_use = run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir()))
+        if in_use and distributed.is_main():
             raise UserError(f"--run-dir {run_dir}: there is something already; name a new folder")
         path = getattr(experiment.dataset, f"{split}_path")
         if path is None:
@@ -199,12 +127,8 @@ class Evaluation:
             save_masks: a new folder for its masks, as palette PNGs.
         """
         masks = save_masks and distributed.from_main(partial(MaskFolder, save_masks))
-        drawer = OverlayDrawer(
-            self.data,
-            self.folder.overlays,
-            self.split,
-            self.experiment.evaluation.num_overlays,
-        )
+        most = self.experiment.evaluation.num_overlays
+        drawer = OverlayDrawer(self.data, self.folder.overlays, self.split, most)
 
         def see(index: int, seen: SeenFrame) -> None:
             if masks:
@@ -243,7 +167,7 @@ class Evaluation:
     @contextmanager
     def record(self) -> Iterator[dict[str, Any]]:
         """Open the runlog around a command; what is put into the dict ends in summary.json."""
-        config = self.experiment.model
+        config, rules = self.experiment.model, self.experiment.evaluation
         warning = shared_split_warning(self.experiment.dataset)
         warnings = [warning] if warning else []
         warnings += self.loaded.notes if self.loaded else ()
@@ -256,15 +180,13 @@ class Evaluation:
                 runlog.say(f"warning: {text}")
             summary: dict[str, Any] = {
                 "split": self.split,
-                "frame_policy": self.experiment.evaluation.frame_policy,
-                "void": self.experiment.evaluation.void,
-                "prompt_types": list(
-                    self.experiment.evaluation.prompt_types or self.experiment.dataset.prompt_types
-                ),
+                "frame_policy": rules.frame_policy,
+                "void": rules.void,
+                "prompt_types": list(rules.prompt_types or self.experiment.dataset.prompt_types),
                 "seed": self.experiment.trainer.seed,
                 "evaluation_seed": self.experiment.prompts_seed,
                 "data": {self.split: self.data.fingerprint},
-                "num_videos": len(self.data.videos[: self.experiment.evaluation.max_videos]),
+                "num_videos": len(self.data.videos[: rules.max_videos]),
                 "base": {"path": config.checkpoint_path, "sha256": base_hash(self.experiment)},
                 "checkpoint": self.loaded
                 and {key: getattr(self.loaded, key) for key in ("path", "sha256", "step")},
@@ -349,24 +271,200 @@ class Evaluation:
         say(self.console, text)
 
 
-def horizon_table(rows: Sequence[Scores]) -> Table:
-    """The curves of `horizon_rows` and the share of false positives, a column each model."""
-    table = Table("memory", title="Memory horizon", title_justify="left")
-    for scores in rows:
-        table.add_column(cell(scores.label), justify="right")
-    texts = {
-        "horizon/J": "J, {} frames on",
-        "horizon/recall_after_absence": "found, absent {}",
-        "horizon/false_positives": "false positives",
-    }
-    cells = [
-        {(row["metric"], row["at"]): (row["value"], row["count"]) for row in scores.horizon}
-        for scores in rows
+MATRIX_COLUMNS = (
+    *("step", "split", "model", "prompt", "clicks", "noise"),
+    *MEANS,
+    *("num_objects", "num_not_scored", "frame_policy", "void"),
+    # J&F minus that of the same prompt without noise, with its interval over videos
+    *("change", "change_low", "change_high"),
+)
+CLICKS = (1, 3, 5)
+NOISE = (0.0, 0.1, 0.2, 0.4)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One kind of prompt at one strength of noise."""
+
+    prompt: str  # a name of `PROMPTS`
+    clicks: int  # of a prompt that is clicked; 0 for the others
+    # The share of the sides of the object's box by which a click or a corner is moved at most,
+    # uniformly; a mask is stretched as its box is. 0 is clean.
+    noise: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.clicks} click{'s' * (self.clicks > 1)}" if self.clicks else self.prompt
+
+
+def all_cells() -> list[Cell]:
+    """Row by row, a prompt type with so many clicks each; the clean one first."""
+    return [
+        Cell(name, clicks, noise)
+        for name, kind in PROMPTS.items()
+        for clicks in (CLICKS if kind.is_clicked else (0,))
+        for noise in NOISE
     ]
-    for metric, text in texts.items():
-        for key in dict.fromkeys(key for part in cells for key in part if key[0] == metric):
-            values = [
-                f"{part[key][0]:.3f} (n={part[key][1]})" if key in part else "" for part in cells
-            ]
-            table.add_row(text.format(key[1] and bin_name(key[1])), *values)
+
+
+class CellPrompts:
+    """Draws the prompts of one cell: a `DrawPrompts`.
+
+    Clicks follow SAM 2's simulation of a user: the first falls on the middle of the object, each
+    further one on the middle of the largest error that the model makes with those so far, positive
+    where the object is missed, negative where there is none. All clicks are then given together.
+    So they depend on the model. Random numbers do not: every model and strength has the same.
+    """
+
+    def __init__(self, model: SAM2Model, cell: Cell, *, bf16: bool = False):
+        self.model, self.cell, self.bf16 = model, cell, bf16
+        self.generator = PromptGenerator([cell.prompt], 0, include_center=True)
+
+    def __call__(
+        self, dataset: ClipDataset, video: Video, rng: np.random.Generator
+    ) -> list[Prompt]:
+        prompts = []
+        for object_id, t, mask in first_views(dataset, video):
+            # A stream for each object: the number of clicks must not move what comes after.
+            own = np.random.default_rng(rng.integers(2**63))
+            prompt = self.generator.generate(mask, own, object_id=object_id, frame_index=t)
+            if self.cell.noise:
+                prompt = type_of(prompt).move(prompt, mask, self.cell.noise, own)
+            if self.cell.clicks > 1:
+                self._correct(dataset, video, prompt, mask, own)
+            prompts.append(prompt)
+        return prompts
+
+    def _correct(
+        self,
+        dataset: ClipDataset,
+        video: Video,
+        prompt: Prompt,
+        mask: np.ndarray,
+        rng: np.random.Generator,
+    ) -> None:
+        """Add clicks to a point prompt until the cell has its number or nothing is wrong."""
+        box = mask_to_box(mask)
+        for _ in range(self.cell.clicks - 1):
+            predicted = segment_frame(self.model, dataset, video, prompt, bf16=self.bf16)
+            click = next_click(mask, predicted)
+            if click is None:
+                return
+            point = move_point(click[0], box, mask.shape, self.cell.noise, rng)
+            prompt["points"] = np.concatenate([prompt["points"], point[None]])
+            prompt["labels"] = np.append(prompt["labels"], np.int32(click[1]))
+
+
+@torch.inference_mode()
+def segment_frame(
+    model: SAM2Model, dataset: ClipDataset, video: Video, prompt: Prompt, *, bf16: bool = False
+) -> np.ndarray:
+    """(H, W) bool at the model's input size: its answer on the prompted frame."""
+    was_training = model.training
+    model.eval()
+    try:
+        t = prompt["frame_index"]
+        frame = dataset.read_frame(video, t, dataset.image_size)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            features = model.encode_images(normalise(frame[None]), image_keys(frame[None]))
+            # A video that ends on the prompted frame.
+            (output,) = track_clip(model.sam2, lambda _: features, t + 1, {t: [prompt]})
+        return (output.mask_logits[0] > 0).cpu().numpy()
+    finally:
+        model.train(was_training)
+
+
+def next_click(mask: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, int] | None:
+    """(2,) float32 (x, y) and label: the pixel deepest inside an error; None if there is none.
+
+    1 where the object is missed, 0 where the prediction has something else, as SAM 2's
+    `sample_one_point_from_error_center` decides. Masks are (H, W) bool.
+    """
+    if np.array_equal(mask, predicted):
+        return None
+    missed, wrong = boundary_distance(mask & ~predicted), boundary_distance(predicted & ~mask)
+    label = int(missed.max() > wrong.max())
+    y, x = np.unravel_index(np.argmax(missed if label else wrong), mask.shape)
+    return np.array([x, y], np.float32), label
+
+
+def prompt_matrix(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Score every prompt at every strength of noise. Returns the rows of prompt_matrix.csv."""
+    cells, rows, objects = all_cells(), [], []
+    where = evaluation.data, evaluation.experiment, evaluation.split
+    with evaluation.record() as summary:
+        with evaluation.progress(len(cells) * len(evaluation.contenders)) as advance:
+            for contender in evaluation.contenders:
+                clean: dict[str, Scores] = {}
+                for cell in cells:
+                    draw = CellPrompts(contender.model, cell, bf16=evaluation.bf16)
+                    watch = {"on_video": lambda *_, label=contender.label: advance(label)}
+                    scores = score_contender(contender, *where, draw_prompts=draw, **watch)
+                    clean.setdefault(cell.name, scores)
+                    rows.append(_matrix_row(evaluation, cell, contender, scores, clean[cell.name]))
+                    of_cell = {"clicks": cell.clicks, "noise": cell.noise}
+                    objects += [row | of_cell for row in scores.objects]
+        if not distributed.is_main():
+            return rows
+        write_rows(evaluation.folder.matrix, rows, MATRIX_COLUMNS)
+        columns = (*SCORE_COLUMNS, "clicks", "noise")
+        write_rows(evaluation.folder.matrix_objects, objects, columns)
+        figure = evaluation.folder.matrix_figure
+        with replacing(figure) as unfinished:
+            _matrix_figure(evaluation, rows).savefig(unfinished, format="png", dpi=150)
+        evaluation.runlog.report(evaluation.contenders[0].step, {"prompt_matrix": rows}, [figure])
+        for contender in evaluation.contenders:
+            part = [row for row in rows if row["model"] == contender.key]
+            evaluation.console.print(matrix_table(contender.label, part))
+            for row in part:
+                kind = Cell(row["prompt"], row["clicks"], row["noise"]).name.replace(" ", "_")
+                name = f"matrix/{contender.key}/{kind}/noise_{row['noise']}/J_and_F"
+                summary[name] = row["J_and_F"]
+    say(
+        evaluation.console,
+        "noise: how far a click, a corner or a mask's box is moved at most, as a share of the "
+        "object's box; in brackets: change from clean, 95 % interval over videos",
+    )
+    evaluation.places("matrix", "matrix_objects", "matrix_figure")
+    return rows
+
+
+def _matrix_row(
+    evaluation: Evaluation, cell: Cell, contender: Contender, scores: Scores, clean: Scores
+) -> dict[str, Any]:
+    row = {"step": contender.step, "split": evaluation.split, "model": contender.key}
+    row |= {"prompt": cell.prompt, "clicks": cell.clicks, "noise": cell.noise}
+    rules = evaluation.experiment.evaluation
+    row |= scores.means | {"frame_policy": rules.frame_policy, "void": rules.void}
+    apart = None if scores is clean else difference(clean, scores)
+    told = apart is not None and apart.known  # no difference without its interval
+    changes = (apart.value, apart.low, apart.high) if told else (None, None, None)
+    return row | dict(zip(("change", "change_low", "change_high"), changes, strict=True))
+
+
+def _matrix_figure(evaluation: Evaluation, rows: Sequence[dict[str, Any]]) -> Any:
+    names = list(dict.fromkeys(cell.name for cell in all_cells()))
+    panels = {}
+    for contender in evaluation.contenders:
+        values = [row["J_and_F"] for row in rows if row["model"] == contender.key]
+        panels[contender.label] = [
+            values[start : start + len(NOISE)] for start in range(0, len(values), len(NOISE))
+        ]
+    columns = [f"{noise:g}" if noise else "clean" for noise in NOISE]
+    return matrix_figure(names, columns, panels, title=f"J&F on the {evaluation.split} videos")
+
+
+def matrix_table(label: str, rows: Sequence[dict[str, Any]]) -> Table:
+    """J&F of each prompt at each strength of noise, and the change from clean with its interval."""
+    table = Table("prompt", title=table_cell(f"J&F: {label}", "table.title"), title_justify="left")
+    for noise in NOISE:
+        table.add_column(f"noise {noise:g}" if noise else "clean", justify="right")
+    lines: dict[str, list[str]] = {}
+    for row in rows:
+        text = f"{row['J_and_F']:.3f}"
+        if row["change"] is not None:
+            text += f" ({row['change']:+.3f} [{row['change_low']:+.3f}, {row['change_high']:+.3f}])"
+        lines.setdefault(Cell(row["prompt"], row["clicks"], 0.0).name, []).append(text)
+    for name, cells in lines.items():
+        table.add_row(name, *cells)
     return table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -228,6 +229,16 @@ def settings_of_section(name: str) -> list[tuple[str, str, str, str]]:
     if name not in Experiment.model_fields:
         raise UserError(f"--settings {name}: expected one of {', '.join(Experiment.model_fields)}")
     return list(described_keys(Experiment.model_fields[name].annotation, f"{name}."))
+
+
+def settings_text(name: str | None) -> str:
+    """The keys of a section, or of all, for a terminal: name and default, values, meaning."""
+    lines = []
+    for section in [name] if name else Experiment.model_fields:
+        for key, taken, default, meaning in settings_of_section(section):
+            lines += [f"{key}: {default}", f"    {taken}"]
+            lines += [f"    {line}" for line in textwrap.wrap(meaning, 92)]
+    return "\n".join(lines)
 
 
 def settings_schema() -> str:

@@ -31,7 +31,7 @@ from sam2train.errors import UserError
 from sam2train.files import replacing
 from sam2train.metrics import JANDF
 from sam2train.results import over_seeds
-from sam2train.score_figures import COLOURS, GREY, MARKERS, new_figure
+from sam2train.score_pictures import COLOURS, GREY, MARKERS, new_figure
 
 if TYPE_CHECKING:
     import pandas as pd

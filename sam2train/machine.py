@@ -249,6 +249,17 @@ def leave_group(worker: int) -> None:
             signal.signal(number, signal.SIG_IGN)
 
 
+def plain_console(*, quiet: bool) -> Console:
+    """A console that raises where its pipe is closed: rich would end the program."""
+    from rich.console import Console
+
+    class PlainConsole(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return PlainConsole(quiet=quiet)
+
+
 def say(console: Console, text: str, style: str = "") -> None:
     """Print a message of one line or more as it is: nothing in it is read as markup or cut."""
     from rich.text import Text  # not at the top: --help answers at once

@@ -17,12 +17,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sam2train.files import replacing
-from sam2train.transforms import resize_mask_to_paint
+from sam2train.transforms import resize_mask_smoothly, resize_mask_to_paint
 
 if TYPE_CHECKING:
     from IPython.display import Image as NotebookImage
 
-    from sam2train.clips import Clip
+    from sam2train.clips import Clip, Prompt
 
 # Okabe and Ito, "Color Universal Design" (2008), without black. Most data sets count from 1:
 # sky blue and purple come there because few real things have these colours.
@@ -125,6 +125,18 @@ def paint_prompts(picture: np.ndarray, prompts: Iterable[dict], scale: float = 1
         canvas.ink = colour(prompt["object_id"])
         type_of(prompt).paint(prompt, canvas)
     return canvas.finish()
+
+
+def prompt_in_video(prompt: Prompt, size: tuple[int, int], image_size: tuple[int, int]) -> Prompt:
+    """A prompt in pixels of the model's input, in pixels of a video of this size (H, W)."""
+    scale = np.array(size, np.float32)[::-1] / np.array(image_size)[::-1]
+    box, mask = prompt["box"], prompt["mask"]
+    return {
+        **prompt,
+        "points": prompt["points"] * scale,
+        "box": None if box is None else box * np.tile(scale, 2),
+        "mask": None if mask is None else resize_mask_smoothly(mask, size),
+    }
 
 
 class PromptCanvas:

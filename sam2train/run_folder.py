@@ -53,6 +53,14 @@ class RunFolder:
     matrix_objects = _place("prompt_matrix_objects.csv", "a row for each object in each of them")
     matrix_figure = _place("prompt_matrix.png", "the same as a heat map")
 
+    # What --predict writes.
+    masks = _place("masks", "a palette PNG a frame: the pixel is the object's number")
+    predictions = _place("predictions.json", "the masks as a COCO video JSON")
+    frame_pictures = _place("frames", "the frames that it names")
+    frame_scores = _place("scores.csv", "object score, predicted IoU and area on every frame")
+    overlay = _place("overlay.mp4", "the video with masks and prompts")
+    prompts = _place("prompts.json", "the prompts, for --prompts")
+
     def bad_batch(self, step: int) -> Path:
         """Where a step that was not finite leaves what it was made of."""
         return self.path / f"bad_batch_{step}.pt"

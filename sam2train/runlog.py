@@ -34,7 +34,7 @@ from sam2train.runlog_wandb import (
 if TYPE_CHECKING:
     import torch
 
-    from sam2train.video_pictures import Overlay
+    from sam2train.score_pictures import Overlay
 
 
 _UNSURE = 30 * FLUSH_INTERVAL  # seconds of rows before a kill that W&B may not have on disk

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from sam2train.compare import compare_groups
 from sam2train.machine import cell, say
-from sam2train.results_compare import compare_groups
 from sam2train.sweep_file import Sweep, show_value
 from sam2train.sweep_trials import Trial
 

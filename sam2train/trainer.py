@@ -12,8 +12,6 @@ import torch
 from rich.console import Console
 
 from sam2train import checkpoint, distributed
-from sam2train.audit import audit_step, has_tracked_frame, row_warnings, rows_left
-from sam2train.bad_batch import not_finite
 from sam2train.clips import BatchedVideoDatapoint
 from sam2train.config import to_yaml
 from sam2train.config_yaml import read_yaml
@@ -36,16 +34,21 @@ from sam2train.machine import Interrupted, StopRequests, say
 from sam2train.metrics import COPY, TRAINED
 from sam2train.optimizer import build_optimizer, set_learning_rates
 from sam2train.run_folder import RunFolder
+from sam2train.run_scores import TrainerScores
 from sam2train.runlog import RunLog
-from sam2train.trainer_processes import (
+from sam2train.trainer_step import (
+    audit_step,
     check_same_everywhere,
     clips_before,
     dropout_seed,
+    has_tracked_frame,
+    not_finite,
     restore_rng_of_all,
     rng_of_all,
+    row_warnings,
+    rows_left,
     sum_step,
 )
-from sam2train.trainer_scores import TrainerScores
 
 
 class Trainer:

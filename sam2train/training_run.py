@@ -15,15 +15,19 @@ from pathlib import Path
 from rich.console import Console
 
 from sam2train import distributed
-from sam2train.config import flatten
+from sam2train.clips import collate_fn
+from sam2train.config import flatten, to_yaml
 from sam2train.config_yaml import load_yaml
-from sam2train.datasets import data_paths
+from sam2train.data_report import batch_table, data_table
+from sam2train.datasets import build_dataset, data_paths
 from sam2train.demo import resolve_data_path
 from sam2train.errors import UserError
-from sam2train.experiment import Experiment, as_begun, load_experiment
-from sam2train.machine import Interrupted
+from sam2train.experiment import Experiment, as_begun, build_model, load_experiment
+from sam2train.machine import Interrupted, say
 from sam2train.run_folder import RunFolder, read_summary
+from sam2train.runlog import parameter_table
 from sam2train.trainer import Trainer
+from sam2train.trainer_step import row_warnings
 
 # What a resumed run may change: these move no result, or say only how far the run goes.
 _MAY_CHANGE = (
@@ -95,6 +99,33 @@ def train(
     if upload := trainer.runlog.wandb.how_to_sync:
         say(f"look at it: wandb leet {folder.wandb}    upload it: {upload}")
     return 0
+
+
+def show_start(experiment: Experiment, console: Console) -> None:
+    """Print what a training would begin with: settings, data, parameters and one batch."""
+    tell = partial(say, console)
+    tell(to_yaml(experiment))
+    section = experiment.dataset
+    paths = {
+        "training": section.data_path,
+        "validation": section.val_path,
+        "test": section.test_path,
+    }
+    sections = section, experiment.augment, experiment.clips_seed
+    known: dict = {}  # a path that two splits name is read once
+    datasets = {
+        split: build_dataset(*sections, path, training=split == "training", say=tell, known=known)
+        for split, path in paths.items()
+        if path is not None
+    }
+    console.print(data_table(datasets))
+    model = build_model(experiment)
+    console.print(parameter_table(model.parameter_report()))
+    for text in row_warnings(model, experiment):
+        tell(f"warning: {text}")
+    data = datasets["training"]
+    batch = collate_fn([data[0, i % len(data)] for i in range(section.batch_size)])
+    console.print(batch_table(batch))
 
 
 def draw_demo_data(experiment: Experiment) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from sam2train.run_folder import RunFolder
 from sam2train.runlog import RunLog
 from sam2train.runlog_wandb import TrackingConfig
-from sam2train.video_pictures import Overlay
+from sam2train.score_pictures import Overlay
 
 OFF, OFFLINE = TrackingConfig(mode="disabled"), TrackingConfig(mode="offline")
 

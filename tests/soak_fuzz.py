@@ -35,8 +35,7 @@ from sam2train.experiment import load_experiment
 from sam2train.pretrained import read_weights
 from sam2train.results import load_runs, load_scores
 from sam2train.run_folder import RunFolder
-from sam2train.score_files import RowsFile
-from sam2train.scores import SCORE_COLUMNS
+from sam2train.scores import SCORE_COLUMNS, RowsFile
 from sam2train.sweep_file import check_values, grid, load_sweep
 from sam2train.sweep_search import examples
 from sam2train.sweep_trials import Trial, read_record

@@ -10,7 +10,7 @@ import torch
 from conftest import make_coco
 from rich.console import Console
 
-from sam2train import checkpoint, eval_checkpoint, runlog, trainer, trainer_scores
+from sam2train import checkpoint, run_scores, runlog, trainer
 from sam2train.experiment import Experiment
 from sam2train.machine import Interrupted
 from sam2train.metrics import TRAINED
@@ -66,11 +66,9 @@ def start(tmp_path, monkeypatch):
     """A trainer whose model, steps and scores cost nothing; what it writes is real."""
     data = str(make_coco(tmp_path / "data", num_frames=3, size=(16, 16)))
     monkeypatch.setattr(trainer, "build_model", SmallModel)
-    monkeypatch.setattr(eval_checkpoint, "score", score_by_step)
+    monkeypatch.setattr(run_scores, "score", score_by_step)
     monkeypatch.setattr(runlog, "describe_environment", lambda device: {})
-    monkeypatch.setattr(
-        trainer_scores, "scores_table", lambda title, rows: title
-    )  # a bootstrap each
+    monkeypatch.setattr(run_scores, "scores_table", lambda title, rows: title)  # a bootstrap each
 
     def build(run_dir, resume=None, console=None, **periods):
         settings = {
@@ -142,7 +140,7 @@ def kill(run, place, at):
 
     run.train_step, run.evaluate, run.save = in_step, in_evaluation, in_save
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eval_checkpoint, "score", in_scoring)
+        patch.setattr(run_scores, "score", in_scoring)
         if place == "SIGKILL":
             patch.setattr(RunLog, "__exit__", lambda *_: None)
         with suppress(Killed, Interrupted):

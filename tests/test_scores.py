@@ -1,5 +1,6 @@
 """Rows and tables of scores: what is written is what was scored, beside its baselines."""
 
+import csv
 import io
 
 import numpy as np
@@ -11,10 +12,10 @@ from sam2train.data_source import Frame, Video
 from sam2train.datasets import COCODataset
 from sam2train.evaluate import EvaluationConfig, TrackedFrame, TrackedVideo, copy_first_mask
 from sam2train.metrics import COPY, TRAINED, VideoScores, measure
-from sam2train.score_files import RowsFile, read_scores
 from sam2train.scores import (
     HORIZON_COLUMNS,
     SCORE_COLUMNS,
+    RowsFile,
     after_absence,
     area_under_roc,
     bin_end,
@@ -22,6 +23,7 @@ from sam2train.scores import (
     frame_rows,
     horizon_rows,
     numbers,
+    read_scores,
     roc,
     score,
     scores_table,
@@ -248,3 +250,54 @@ def test_the_area_is_that_under_the_roc_curve():
     area = np.sum(np.diff(false) * (true[1:] + true[:-1]) / 2)
     pairs = np.mean([(p > n) + (p == n) / 2 for p in positive for n in negative])
     assert area_under_roc(positive, negative) == pytest.approx(area) == pytest.approx(pairs)
+
+
+def test_rows_come_back_as_scores(data, tmp_path):
+    file = RowsFile(tmp_path / "scores.csv", SCORE_COLUMNS)
+    first, second = scored(data, copy_first_mask, step=0), scored(data, truth, step=5)
+    file.add(first.objects)
+    file.add(second.objects)
+    with open(tmp_path / "scores.csv", newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    for scores in (first, second):
+        again = read_scores(rows, "val", TRAINED, scores.step, "again")
+        assert again.means["J_and_F"] == pytest.approx(scores.means["J_and_F"])
+        assert difference(again, again).value == 0
+    # Resumed from step 0, what came after it comes again.
+    resumed = RowsFile(tmp_path / "scores.csv", SCORE_COLUMNS, 4)
+    assert {row["step"] for row in resumed.rows} == {"0"}
+
+
+BROKEN_CELLS = {
+    "cut short": lambda line: line[: line.rindex(b",")],
+    "too long": lambda line: line + b",1,2",
+    "step": lambda line: b"x" + line,
+    "number": lambda line: line.replace(b"0.", b"o.", 3),
+    "bytes": lambda line: b"\xff\x00" + line,
+    "quote": lambda line: b'"' + line.replace(b",", b""),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN_CELLS)
+def test_broken_rows_are_told_and_left_out(data, tmp_path, how):
+    path, said = tmp_path / "scores.csv", []
+    file = RowsFile(path, SCORE_COLUMNS)
+    file.add(scored(data, copy_first_mask, step=0).objects)
+    lines = path.read_bytes().splitlines()
+    last = -1 if how == "quote" else 3  # a quotation mark takes all that follows
+    lines[last] = BROKEN_CELLS[how](lines[last])
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    rows = RowsFile(path, SCORE_COLUMNS, 4, say=said.append).rows
+    assert [row["object_id"] for row in rows] == [
+        str(row["object_id"])
+        for place, row in enumerate(file.rows)
+        if place != (last - 1 if last > 0 else len(file.rows) - 1)
+    ]
+    assert "scores.csv: 1 of 12 rows are not as a run writes them" in said[0]
+
+
+def test_a_file_with_other_headings_has_no_whole_row(tmp_path):
+    said = []
+    (tmp_path / "scores.csv").write_text("a,b\n1,2\n")
+    assert RowsFile(tmp_path / "scores.csv", SCORE_COLUMNS, 4, say=said.append).rows == []
+    assert "1 of 1 rows" in said[0]

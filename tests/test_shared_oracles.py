@@ -13,7 +13,7 @@ import torch
 from pycocotools import mask as coco_mask
 
 from sam2train.clips import FramePrediction
-from sam2train.eval_prompts import next_click
+from sam2train.eval_checkpoint import next_click
 from sam2train.losses import LossConfig, compute_losses, mask_iou, mask_losses
 from sam2train.metrics import ObjectScores, mean_scores, score_video
 from sam2train.prompts import mask_center, mask_to_box

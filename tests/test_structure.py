@@ -35,34 +35,16 @@ GROUPS = {
         *("losses", "optimizer"),
     },
     "scores": {
-        *("metrics", "evaluate", "scores", "score_files"),
-        *("pictures", "video_pictures", "score_figures"),
+        *("metrics", "evaluate", "scores", "pictures", "score_pictures", "video_files"),
     },
     "runs": {
-        *("experiment", "runlog", "runlog_wandb", "checkpoint", "audit"),
-        *(
-            "bad_batch",
-            "trainer",
-            "trainer_scores",
-            "trainer_processes",
-            "probe",
-            "training_run",
-            "eval_checkpoint",
-            "eval_prompts",
-            "export",
-        ),
+        *("experiment", "runlog", "runlog_wandb", "checkpoint", "probe", "export"),
+        *("trainer", "trainer_step", "run_scores", "training_run", "eval_checkpoint", "predict"),
     },
     "reports": {
-        *("results", "results_compare", "ablation", "compare", "figures"),
-        *(
-            "sweep",
-            "sweep_trials",
-            "sweep_claims",
-            "sweep_server",
-            "sweep_tables",
-            "sweep_file",
-            "sweep_search",
-        ),
+        *("results", "ablation", "compare", "figures"),
+        *("sweep", "sweep_trials", "sweep_claims", "sweep_server", "sweep_tables", "sweep_file"),
+        "sweep_search",
     },
     "speed": {
         *("speed", "speed_clock", "speed_step", "speed_video", "speed_data"),
@@ -204,7 +186,7 @@ def test_one_module_spells_the_names_of_a_run_s_files():
     """Whole words of code, as in `folder / "scores.csv"`; not what a message or docstring says."""
     places = [cell.cell_contents for cell in _closures(RunFolder)]
     names = {name for place in places for name in (place, Path(place).name)}
-    names -= {"wandb", "overlays"}  # words for more than a folder
+    names -= {"wandb", "overlays", "masks", "frames"}  # words for more than a folder
     assert {"metrics.jsonl", "last.pt", "checkpoints"} <= names
     spelled = {}
     for path in PACKAGE.glob("*.py"):

@@ -127,7 +127,7 @@ class TestRunning:
         "last", ["null", "NaN", "Infinity", "-Infinity", '"high"', "[]", "true"]
     )
     def test_a_result_that_is_no_number_is_not_ranked(self, small, capsys, last):
-        code = 'if slow and done == 2'
+        code = "if slow and done == 2"
         write = (
             "if seed == 2 and done == 4:\n"
             f'        last_row = \'{{"step": 5, "val/J_and_F": {last}}}\'\n'

@@ -20,7 +20,7 @@ from small_run import (
     small_experiments,
     weights,
 )
-from test_audit import late_object
+from test_trainer_step import late_object
 
 from sam2train import checkpoint, demo
 from sam2train.config_yaml import load_yaml

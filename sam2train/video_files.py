@@ -1,0 +1,232 @@
+"""A tracked video as files, written frame by frame, so that it may be of any length.
+
+Palette PNGs in the layout that the DAVIS evaluation reads, a COCO video JSON, and a film.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TextIO
+
+import cv2
+import numpy as np
+from PIL import Image
+from pycocotools import mask as rle
+
+from sam2train.clips import Prompt
+from sam2train.data_source import Video
+from sam2train.data_videos import PICTURE_SUFFIXES
+from sam2train.errors import UserError
+from sam2train.evaluate import SeenFrame
+from sam2train.files import file_name, write_text
+from sam2train.pictures import draw_masks, object_colours, paint_prompts, prompt_in_video
+from sam2train.transforms import resize_mask_to_paint
+
+_FILM_SIDE = (320, 640)  # px: the longer side of a film lies between these
+_CODECS = ("vp09", "mp4v")  # browsers play the first one; OpenCV's wheels cannot write H.264
+
+
+class MaskFolder:
+    """Writes `<folder>/<video>/<frame>.png`: one picture a frame, the pixel is the object's number.
+
+    A folder has the name of its video; where that is not a safe or free file name, `videos.json`
+    says which video it is.
+
+    A number is the object's id where all ids of the video are 1 to 255; else objects count from 1
+    in their order of appearance, and `objects.json` in the folder says which is which. Frames are
+    named as their pictures are, or by position where these names repeat (a film).
+
+    Raises:
+        UserError: the folder holds something already.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise UserError(
+                f"--save-masks {folder}: there is something already; name a new or empty folder"
+            )
+        self.colours = [0, 0, 0, *object_colours(256)[1:].ravel().tolist()]
+        self.renamed: dict[str, dict[int, str]] = {}
+        self.videos: dict[str, str] = {}
+        self.taken = {"objects.json", "videos.json"}
+        # Of the video that is being written.
+        self.name = ""
+        self.numbers: dict[int | str, int] = {}
+        self.names: list[str] = []
+
+    def write(self, seen: SeenFrame) -> None:
+        """Write one frame's prediction; the frames of a video come in order.
+
+        Raises:
+            UserError: more than 255 objects.
+        """
+        video = seen.video
+        if seen.frame_idx == 0:
+            self.name = file_name(video.video_id, self.taken)
+            self.numbers, self.names = self._number(video, self.name), _frame_names(video)
+            (self.folder / self.name).mkdir(parents=True)
+            if self.name != str(video.video_id):
+                self.videos[self.name] = str(video.video_id)
+                self._write_json("videos.json", self.videos)
+        ids = np.zeros(video.size, np.uint8)
+        for object_id, mask in seen.prediction.items():
+            ids[mask] = self.numbers[object_id]
+        picture = Image.fromarray(ids)
+        picture.putpalette(self.colours)
+        picture.save(self.folder / self.name / f"{self.names[seen.frame_idx]}.png")
+
+    def _number(self, video: Video, name: str) -> dict[int | str, int]:
+        if len(video.object_ids) > 255:
+            raise UserError(
+                f"--save-masks: video {video.video_id!r} has {len(video.object_ids)} objects; a "
+                "palette PNG holds 255"
+            )
+        if all(isinstance(o, int) and 1 <= o <= 255 for o in video.object_ids):
+            return {o: o for o in video.object_ids}
+        numbers = {o: place for place, o in enumerate(video.object_ids, start=1)}
+        self.renamed[name] = {number: str(o) for o, number in numbers.items()}
+        self._write_json("objects.json", self.renamed)
+        return numbers
+
+    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        write_text(self.folder / name, json.dumps(content, indent=2) + "\n")
+
+
+def _frame_names(video: Video) -> list[str]:
+    """The names of the pictures; positions where these repeat, or for the frames of a film."""
+    stems = [file_name(frame.path.stem) for frame in video.frames]
+    pictures = all(frame.path.suffix.lower() in PICTURE_SUFFIXES for frame in video.frames)
+    if pictures and len({stem.casefold() for stem in stems}) == len(stems):
+        return stems
+    return [f"{t:05d}" for t in range(len(stems))]
+
+
+class CocoFile:
+    """A COCO video JSON that is written annotation by annotation: a long video has too many to be
+    kept."""
+
+    def __init__(self, file: TextIO):
+        self.file, self.number = file, 0
+        self.has_names = False
+
+    def begin(self, video: Video, picture_of: Callable[[int], Path], first: int) -> None:
+        """All but the annotations; frames before `first` are marked as not annotated.
+
+        Args:
+            picture_of: the file of a frame; paths are relative to the folder of this one where they
+                lie below.
+        """
+        # A reader takes one kind of id in a video.
+        self.has_names = any(isinstance(object_id, str) for object_id in video.object_ids)
+        height, width = video.size
+        size = {"width": width, "height": height}
+        about = {"id": 1, "name": str(video.video_id), "length": len(video.frames), **size}
+        categories = json.dumps([{"id": 1, "name": "object"}])
+        self.file.write(f'{{"videos": {json.dumps([about])},\n"categories": {categories},\n')
+        home = Path(self.file.name).resolve().parent
+        self.file.write('"images": [')
+        for t in range(len(video.frames)):
+            path = picture_of(t).resolve()
+            name = path.relative_to(home) if path.is_relative_to(home) else path
+            entry = {"id": t + 1, "video_id": 1, "order_in_video": t, "path": name.as_posix()}
+            self._row({**entry, **size, "is_annotated": t >= first}, t)
+        self.file.write('],\n"annotations": [')
+
+    def add(self, t: int, object_id: int | str, mask: np.ndarray, score: float) -> None:
+        """A mask (H, W) bool that is not empty."""
+        code = rle.encode(np.asfortranarray(mask.view(np.uint8)))
+        entry = {
+            "id": self.number + 1,
+            "image_id": t + 1,
+            "category_id": 1,
+            "track_id": str(object_id) if self.has_names else object_id,
+            "segmentation": {"size": list(mask.shape), "counts": code["counts"].decode()},
+            "area": int(rle.area(code)),
+            "bbox": rle.toBbox(code).tolist(),
+            "score": score,
+            "iscrowd": 0,
+        }
+        self._row(entry, self.number)
+        self.number += 1
+
+    def _row(self, entry: Mapping[str, Any], place: int) -> None:
+        self.file.write(("," if place else "") + "\n" + json.dumps(entry))
+
+    def __exit__(self, *error: Any) -> None:
+        self.file.write("]}\n")
+
+
+class FilmFile:
+    """An MP4 of frames with masks and prompts; none where OpenCV has no encoder.
+
+    Args:
+        size: (H, W) of the video.
+        rate: frames a second.
+    """
+
+    def __init__(self, path: Path, size: tuple[int, int], rate: float):
+        self.path, self.partial = path, path.with_name(f".{path.name}")
+        self.scale = np.clip(max(size), *_FILM_SIDE) / max(size)
+        # Codecs store colours for squares of two pixels.
+        self.size = tuple(max(2, 2 * round(self.scale * side / 2)) for side in size)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for codec in _CODECS:
+            how = cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*codec), rate, self.size[::-1]
+            self.writer = cv2.VideoWriter(str(self.partial), *how)
+            if self.writer.isOpened():
+                break
+        # Encoding a frame takes as long as tracking it on a GPU: it goes on beside that.
+        self.pool = ThreadPoolExecutor(1)
+        self.encoded: Future | None = None
+
+    def add(
+        self,
+        pixels: np.ndarray,
+        masks: Mapping[int | str, np.ndarray],
+        prompts: Iterable[Prompt],
+        image_size: tuple[int, int],
+    ) -> None:
+        """The next frame, (H, W, 3) uint8, with the prompts given on it, in pixels of the model's
+        input; objects have their colours by their order in `masks`."""
+        if self.encoded is not None:
+            self.encoded.result()  # raises what went wrong
+        self.encoded = self.pool.submit(self._add, pixels, masks, prompts, image_size)
+
+    def _add(
+        self,
+        pixels: np.ndarray,
+        masks: Mapping[int | str, np.ndarray],
+        prompts: Iterable[Prompt],
+        image_size: tuple[int, int],
+    ) -> None:
+        smooth = cv2.INTER_AREA if self.scale < 1 else cv2.INTER_CUBIC
+        picture = cv2.resize(pixels, self.size[::-1], interpolation=smooth)
+        numbers = {object_id: place for place, object_id in enumerate(masks, start=1)}
+        shown = {numbers[o]: mask for o, mask in masks.items() if mask.any()}
+        smaller = {n: resize_mask_to_paint(mask, self.size) for n, mask in shown.items()}
+        here = [
+            {
+                **prompt_in_video(p, pixels.shape[:2], image_size),
+                "object_id": numbers[p["object_id"]],
+            }
+            for p in prompts
+        ]
+        picture = paint_prompts(draw_masks(picture, smaller), here, self.scale)
+        self.writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+
+    def __exit__(self, kind: type | None, *error: Any) -> None:
+        self.pool.shutdown()
+        self.writer.release()
+        if kind is None and self.encoded is not None:
+            self.encoded.result()
+        with contextlib.suppress(FileNotFoundError):
+            if kind is None:
+                os.replace(self.partial, self.path)
+            else:
+                self.partial.unlink()
