@@ -19,7 +19,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from sam2train import checkpoint, distributed
@@ -119,8 +118,8 @@ def score_beside(
 
 
 class KeptScores:
-    """Scores that trials of a sweep have in common, in a folder that they share: those of step 0, of
-    the untouched base and of the copied mask, with the pictures.
+    """Scores that trials of a sweep have in common, in a folder that they share: those of step 0,
+    of the untouched base and of the copied mask, with the pictures.
 
     An entry is a folder that is named by a hash of all that its values depend on, and appears whole
     or not at all; without it, or where it cannot be read, the videos are scored.
@@ -177,9 +176,8 @@ class KeptScores:
             unfinished.mkdir(parents=True)
             if drawer is not None:
                 drawer.keep(unfinished)
-            write_text(
-                unfinished / "scores.json", json.dumps(asdict(scores), default=np.ndarray.item)
-            )
+            text = json.dumps(asdict(scores), default=lambda number: number.item())
+            write_text(unfinished / "scores.json", text)
             unfinished.rename(self.folder / name)
         except OSError:  # another trial was faster, or the disk is full
             shutil.rmtree(unfinished, ignore_errors=True)

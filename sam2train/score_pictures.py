@@ -6,6 +6,7 @@ matplotlib figures, the prompt matrix as a heat map and the horizon of the memor
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from sam2train.clips import Prompt
 from sam2train.data_clips import ClipDataset, stack_ignored
 from sam2train.data_source import Video
 from sam2train.evaluate import SeenFrame, TrackedVideo
-from sam2train.files import file_name, printable
+from sam2train.files import file_name, printable, write_text
 from sam2train.machine import cell
 from sam2train.metrics import JANDF, ObjectScores
 from sam2train.pictures import comparison, id_mask, pick_frames, prompt_in_video, save_png
