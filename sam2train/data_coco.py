@@ -17,6 +17,7 @@ import numpy as np
 
 from sam2train.data_coco_files import (
     ID_WANTED,
+    TASKS,
     Findings,
     Image,
     Roots,
@@ -33,7 +34,6 @@ from sam2train.data_coco_objects import (
     read_crowds,
     split_crowds,
 )
-from sam2train.data_label_studio import TASKS
 from sam2train.data_rle import Parts, decode_part, decode_segmentation
 from sam2train.data_source import (
     Annotation,

@@ -15,6 +15,7 @@ from sam2train.data_pictures import Header, read_header
 from sam2train.data_videos import frame_key
 from sam2train.errors import UserError
 
+TASKS = "tasks"  # where `json_object` puts the list that a file is
 ID_WANTED = "expected a whole number or text"
 # Where the id of an object is, the first that an annotation has. CVAT and others keep their own
 # fields in `attributes`; a name there is compared without its capitals, `_`, `-` and spaces.

@@ -1,34 +1,242 @@
-"""JSON annotations in layouts other than COCO's: YouTube-VIS, OVIS, BURST and MeViS; which layout a
-file has."""
+"""JSON annotations in layouts other than COCO's, rewritten as COCO video: Label Studio's own, those
+of YouTube-VIS and OVIS, and of BURST; and which layout a file has, CVAT's XML included."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-import numpy as np
-
 from sam2train.data_coco import CocoVideos, read_coco
+from sam2train.data_coco_files import TASKS, name_videos, path_spellings
 from sam2train.data_coco_index import read_large_coco
 from sam2train.data_cvat import cvat_file, cvat_to_coco
-from sam2train.data_label_studio import is_label_studio, label_studio_to_coco
-from sam2train.data_rle import decode_segmentation, segmentation_area
-from sam2train.data_source import (
-    Annotation,
-    Video,
-    VideoSource,
-    listed,
-    shared_pictures,
-    tracking_warnings,
-)
-from sam2train.data_videos import index_frames, list_pictures
+from sam2train.data_rle import decode_brush, encode_mask
+from sam2train.data_source import listed
+from sam2train.data_videos import FILM_SUFFIXES, PICTURE_SUFFIXES
 from sam2train.errors import UserError
-from sam2train.files import read_json
 from sam2train.machine import watched
+
+_TASKS_WANTED = "expected Label Studio's export JSON: a list of tasks with `data` and `annotations`"
+_DRAW = "draw brush masks or polygons on pictures of the frames and export as JSON again"
+_REGIONS = ("brush", "brushlabels", "polygon", "polygonlabels")
+# Results that are no region: they belong to a task, or to a region that has a result of its own.
+_NO_REGIONS = {"choices", "textarea", "number", "rating", "labels", "relation", "taxonomy"}
+_NO_REGIONS |= {"datetime", "pairwise", "ranker"}
+# Names of fields of a region that say which object it is, without `_`, `-`, spaces and capitals.
+_IDENTITY = {"trackid", "track", "trackingid", "instanceid", "instance", "objectid", "object"}
+_IDENTITY |= {"objid", "id"}
+
+
+def is_label_studio(content: Mapping[str, Any]) -> bool:
+    """Whether there are tasks with `data` and lists of annotations or predictions."""
+    tasks = content.get(TASKS)
+    return isinstance(tasks, list) and any(
+        isinstance(task, dict) and ("data" in task or _is_minimal(task)) for task in tasks
+    )
+
+
+def _is_minimal(task: Mapping[str, Any]) -> bool:
+    """Whether it is a task of the export JSON-MIN."""
+    return "annotation_id" in task and "annotations" not in task
+
+
+def label_studio_to_coco(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """The same pictures and masks as COCO has them; `notes` says what was concluded.
+
+    A picture whose task nobody annotated is unlabelled. Objects are told apart by a field of their
+    region such as `track_id` or `instance`, else by the text that a region has as its meta, else by
+    label. See `name_videos` for what a video is.
+
+    Raises:
+        UserError: no such tasks, nothing in them has a mask, or it is not clear whose annotation
+            counts.
+    """
+    tasks = content.get(TASKS)
+    if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
+        raise UserError(f"{path}: {_TASKS_WANTED}")
+    if any(map(_is_minimal, tasks)):
+        raise UserError(
+            f"{path}: is Label Studio's JSON-MIN, which does not say which frames were looked at; "
+            "export as JSON"
+        )
+    images, annotations, notes = [], [], []
+    labels: dict[str, int] = {}
+    kinds: Counter[str] = Counter()
+    num_predictions = 0
+    for place, task in enumerate(watched(tasks, "tasks", len(tasks))):
+        where = f"{path}: task {task.get('id', place)!r}"
+        counted = _counted(task, where)
+        num_predictions += bool(task.get("predictions"))
+        results = [] if counted is None else counted
+        kinds.update(str(one.get("type")) for one in results)
+        name = _picture_of(task, where, kinds)
+        image = {"id": place, "file_name": name, "is_annotated": counted is not None}
+        for region in _regions(results):
+            image |= dict(zip(("height", "width"), region["size"], strict=True))
+            label = ", ".join(region["labels"]) or "object"
+            annotation = {
+                "id": len(annotations),
+                "image_id": place,
+                "category_id": labels.setdefault(label, len(labels) + 1),
+                "attributes": region["fields"],
+            }
+            if region["meta"]:
+                annotation["attributes"] = {"track_id": f"{label} {region['meta']}"} | (
+                    annotation["attributes"]
+                )
+            try:
+                annotation["segmentation"] = _mask_of_region(region)
+            except ValueError as problem:
+                raise UserError(f"{where}: region {region['id']!r} ({label}): {problem}") from None
+            annotations.append(annotation)
+        *_, (plain, _) = path_spellings(name)
+        images.append(image | {"name": plain})
+    regions = {kind: n for kind, n in kinds.items() if kind not in {*_REGIONS, *_NO_REGIONS}}
+    others = ", ".join(f"{number} {kind}" for kind, number in regions.items())
+    if not annotations:
+        raise UserError(
+            f"{path}: Label Studio's tasks have no brush mask and no polygon"
+            f"{f', only {others}, which train nothing here' if others else ''}; {_DRAW}"
+        )
+    if others:
+        notes.append(f"{others} left out: no masks")
+    if num_predictions:
+        notes.append(f"predictions of {num_predictions} tasks are not read; annotations are")
+    if all(image["is_annotated"] for image in images):
+        for image in images:
+            del image["is_annotated"]
+    images, told = name_videos(images, annotations)
+    return {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": number, "name": name} for name, number in labels.items()],
+        "notes": notes + told,
+    }
+
+
+def _counted(task: Mapping[str, Any], where: str) -> list[Mapping[str, Any]] | None:
+    """The results of the annotation that counts; None where nobody annotated the task."""
+    annotations = task.get("annotations", task.get("completions", []))
+    good = isinstance(annotations, list) and all(isinstance(one, dict) for one in annotations)
+    if not good:
+        raise UserError(f"{where}: `annotations` is no list of mappings; {_TASKS_WANTED}")
+    done = [one for one in annotations if not one.get("was_cancelled")]
+    chosen = [one for one in done if one.get("ground_truth")] or done
+    if len(chosen) > 1:
+        ids = listed([repr(one.get("id")) for one in chosen])
+        raise UserError(
+            f"{where}: has {len(chosen)} annotations ({ids}), which may be of several people; mark "
+            "one as ground truth in Label Studio, or delete the others"
+        )
+    if not chosen:
+        return None
+    results = chosen[0].get("result")
+    if not isinstance(results, list) or not all(isinstance(one, dict) for one in results):
+        raise UserError(f"{where}: `result` is no list of mappings; {_TASKS_WANTED}")
+    return results
+
+
+def _picture_of(task: Mapping[str, Any], where: str, kinds: Mapping[str, int]) -> str:
+    """The path of the picture of a task, as Label Studio has it."""
+    data = task.get("data")
+    texts = [v for v in data.values() if isinstance(v, str)] if isinstance(data, dict) else []
+
+    def ends_in(suffixes: set[str]) -> list[str]:
+        return [
+            text
+            for text in texts
+            if any(PurePath(p).suffix.lower() in suffixes for p, _ in path_spellings(text))
+        ]
+
+    pictures = ends_in(PICTURE_SUFFIXES)
+    if isinstance(data, dict) and data.get("image") in pictures:  # the usual name of the field
+        return data["image"]
+    if len(pictures) == 1:
+        return pictures[0]
+    if not pictures and ends_in(FILM_SUFFIXES):
+        shown = ", ".join(sorted(kind for kind in kinds if kind not in _NO_REGIONS))
+        raise UserError(
+            f"{where}: is a video{f' with {shown}' if shown else ''}: Label Studio draws boxes and "
+            f"time spans in videos and no masks, and boxes train nothing here; {_DRAW}"
+        )
+    raise UserError(
+        f"{where}: `data` names {len(pictures)} pictures; expected one, the frame that the masks "
+        "are of"
+    )
+
+
+def _regions(results: list[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Each region with a mask: its value, size, labels, fields and meta, from all results that have
+    its id."""
+    by_id: dict[Any, list[Mapping[str, Any]]] = {}
+    for place, one in enumerate(results):
+        by_id.setdefault(str(one.get("id", f"at position {place}")), []).append(one)
+    for region_id, parts in by_id.items():
+        mask = next((one for one in parts if one.get("type") in _REGIONS), None)
+        if mask is None:
+            continue
+        labels: list[str] = []
+        fields: dict[str, int | str] = {}
+        meta = ""
+        for one in parts:
+            value = one.get("value") if isinstance(one.get("value"), dict) else {}
+            for key in ("brushlabels", "polygonlabels", "labels"):
+                found = value.get(key)
+                found = found if isinstance(found, list) else []
+                labels += [str(label) for label in found if str(label) not in labels]
+            name = str(one.get("from_name"))
+            plain = name.lower().replace("_", "").replace("-", "").replace(" ", "")
+            if plain in _IDENTITY and (text := _field(value)) is not None:
+                fields["track_id"] = text
+            given = one.get("meta")
+            text = given.get("text") if isinstance(given, dict) else None
+            if text:
+                meta = " ".join(map(str, text)) if isinstance(text, list) else str(text)
+        size = [mask.get(f"original_{side}") for side in ("height", "width")]
+        yield {"id": region_id, "mask": mask, "size": size, "labels": labels, "fields": fields} | {
+            "meta": meta.strip()
+        }
+
+
+def _field(value: Mapping[str, Any]) -> int | str | None:
+    """What somebody filled into a field of a region; whole numbers as such."""
+    for key in ("number", "text", "choices"):
+        found = value.get(key)
+        found = found[0] if isinstance(found, list) and len(found) == 1 else found
+        if isinstance(found, str) and found.strip():
+            text = found.strip()
+            return int(text) if text.isdecimal() else text
+        if isinstance(found, int | float) and float(found).is_integer():
+            return int(found)
+    return None
+
+
+def _mask_of_region(region: Mapping[str, Any]) -> Any:
+    """An RLE or polygons in pixels. Raises ValueError: what is wrong with it."""
+    mask, (height, width) = region["mask"], region["size"]
+    value = mask.get("value") if isinstance(mask.get("value"), dict) else {}
+    if not all(type(side) is int and 0 < side <= 1 << 16 for side in (height, width)):
+        raise ValueError(
+            f"`original_height` and `original_width` are {height!r} and {width!r}; expected pixels"
+        )
+    if mask.get("image_rotation"):
+        raise ValueError(
+            f"the picture is turned by {mask['image_rotation']} degrees in Label Studio, so it is "
+            "not clear which way its masks lie; turn the picture itself, or export as COCO"
+        )
+    if mask["type"].startswith("brush"):
+        return encode_mask(decode_brush(value.get("rle"), (height, width)))
+    points = value.get("points")
+    pairs = isinstance(points, list) and all(
+        isinstance(p, list) and len(p) == 2 and all(type(v) in (int, float) for v in p)
+        for p in points
+    )
+    if not pairs or len(points) < 3:
+        raise ValueError("`points` is no list of three corners [x, y] or more, in percent")
+    return [[v * side / 100 for p in points for v, side in zip(p, (width, height), strict=True)]]
 
 
 def is_youtube_vis(content: Mapping[str, Any]) -> bool:
@@ -218,152 +426,3 @@ def read_layout(
         return CocoVideos(path, image_root, content=found, **told, **settings)
 
     return read_large_coco(path, image_root, {"layout": layout, **settings}, read, as_coco)
-
-
-_EXPRESSIONS, _RLES, _JPEGS = "meta_expressions.json", "mask_dict.json", "JPEGImages"
-
-
-class MevisVideos(VideoSource):
-    """The videos in `meta_expressions.json` with the masks in `mask_dict.json`.
-
-    `mask_dict.json` has for each object a list with an entry for each frame of its video: an RLE,
-    or null where it does not show. Which objects are in a video is said by the `anno_id` of its
-    expressions; an object that no expression names goes to the only video that its list and its
-    size fit. The text of the expressions is not read.
-
-    Args:
-        path: the folder that holds both files and `JPEGImages/<video>/`.
-
-    Raises:
-        UserError: a file is missing, or all problems of frames and masks at once.
-    """
-
-    def __init__(self, path: Path):
-        if not self.recognise(path):
-            raise UserError(
-                f"{path}: expected a folder with {_RLES}, {_EXPRESSIONS} and {_JPEGS}/<video>/, "
-                "as MeViS has them"
-            )
-        masks = read_json(path / _RLES, "expected MeViS' masks, a list for each object")
-        meta = read_json(path / _EXPRESSIONS, "expected MeViS' expressions with `videos`")
-        entries = meta.get("videos")
-        if not isinstance(entries, dict) or not all(isinstance(e, dict) for e in entries.values()):
-            raise UserError(f"{path / _EXPRESSIONS}: `videos` is missing or no mapping of videos")
-        problems: list[str] = []
-        videos: dict[str, Video] = {}
-        with ThreadPoolExecutor(8) as pool:
-            for name, entry in watched(entries.items(), "videos", len(entries)):
-                if video := _index_video(path / _JPEGS / name, entry, pool, problems):
-                    videos[name] = replace(video, video_id=name)
-        owners, left_out = _owners(masks, entries, videos, problems)
-        for name, object_ids in watched(owners.items(), "masks of videos", len(owners)):
-            for object_id in object_ids:
-                _add_object(videos[name], object_id, masks[object_id], path / _RLES, problems)
-        indexed = [replace(video, object_ids=_appearing(video)) for video in videos.values()]
-        warnings = tracking_warnings(indexed)
-        if left_out:
-            warnings.append(
-                f"{path / _RLES}: objects {listed(left_out)} are named by no expression and fit "
-                "no single video, left out"
-            )
-        notes = [f"objects are the keys of {_RLES}, {sum(map(len, owners.values()))} in all"]
-        problems += shared_pictures(indexed)
-        super().__init__(path, indexed, warnings, problems, notes)
-
-    @staticmethod
-    def recognise(path: Path) -> bool:
-        """Whether the files of a path are those of this format."""
-        return all((path / name).is_file() for name in (_RLES, _EXPRESSIONS))
-
-    def read_masks(
-        self, video: Video, frame_idx: int, object_id: int | str
-    ) -> dict[int | str, np.ndarray]:
-        """The mask of one object: each has an RLE of its own."""
-        annotation = video.frames[frame_idx].annotations[object_id]
-        return {object_id: decode_segmentation(annotation.segmentation, video.size)}
-
-
-def _index_video(
-    folder: Path, entry: dict[str, Any], pool: ThreadPoolExecutor, problems: list[str]
-) -> Video | None:
-    """The frames of a video in the order of `frames`, without objects."""
-    names = entry.get("frames")
-    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
-        problems.append(f"{_EXPRESSIONS}: video {folder.name!r} has no list of `frames`")
-        return None
-    there = {p.stem: p for p in list_pictures(folder)} if folder.is_dir() else {}
-    if missing := [name for name in names if name not in there]:
-        problems.append(f"{folder}: no pictures of the frames {listed(missing)}")
-        return None
-    return index_frames(folder, [there[name] for name in names], pool, problems)
-
-
-def _owners(
-    masks: dict[str, Any],
-    entries: dict[str, dict[str, Any]],
-    videos: dict[str, Video],
-    problems: list[str],
-) -> tuple[dict[str, list[str]], list[str]]:
-    """The objects of each video, and those that are in none."""
-    named: dict[str, set[str]] = {}
-    for name, entry in entries.items():
-        expressions = entry.get("expressions")
-        for expression in expressions.values() if isinstance(expressions, dict) else ():
-            if not isinstance(expression, dict):
-                continue
-            for object_id in expression.get("anno_id", ()):
-                named.setdefault(str(object_id), set()).add(name)
-    owners: dict[str, list[str]] = {name: [] for name in videos}
-    left_out = []
-    for object_id, of_frames in masks.items():
-        fitting = named.get(object_id) or {
-            name for name, video in videos.items() if _may_be_of(of_frames, video)
-        }
-        if object_id in named and len(fitting) > 1:
-            problems.append(f"{_EXPRESSIONS}: object {object_id} is in {listed(sorted(fitting))}")
-        elif len(fitting) == 1 and (name := next(iter(fitting))) in owners:
-            owners[name].append(object_id)
-        elif object_id not in named:
-            left_out.append(object_id)
-    missing = [object_id for object_id in named if object_id not in masks]
-    if missing:
-        problems.append(f"{_RLES}: no masks of the objects {listed(missing)}")
-    return owners, left_out
-
-
-def _may_be_of(of_frames: Any, video: Video) -> bool:
-    """Whether a list of masks may be of a video: as many frames, of its size."""
-    if not isinstance(of_frames, list) or len(of_frames) != len(video.frames):
-        return False
-    return all(
-        rle is None or (isinstance(rle, dict) and rle.get("size") == list(video.size))
-        for rle in of_frames
-    )
-
-
-def _add_object(
-    video: Video, object_id: str, of_frames: Any, path: Path, problems: list[str]
-) -> None:
-    """Fill the annotations of one object."""
-    where = f"{path}: object {object_id} (video {video.video_id!r})"
-    if not isinstance(of_frames, list) or len(of_frames) != len(video.frames):
-        number = len(of_frames) if isinstance(of_frames, list) else "no list of"
-        problems.append(
-            f"{where}: {number} masks; expected one for each of {len(video.frames)} frames"
-        )
-        return
-    key = int(object_id) if object_id.isdecimal() else object_id
-    for t, (frame, rle) in enumerate(zip(video.frames, of_frames, strict=True)):
-        if rle is None:
-            continue
-        try:
-            area = segmentation_area(rle, video.size)
-        except ValueError as problem:
-            problems.append(f"{where}, frame {t}: {problem}")
-            continue
-        if area:
-            frame.annotations[key] = Annotation(f"{object_id} {t}", rle, area)
-
-
-def _appearing(video: Video) -> list[int | str]:
-    return list(dict.fromkeys(o for frame in video.frames for o in frame.annotations))

@@ -350,3 +350,56 @@ def _fill_shapes(shapes: list[tuple[list, list[list]]], size: tuple[int, int]) -
             filled &= ~rle.decode(rle.merge(rle.frPyObjects([hole], *size))).astype(bool)
         mask |= filled
     return _checked(_parse_text(encode_mask(mask)["counts"].encode(), size), size)
+
+
+def decode_brush(code: Any, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) bool from the run lengths of Label Studio's brush: the pixels that are not
+    transparent.
+
+    The code is a stream of bits: 32 of the number of values, 5 of the bits of a value less 1, and
+    4 times 4 of the bits of a run length less 1. Then, until all values are there: a bit that is 1
+    for a run of one value and 0 for single values, 2 bits that choose one of the four lengths, the
+    number of values less 1 in so many bits, and the value or values. Values are the R, G, B, A of
+    each pixel, row by row. (thi.ng's rle-pack, which Label Studio's editor uses.)
+
+    Raises:
+        ValueError: damaged, or not of this size.
+    """
+    if not isinstance(code, list) or not all(type(b) is int and 0 <= b <= 255 for b in code):
+        raise ValueError("`rle` is no list of bytes")
+    bits = np.unpackbits(np.array(code, np.uint8))
+    place = 0
+
+    def read(count: int) -> int:
+        nonlocal place
+        if place + count > len(bits):
+            raise ValueError(f"`rle` ends after {len(bits)} bits, before its mask does")
+        chunk = bits[place : place + count]
+        place += count
+        return int.from_bytes(np.packbits(chunk).tobytes(), "big") >> (-count % 8)
+
+    number, word = read(32), read(5) + 1
+    lengths = [read(4) + 1 for _ in range(4)]
+    height, width = size
+    if number != 4 * height * width or word != 8:
+        raise ValueError(
+            f"`rle` has {number} values of {word} bits; expected {4 * height * width} of 8, four "
+            f"for each pixel of {width}x{height} (width x height)"
+        )
+    values = np.zeros(number, np.uint8)
+    filled = 0
+    while filled < number:
+        is_run = read(1)
+        count = read(lengths[read(2)]) + 1
+        if filled + count > number:
+            raise ValueError("`rle` has more values than the picture")
+        if is_run:
+            values[filled : filled + count] = read(8)
+        else:
+            chunk = bits[place : place + 8 * count]
+            if len(chunk) < 8 * count:
+                raise ValueError(f"`rle` ends after {len(bits)} bits, before its mask does")
+            values[filled : filled + count] = np.packbits(chunk)
+            place += 8 * count
+        filled += count
+    return values.reshape(height, width, 4)[:, :, 3] > 0

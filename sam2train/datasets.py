@@ -16,9 +16,9 @@ from sam2train.data_clips import ClipDataset, clip_settings
 from sam2train.data_coco import CocoVideos, Unlabelled
 from sam2train.data_coco_objects import Crowds
 from sam2train.data_cvat import cvat_file
-from sam2train.data_layouts import MevisVideos, read_layout
+from sam2train.data_layouts import read_layout
 from sam2train.data_mask_values import MaskValues
-from sam2train.data_sav import read_sav
+from sam2train.data_sav import MevisVideos, read_sav
 from sam2train.data_source import DataError, Mixture, VideoSource, files_outside, listed
 from sam2train.data_synthetic import SyntheticConfig
 from sam2train.data_videos import MadeUpVideos

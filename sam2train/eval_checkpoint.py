@@ -30,11 +30,11 @@ from sam2train.files import replacing, write_rows, write_text
 from sam2train.machine import cell as table_cell
 from sam2train.machine import count_bar, say
 from sam2train.memory import track_clip
-from sam2train.metrics import BASE, TRAINED
+from sam2train.metrics import BASE, COPY, TRAINED
 from sam2train.model import SAM2Model
 from sam2train.prompts import PROMPTS, PromptGenerator, mask_to_box, move_point, type_of
 from sam2train.run_folder import RunFolder
-from sam2train.run_scores import Contender, score_beside, score_contender
+from sam2train.run_scores import Contender, score_beside, score_contender, weak_base
 from sam2train.runlog import RunLog
 from sam2train.score_pictures import OverlayDrawer, horizon_figure, horizon_table, matrix_figure
 from sam2train.scores import (
@@ -257,6 +257,9 @@ class Evaluation:
         self.console.print(horizon_table(rows))
         if num := main["num_not_scored"]:
             self._say(f"{num} objects have no frame to score under {policy!r}")
+        of = {scores.model: scores for scores in rows}
+        if BASE in of and (text := weak_base(self.experiment, of[BASE], of[COPY])):
+            self._say(text)
         self.places("scores", "horizon", "frames", "horizon_figure", "overlays")
 
     def places(self, *names: str) -> None:

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from sam2train.config import Section, apply_overrides, build, described_keys, sweep_parameters
+from sam2train.config import (
+    Section,
+    apply_overrides,
+    build,
+    described_keys,
+    flatten,
+    sweep_parameters,
+)
 from sam2train.config_yaml import load_yaml
 from sam2train.corrections import InteractionConfig
 from sam2train.datasets import FORMATS, DatasetConfig, data_paths
@@ -33,7 +40,7 @@ if TYPE_CHECKING:
 
     from sam2train.model import SAM2Model
 
-# What --smoke changes: two steps of anything, in seconds.
+# What --smoke changes: two steps of anything, in seconds. `smoke_settings` shrinks more.
 SMOKE = {
     "trainer.num_steps": 2,
     "trainer.log_every": 1,
@@ -83,6 +90,15 @@ class ModelConfig(Section):
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="of random initial weights; null: trainer.seed"
     )
+
+
+# What takes memory and time, and the most that --smoke leaves of it.
+SMOKE_MOST = {
+    "dataset.video_clip_length": 4,
+    "dataset.max_objects": 2,
+    "interaction.num_correction_pt_per_frame": 1,
+}
+SMOKE_SIDE = 256  # of the image
 
 
 class TrainerConfig(Section):
@@ -270,6 +286,20 @@ def _texts(schema: dict[str, Any]) -> list[dict[str, Any]]:
     return [part for part in parts if part.get("type") == "string"]
 
 
+def smoke_settings(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The overrides with what --smoke changes of an experiment; what they name stays as it is."""
+    wanted = {**SMOKE, **overrides}
+    now = flatten(load_experiment(path, wanted).model_dump())
+    named = flatten(overrides)
+    for key, most in SMOKE_MOST.items():
+        if key not in named and (now[key] is None or now[key] > most):
+            wanted[key] = most
+    sides = "model.image_size", "dataset.image_size"
+    if now[sides[0]] > SMOKE_SIDE and named.keys().isdisjoint(sides):
+        wanted |= {sides[0]: SMOKE_SIDE, sides[1]: [SMOKE_SIDE, SMOKE_SIDE]}
+    return wanted
+
+
 def as_begun(experiment: Experiment, config: Mapping[str, Any]) -> Experiment:
     """The experiment as a run goes on with it that began with `config`, nested.
 
@@ -302,7 +332,7 @@ def prepare_experiment(
         # The agent's words have no types; the values in this file have.
         overrides = {**overrides, **sweep_parameters(Path(typed))}
     if smoke:
-        overrides = {**SMOKE, **overrides}
+        overrides = smoke_settings(path, overrides)
     experiment = load_experiment(path, overrides)
     demo = demo_beside_own(experiment, overrides)
     if "dataset.test_path" in demo:

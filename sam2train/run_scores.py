@@ -200,6 +200,21 @@ def _code_hash() -> str:
     return digest.hexdigest()
 
 
+def weak_base(experiment: Experiment, base: Scores, copied: Scores) -> str | None:
+    """What it means that the untouched base does not beat the copied first mask, and what to do;
+    None where it does, or where the base has random weights."""
+    values = base.means["J_and_F"], copied.means["J_and_F"]
+    if experiment.model.checkpoint_path is None or values[0] > values[1]:
+        return None
+    return (
+        f"the untouched base (J&F {values[0]:.3f}) does not beat the copied first mask "
+        f"({values[1]:.3f}) on these videos: it loses the objects, or they hardly move, so look at "
+        "its pictures before training, and where it loses them try box or mask prompts "
+        "(evaluation.prompt_types), a larger image (model.image_size with dataset.image_size) or "
+        "larger weights of Meta's (model.checkpoint_path with model.config_path)"
+    )
+
+
 class TrainerScores:
     """Which step was scored last, which one is the best, and the rows of all of them on disk.
 
@@ -287,6 +302,8 @@ class TrainerScores:
             self.baseline = self.latest
             self.runlog.summary({f"{COPY}/J_and_F": copied.means["J_and_F"]})
             self.show("validation", 0, (COPY, 0))
+            if step == 0 and (text := weak_base(self.experiment, scores, copied)):
+                self.runlog.say(text)
         score = self.latest["J_and_F"]
         if score > self.best:
             self.best = score

@@ -278,7 +278,7 @@ def _measure(name: str, device: Any, folder: Path) -> list[Any]:
         measure = measure_steps if name == "step" else measure_memory
         return measure(device, folder)
     if name == "evaluation":
-        from sam2train.speed_video import measure_evaluation
+        from sam2train.speed_step import measure_evaluation
 
         return measure_evaluation(device, folder)
     if name in ("loader", "index"):

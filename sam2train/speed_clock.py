@@ -1,9 +1,9 @@
-"""How speeds are measured, and SAM 2's own code as the other side.
+"""How speeds are measured, and what is measured with: SAM 2's own code and a made-up video.
 
 Variants run in turn in one process, the rate of the machine's own matrix multiplication beside
 them; operations are counted, the peak memory is that of a process of its own. SAM 2's training
 model with its loss, and its video predictor, are those of the installed `sam2` package, with our
-weights and prompts.
+weights and prompts. The video lies on disk as every reader wants it.
 """
 
 from __future__ import annotations
@@ -17,16 +17,20 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import torch
+from pycocotools import mask as rle
 from torch import nn
 
 from sam2train.clips import BatchedVideoDatapoint
+from sam2train.demo import JPEG_QUALITY
 from sam2train.errors import MachineFault, UserError
 from sam2train.files import REPOSITORY
 from sam2train.model import SAM2Model
@@ -305,3 +309,93 @@ def set_dropout(sam2: nn.Module, prob: float) -> None:
             module.p = prob
         if hasattr(module, "dropout_p"):
             module.dropout_p = prob
+
+
+@dataclass(frozen=True)
+class VideoFiles:
+    """One video on disk, in the layouts of ours and of SAM 2's readers."""
+
+    folder: Path
+
+    @property
+    def frames(self) -> Path:
+        """A folder with one folder of JPEGs, %05d.jpg."""
+        return self.folder / "frames"
+
+    @property
+    def coco(self) -> Path:
+        return self.folder / "annotations.json"
+
+    @property
+    def masklets(self) -> Path:
+        """A folder with SA-V's JSON of the video."""
+        return self.folder / "masklets"
+
+
+def write_video(
+    folder: Path, size: tuple[int, int], num_frames: int, num_objects: int
+) -> VideoFiles:
+    """Ellipses that move over smooth noise, as JPEGs with RLE masks of every frame.
+
+    Args:
+        size: (H, W) of the frames.
+    """
+    files = VideoFiles(folder)
+    for place in (files.frames / "video", files.masklets):
+        place.mkdir(parents=True)
+    rows: list[list[dict[str, Any]]] = []
+    for t, (picture, masks) in enumerate(made_up_frames(size, num_frames, num_objects)):
+        jpeg = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
+        (files.frames / "video" / f"{t:05d}.jpg").write_bytes(jpeg.tobytes())
+        encoded = [rle.encode(np.asfortranarray(mask)) for mask in masks]
+        rows.append([{"size": list(size), "counts": e["counts"].decode()} for e in encoded])
+    images = [
+        {
+            "id": t + 1,
+            "video_id": "video",
+            "order_in_video": t,
+            "path": f"frames/video/{t:05d}.jpg",
+            "height": size[0],
+            "width": size[1],
+        }
+        for t in range(num_frames)
+    ]
+    annotations = [
+        {
+            "id": t * num_objects + k + 1,
+            "image_id": t + 1,
+            "category_id": 1,
+            "track_id": k + 1,
+            "segmentation": segmentation,
+        }
+        for t, row in enumerate(rows)
+        for k, segmentation in enumerate(row)
+    ]
+    categories = [{"id": 1, "name": "ellipse"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    files.coco.write_text(json.dumps(content))
+    (files.masklets / "video_manual.json").write_text(json.dumps({"masklet": rows}))
+    return files
+
+
+def made_up_frames(
+    size: tuple[int, int], num_frames: int, num_objects: int
+) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+    """Frames (H, W, 3) uint8, BGR, each with the (H, W) uint8 masks of its objects."""
+    rng = np.random.default_rng(0)
+    height, width = size
+    coarse = rng.integers(0, 256, (height // 40, width // 40, 3), np.uint8)
+    background = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+    grain = rng.integers(0, 12, (height, width, 3), np.uint8)  # else a JPEG has little to decode
+    for t in range(num_frames):
+        picture = cv2.add(np.roll(background, 3 * t, axis=1), grain)
+        masks = []
+        for k in range(num_objects):
+            mask = np.zeros(size, np.uint8)
+            x, y = width * (0.25 + 0.5 * t / num_frames), height * (k + 0.5) / num_objects
+            centre = int(x), int(y)
+            axes = width // 10, height // (3 * num_objects)
+            cv2.ellipse(mask, centre, axes, 10.0 * k, 0, 360, 1, -1)
+            picture[mask > 0] = (20 * k, 200 - 20 * k, 255 - 20 * k)
+            masks.append(mask)
+        yield picture, masks

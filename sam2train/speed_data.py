@@ -26,12 +26,14 @@ from sam2train.speed_clock import (
     CPU,
     Mismatch,
     Row,
+    VideoFiles,
     alternate,
     import_training,
     in_process,
+    made_up_frames,
     peak_of,
+    write_video,
 )
-from sam2train.speed_video import VideoFiles, made_up_frames, write_video
 from sam2train.transforms import MEAN, STD, AugmentConfig
 
 # Ours and SAM 2's pictures differ by their resizing (bicubic and bilinear), masks at their outline.

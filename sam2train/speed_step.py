@@ -1,18 +1,27 @@
-"""The training step beside SAM 2's: seconds, operations, the share of the machine's own rate of
-matrix multiplication, and peak memory."""
+"""Training steps and whole videos beside SAM 2's own code.
+
+Of a step: seconds, operations, the share of the machine's own rate of matrix multiplication, and
+peak memory. Of whole videos: seconds a frame, of the evaluation and of SAM 2's predictor.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from sam2train.clips import BatchedVideoDatapoint, Clip, collate_fn, empty_prompt
+from sam2train.clips import BatchedVideoDatapoint, Clip, Prompt, collate_fn, empty_prompt
+from sam2train.data_clips import ClipDataset
+from sam2train.datasets import COCODataset
+from sam2train.evaluate import first_prompts, track_video
 from sam2train.features import FeaturesConfig
 from sam2train.losses import LossConfig, compute_losses
 from sam2train.machine import choose_device
@@ -23,17 +32,22 @@ from sam2train.speed_clock import (
     Row,
     TheirTraining,
     alternate,
+    build_predictor,
     count_operations,
     gemm_rates,
     gemms,
     in_process,
     peak_of,
     set_dropout,
+    write_video,
 )
 
 DROPOUT = 0.1  # of memory attention, in SAM 2's configs
 # Of the loss, ours against theirs: sums in another order, and TF32 on CUDA.
 _SAME_LOSS = {"cpu": 1e-4, "cuda": 2e-2}
+# Share of pixels on which our masks and the predictor's agree, at least: it stores memories in
+# bfloat16, and takes the masks of a prompted frame through a quarter of the size.
+_SAME_MASKS = 0.97
 
 
 @dataclass(frozen=True)
@@ -304,3 +318,102 @@ def step_peak(whose: str, device: str, folder: str, size: list) -> int:
     dropout = DROPOUT if whose == "equal" else 0.0
     recompute = whose == "recomputed"
     return peak_of(partial(step, batch, dropout=dropout, recompute=recompute), place)
+
+
+def measure_evaluation(
+    device: torch.device,
+    folder: Path,
+    *,
+    objects: tuple[int, ...] = (1, 3),
+    config_path: str = "configs/sam2.1_hiera_t.yaml",
+    image_size: int = 512,
+    size: tuple[int, int] = (480, 854),
+    num_frames: int = 8,
+    rounds: int = 2,
+) -> list[Row]:
+    """Seconds of a whole video, from the JPEGs to masks of its own size, ours against
+    `SAM2VideoPredictor`."""
+    model = build_ours(config_path, image_size, device).eval()
+    caching = build_ours(config_path, image_size, device).eval()
+    caching.use_feature_cache(FeaturesConfig(folder=str(folder / "features")))
+    predictor = build_predictor(model)
+    rows = []
+    for num_objects in objects:
+        files = write_video(folder / str(num_objects), size, num_frames, num_objects)
+        data = COCODataset(files.coco, (image_size, image_size), prompt_types=["bbox"])
+        (video,) = data.videos
+        prompts = first_prompts(data, video, np.random.default_rng(0))
+        runs = {
+            "a frame": partial(_track, model, data, prompts),
+            "a frame, features cached": partial(_track, caching, data, prompts),
+            "theirs": partial(_predict, predictor, files.frames / "video", prompts, image_size),
+        }
+        theirs = runs["theirs"]()
+        own = ("a frame", "a frame, features cached")
+        agreement = min(_agreement(runs[what](), theirs) for what in own)
+        if agreement < _SAME_MASKS:
+            raise Mismatch(
+                f"our masks agree with the predictor's on {agreement:.4f} of the pixels only: "
+                "nothing is compared"
+            )
+        seconds = alternate(runs | gemms(device), rounds, device, warm_up=False)
+        details = {"agreement": agreement, "gemm_rates": gemm_rates(seconds, device)}
+        name = Path(config_path).stem
+        at = f"{name}, {image_size} px, {num_frames} frames of {size[0]}p, {num_objects} object"
+        at += "s" * (num_objects > 1)
+        medians = {name: statistics.median(taken) / num_frames for name, taken in seconds.items()}
+        rows += [
+            Row(
+                "evaluation",
+                what,
+                at,
+                medians[what],
+                medians["theirs"],
+                "s",
+                "SAM2VideoPredictor",
+                {**details, "ours": seconds[what], "other": seconds["theirs"]},
+            )
+            for what in own
+        ]
+    return rows
+
+
+def _track(
+    model: SAM2Model, data: ClipDataset, prompts: list[Prompt]
+) -> list[dict[Any, np.ndarray]]:
+    """The masks of each frame by object id, as the evaluation gets them."""
+    return [frame.masks for frame in track_video(model, data, data.videos[0], prompts)]
+
+
+@torch.inference_mode()
+def _predict(
+    predictor: torch.nn.Module, frames: Path, prompts: list[Prompt], image_size: int
+) -> list[dict[Any, np.ndarray]]:
+    """The same, as a user of the predictor gets them."""
+    with contextlib.redirect_stderr(io.StringIO()):  # its bars
+        state = predictor.init_state(str(frames))
+        for prompt in prompts:
+            predictor.add_new_points_or_box(
+                state,
+                prompt["frame_index"],
+                prompt["object_id"],
+                torch.from_numpy(prompt["points"]) / image_size,
+                torch.from_numpy(prompt["labels"]),
+                normalize_coords=False,
+            )
+        return [
+            dict(zip(ids, (logits[:, 0] > 0).cpu().numpy(), strict=True))
+            for _, ids, logits in predictor.propagate_in_video(state)
+        ]
+
+
+def _agreement(ours: list[dict[Any, np.ndarray]], theirs: list[dict[Any, np.ndarray]]) -> float:
+    """Share of equal pixels over frames and objects; of pixels that one object at most has in the
+    predictor's masks, which may overlap where ours do not."""
+    equal = total = 0
+    for found, expected in zip(ours, theirs, strict=True):
+        alone = sum(mask.astype(np.uint8) for mask in expected.values()) <= 1
+        for object_id, mask in expected.items():
+            equal += int((mask == found[object_id])[alone].sum())
+            total += int(alone.sum())
+    return equal / total

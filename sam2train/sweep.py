@@ -30,10 +30,19 @@ from sam2train.files import file_name, write_text
 from sam2train.machine import say
 from sam2train.run_folder import RUNS
 from sam2train.sweep_claims import claim_trial, is_claimed, record_lock
-from sam2train.sweep_file import Sweep, check_values, grid, in_grid, load_sweep
+from sam2train.sweep_file import (
+    Sweep,
+    check_values,
+    grid,
+    in_grid,
+    live_table,
+    load_sweep,
+    results_frame,
+    show_results,
+    trial_line,
+)
 from sam2train.sweep_search import examples, trials_to_stop
 from sam2train.sweep_server import ForkServer
-from sam2train.sweep_tables import live_table, results_frame, show_results, trial_line
 from sam2train.sweep_trials import (
     RECORD,
     Trial,

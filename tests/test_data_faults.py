@@ -8,7 +8,6 @@ import time
 import numpy as np
 import pytest
 import test_data_cvat
-import test_data_label_studio
 import test_data_layouts
 import test_data_sav
 import test_data_vos
@@ -49,7 +48,7 @@ def make_cvat(root):
 
 
 def make_label_studio(root):
-    return test_data_label_studio.make_tasks(root, test_data_label_studio.both())
+    return test_data_layouts.make_tasks(root, test_data_layouts.both())
 
 
 # The data set of a format, and files of it: a frame, and what holds masks.

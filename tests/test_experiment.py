@@ -13,6 +13,7 @@ from sam2train.experiment import (
     Experiment,
     as_begun,
     load_experiment,
+    prepare_experiment,
     settings_of_section,
     settings_page,
     settings_schema,
@@ -180,3 +181,21 @@ class TestSettings:
             {"dataset": {}},
         ]
         assert not any(map(validator.is_valid, wrong))
+
+
+def test_smoke_shrinks_what_takes_memory():
+    """The official recipe too; what the command line names stays."""
+    path = REPOSITORY / "experiments" / "official_recipe_base_plus.yaml"
+    small = prepare_experiment(path, {}, smoke=True)
+    assert small.model.image_size == 256
+    assert small.dataset.image_size == (256, 256)
+    assert (small.dataset.video_clip_length, small.dataset.max_objects) == (4, 2)
+    assert small.interaction.num_correction_pt_per_frame == 1
+    assert small.trainer.num_steps == 2
+    named = {"model.image_size": 512, "dataset.image_size": [512, 512]}
+    named |= {"dataset.max_objects": 5, "trainer.num_steps": 7}
+    kept = prepare_experiment(path, named, smoke=True)
+    assert (kept.model.image_size, kept.dataset.max_objects) == (512, 5)
+    assert (kept.trainer.num_steps, kept.dataset.video_clip_length) == (7, 4)
+    demo = REPOSITORY / "experiments" / "coco_point_bbox.yaml"
+    assert prepare_experiment(demo, {}, smoke=True).model.image_size == 128  # never more

@@ -6,6 +6,9 @@ import pytest
 from small_run import make_trainer, rows, small_experiments
 
 from sam2train import checkpoint
+from sam2train.metrics import BASE, COPY
+from sam2train.run_scores import weak_base
+from sam2train.scores import Scores
 
 
 @pytest.fixture
@@ -37,3 +40,15 @@ def test_zero_steps_evaluates_and_saves(experiment, tmp_path):
     scores = make_trainer(settings, tmp_path / "run").run()
     assert scores["J_and_F"] >= 0
     assert (tmp_path / "run" / "checkpoints" / "last.pt").exists()
+
+
+def test_a_base_that_does_not_beat_the_copied_mask_is_told(experiment):
+    def scores(model, value):
+        return Scores(model, model, 0, {"J_and_F": value}, [], [], [])
+
+    trained = experiment(model={"checkpoint_path": "weights.pt"})
+    text = weak_base(trained, scores(BASE, 0.4), scores(COPY, 0.43))
+    assert "(J&F 0.400) does not beat the copied first mask (0.430)" in text
+    assert "evaluation.prompt_types" in text
+    assert weak_base(trained, scores(BASE, 0.44), scores(COPY, 0.43)) is None
+    assert weak_base(experiment(), scores(BASE, 0.1), scores(COPY, 0.43)) is None  # random weights

@@ -11,8 +11,7 @@ from conftest import edit, make_coco
 from rich.console import Console
 from small_run import small_experiments
 from test_data_cvat import TRUTH, make_frames_beside, on_frame, track, write_xml
-from test_data_label_studio import both, make_tasks
-from test_data_layouts import make_burst, make_youtube_vis
+from test_data_layouts import both, make_burst, make_tasks, make_youtube_vis
 from test_data_vos import make_vos
 
 from sam2train import data_coco_files, data_coco_index, data_masks, data_videos

@@ -10,7 +10,7 @@ import torch
 from conftest import make_coco
 from tensors import peak_of_tensors
 
-from sam2train import speed, speed_clock, speed_data, speed_step, speed_video
+from sam2train import speed, speed_clock, speed_data, speed_step
 from sam2train.errors import MachineFault, UserError
 from sam2train.files import REPOSITORY
 from sam2train.runlog import RunLog
@@ -35,8 +35,7 @@ def tiny_gemms(device):
 
 @pytest.fixture(autouse=True)
 def no_large_matrices(monkeypatch):
-    for module in (speed_step, speed_video):
-        monkeypatch.setattr(module, "gemms", tiny_gemms)
+    monkeypatch.setattr(speed_step, "gemms", tiny_gemms)
 
 
 def test_variants_run_in_turn_after_a_round_that_does_not_count():
@@ -157,16 +156,16 @@ def test_the_peak_is_that_of_one_step(whose, tmp_path, monkeypatch):
 
 def test_evaluation_is_compared_on_the_same_masks(tmp_path, monkeypatch):
     options = {"config_path": DEMO, "image_size": 64, "size": (48, 80), "num_frames": 4}
-    rows = speed_video.measure_evaluation(CPU, tmp_path / "a", objects=(2,), rounds=1, **options)
+    rows = speed_step.measure_evaluation(CPU, tmp_path / "a", objects=(2,), rounds=1, **options)
     assert [row.what for row in rows] == ["a frame", "a frame, features cached"]
     for row in rows:
         assert row.details["agreement"] > 0.98
         assert row.ours > 0
     assert len(list((tmp_path / "a").rglob("*.safetensors"))) == 4
-    monkeypatch.setattr(speed_video, "_predict", lambda *_: [{1: ~m[1], 2: m[2]} for m in found])
+    monkeypatch.setattr(speed_step, "_predict", lambda *_: [{1: ~m[1], 2: m[2]} for m in found])
     found = [{1: torch.zeros(48, 80).bool().numpy(), 2: torch.zeros(48, 80).bool().numpy()}] * 4
     with pytest.raises(Mismatch, match=r"agree with the predictor's on 0.* nothing is compared"):
-        speed_video.measure_evaluation(CPU, tmp_path / "b", objects=(2,), rounds=1, **options)
+        speed_step.measure_evaluation(CPU, tmp_path / "b", objects=(2,), rounds=1, **options)
 
 
 def test_loaders_are_compared_on_the_same_clip(tmp_path):
@@ -190,7 +189,7 @@ def test_loaders_are_compared_on_the_same_clip(tmp_path):
     pixels = 3 * 64 * 64
     assert rows[4].other == pixels * (3 * 4 + 3)  # float32 pictures, bool masks of three objects
 
-    files = speed_video.VideoFiles(tmp_path / "jpegs")
+    files = speed_clock.VideoFiles(tmp_path / "jpegs")
     theirs = speed_data._their_loader(files, 64, 3, 3)()
     shifted = replace_masks(theirs, theirs.masks.roll(20, -1))
     speed_data._check_same(theirs, theirs)

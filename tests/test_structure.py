@@ -26,7 +26,7 @@ GROUPS = {
         *("datasets", "data_source", "data_clips", "data_loader", "data_report", "data_index"),
         *("data_pictures", "data_videos", "data_vos", "data_masks", "data_mask_values"),
         *("data_coco", "data_coco_files", "data_coco_objects", "data_coco_index", "data_rle"),
-        *("data_layouts", "data_cvat", "data_label_studio", "data_sav", "data_synthetic"),
+        *("data_layouts", "data_cvat", "data_sav", "data_synthetic"),
         *("transforms", "prompts", "demo", "demo_videos"),
     },
     "model": {
@@ -43,11 +43,10 @@ GROUPS = {
     },
     "reports": {
         *("results", "ablation", "compare", "figures"),
-        *("sweep", "sweep_trials", "sweep_claims", "sweep_server", "sweep_tables", "sweep_file"),
-        "sweep_search",
+        *("sweep", "sweep_trials", "sweep_claims", "sweep_file", "sweep_search", "sweep_server"),
     },
     "speed": {
-        *("speed", "speed_clock", "speed_step", "speed_video", "speed_data"),
+        *("speed", "speed_clock", "speed_step", "speed_data"),
     },
     "door": {"commands", "cli"},
 }

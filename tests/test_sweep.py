@@ -15,7 +15,7 @@ from conftest import make_coco
 from rich.console import Console
 from small_sweep import COMMAND, EXPERIMENT, ROOT, SEEDS, calls, results, run
 
-from sam2train import cli, sweep_file, sweep_tables
+from sam2train import cli, sweep_file
 from sam2train.errors import UserError
 from sam2train.results import load_runs
 from sam2train.sweep_file import grid, load_sweep
@@ -281,7 +281,7 @@ class TestRunning:
         trials[0].history = [0.5]
         trials[1].state, trials[1].step, trials[1].seconds = "running", 10, 20.0
         console = Console(width=120, file=io.StringIO())
-        console.print(sweep_tables.live_table(made, trials, 6, 2, rows=4))
+        console.print(sweep_file.live_table(made, trials, 6, 2, rows=4))
         printed = console.file.getvalue()
         # 60 s of the running one and 4 times 100 s, by two at a time.
         assert "1 finished, 1 running of 6; about 0:03:50 left" in printed
