@@ -108,6 +108,8 @@ class RunFolder:
 EVALUATIONS = "evaluations"
 
 
+# The content of the files
+
 Say = Callable[[str], None]
 STATUSES = ("running", "finished", "interrupted", "failed")
 _NUM_TOLD = 5  # oddities of a file

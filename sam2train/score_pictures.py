@@ -36,6 +36,10 @@ from sam2train.scores import (
     roc,
 )
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 MAX_SHOWN = 8  # of a picture
 MAX_TOGGLED = 255  # objects in a mask of W&B's
 
@@ -205,10 +209,7 @@ def _mean_J(objects: Iterable[ObjectScores], frame_idx: int) -> str:
     return f"J {values.mean():.2f}" if len(values) else ""
 
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
+# Figures of scores
 
 # Okabe and Ito's colours that are dark enough for a line on white, the most different ones first.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
