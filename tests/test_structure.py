@@ -38,7 +38,15 @@ GROUPS = {
         *("metrics", "evaluate", "scores", "pictures", "score_pictures", "video_files"),
     },
     "runs": {
-        *("experiment", "runlog", "runlog_wandb", "checkpoint", "probe", "export"),
+        *(
+            "experiment",
+            "runlog",
+            "runlog_wandb",
+            "checkpoint",
+            "probe",
+            "export",
+            "export_transformers",
+        ),
         *("trainer", "trainer_step", "run_scores", "training_run", "eval_checkpoint", "predict"),
     },
     "reports": {
