@@ -52,6 +52,13 @@ from sam2train.stats import (
 if TYPE_CHECKING:
     import pandas as pd
 
+RESULTS = Path("experiments/results")  # what --collect writes, to be committed
+MAX_SETTINGS = 4  # more than so many do not fit a line that one can read
+_COLOURS = {"finished": "green", "running": "cyan", "interrupted": "yellow"}
+
+
+# Groups of runs beside each other
+
 
 def object_scores(runs: pd.DataFrame) -> pd.DataFrame:
     """Validation scores by object of all these runs, with the seed besides; `when` is "first" at
@@ -126,12 +133,7 @@ def _last_objects(runs: pd.DataFrame, metric: str) -> pd.DataFrame | None:
     return scores
 
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-RESULTS = Path("experiments/results")  # what --collect writes, to be committed
-MAX_SETTINGS = 4  # more than so many do not fit a line that one can read
-_COLOURS = {"finished": "green", "running": "cyan", "interrupted": "yellow"}
+# What stands in the terminal
 
 
 def show_runs(folder: Path, console: Console) -> None:

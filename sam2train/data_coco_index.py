@@ -333,6 +333,9 @@ def _areas(text: np.ndarray, piece_end: np.ndarray, pixels: np.ndarray) -> np.nd
     return np.add.reduceat(runs * odd, starts, dtype=np.int64)
 
 
+# The file under cache/
+
+
 class IndexedVideos(CocoVideos):
     """The videos of an index, with what was found when it was made.
 

@@ -405,6 +405,8 @@ def _has_extent(ring: list) -> bool:
     )
 
 
+# Crowds and regions to ignore
+
 # What annotations with `iscrowd` are.
 #   auto     regions to ignore, unless `iscrowd` only says that a mask is an RLE, as CVAT writes it.
 #   ignore   regions to ignore, always.

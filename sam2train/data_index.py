@@ -342,6 +342,8 @@ def _reopen(path: Path) -> VideoIndex:
     return index
 
 
+# The hash of data
+
 # Files up to this size are read whole. Of larger ones three pieces are read, so that films and
 # large data sets take seconds; another frame rarely has as many bytes and the same pieces.
 _WHOLE = 64 * 1024

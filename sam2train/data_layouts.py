@@ -19,6 +19,8 @@ from sam2train.data_videos import FILM_SUFFIXES, PICTURE_SUFFIXES
 from sam2train.errors import UserError
 from sam2train.machine import watched
 
+# Label Studio
+
 _TASKS_WANTED = "expected Label Studio's export JSON: a list of tasks with `data` and `annotations`"
 _DRAW = "draw brush masks or polygons on pictures of the frames and export as JSON again"
 _REGIONS = ("brush", "brushlabels", "polygon", "polygonlabels")
@@ -239,6 +241,9 @@ def _mask_of_region(region: Mapping[str, Any]) -> Any:
     return [[v * side / 100 for p in points for v, side in zip(p, (width, height), strict=True)]]
 
 
+# YouTube-VIS and OVIS
+
+
 def is_youtube_vis(content: Mapping[str, Any]) -> bool:
     """Whether tracks are annotations, each with `segmentations`, one for each frame."""
     tracks = content.get("annotations")
@@ -300,6 +305,8 @@ def youtube_vis_to_coco(path: Path, content: Mapping[str, Any]) -> dict[str, Any
         "categories": content.get("categories", []),
     }
 
+
+# BURST
 
 _LISTS = ("all_image_paths", "annotated_image_paths", "segmentations")
 
@@ -380,6 +387,8 @@ def burst_to_coco(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
         "categories": content.get("categories", []),
     }
 
+
+# Which layout a file has
 
 # Layouts of JSON files: how one is known, and what rewrites it as COCO.
 _LAYOUTS = {

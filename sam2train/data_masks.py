@@ -164,6 +164,8 @@ def _count_thin(
     facts.alone, facts.touching = count(values[alone]), count(values[touching])
 
 
+# Facts on disk
+
 # To change where `read_facts` counts other things: facts of before are not read then.
 _FACTS_VERSION = b"sam2train mask facts 1 "
 _COUNT_FIELDS = ("areas", "border", "interior", "alone", "touching", "palette")
@@ -237,6 +239,8 @@ class FactsCache:
             whole_palette=bytes.fromhex(self._palettes[palette]),
         )
 
+
+# Decoded masks in memory
 
 # A process that was killed while it held the lock must not stop the others.
 _PATIENCE = 5.0  # seconds

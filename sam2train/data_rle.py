@@ -352,6 +352,9 @@ def _fill_shapes(shapes: list[tuple[list, list[list]]], size: tuple[int, int]) -
     return _checked(_parse_text(encode_mask(mask)["counts"].encode(), size), size)
 
 
+# Label Studio's own code
+
+
 def decode_brush(code: Any, size: tuple[int, int]) -> np.ndarray:
     """(H, W) bool from the run lengths of Label Studio's brush: the pixels that are not
     transparent.

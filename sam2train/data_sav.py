@@ -33,7 +33,6 @@ from sam2train.transforms import resize_mask
 
 MAX_FRAMES = 10**7  # of a film, for counts that are none
 FRAME_FOLDERS = ("JPEGImages_24fps", "JPEGImages", ".")
-_EXPRESSIONS, _RLES, _JPEGS = "meta_expressions.json", "mask_dict.json", "JPEGImages"  # of MeViS
 
 
 class Masklet(NamedTuple):
@@ -293,6 +292,11 @@ def _index_masklets(
     problems += found
     shown = {o for frame in frames for o in frame.annotations}
     return Video(name, size, frames, [o for o in object_ids if o in shown]), note
+
+
+# MeViS
+
+_EXPRESSIONS, _RLES, _JPEGS = "meta_expressions.json", "mask_dict.json", "JPEGImages"
 
 
 class MevisVideos(VideoSource):

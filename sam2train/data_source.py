@@ -378,6 +378,9 @@ def video_warnings(video_ids: Sequence[int | str], most: Sequence[int]) -> list[
     return [f"{listed(names)}: {what}" for what, names in named.items() if names]
 
 
+# Several sources as one
+
+
 def _of_part(method: Callable[..., T]) -> Callable[..., T]:
     """The same method of the source that a video is from, given the video as that source has it."""
 

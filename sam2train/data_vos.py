@@ -386,9 +386,10 @@ def _sizes(mask: tuple[int, int], frame: tuple[int, int]) -> str:
     return f"the mask is {mask[1]}x{mask[0]}, its frames {frame[1]}x{frame[0]} (width x height)"
 
 
+# PNGs of ids as MOTS has them
+
 _FRAMES = ("images", "image_02", "img1")  # CVAT, KITTI MOTS, MOTSChallenge
 _MASKS = "instances"
-_LABELS = "labels.txt"
 
 
 class MotsVideos(VosVideos):

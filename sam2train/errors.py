@@ -31,6 +31,8 @@ class MachineFault(RuntimeError):
     """
 
 
+# Faults of the machine
+
 _GO_ON = "What a run has saved stays; --resume goes on with it"
 # What lowers memory, the most effective first.
 _LOWERS = (

@@ -274,6 +274,8 @@ class Evaluation:
         say(self.console, text)
 
 
+# The prompt matrix
+
 MATRIX_COLUMNS = (
     *("step", "split", "model", "prompt", "clicks", "noise"),
     *MEANS,

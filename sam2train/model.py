@@ -308,6 +308,12 @@ class SAM2Model(nn.Module):
     def trains_encoder(self) -> bool:
         return any(p.requires_grad for p in self.image_encoder.parameters())
 
+    @property
+    def trains_decoder_convolutions(self) -> bool:
+        """Whether the two convolutions that fine levels pass are trained: they are then no part of
+        what the feature cache keeps."""
+        return bool(self._projections(trained=True))
+
     def use_feature_cache(self, config: FeaturesConfig, say: Callable[[str], None] = print) -> None:
         """Keep what the frozen image encoder makes of images that come with their keys."""
         self._features = FeatureCaches(config, self.device, say) if config.cache else None

@@ -17,6 +17,8 @@ from sam2train.errors import UserError
 from sam2train.files import file_name, read_json, shorten
 
 RUNS = Path("runs")  # of all experiments
+# Environment: where the trials of a sweep keep the scores that are the same in all of them.
+BASE_SCORES = "SAM2TRAIN_BASE_SCORES"
 
 
 def _place(name: str, what: str) -> property:
@@ -105,6 +107,8 @@ class RunFolder:
 
 EVALUATIONS = "evaluations"
 
+
+# The content of the files
 
 Say = Callable[[str], None]
 STATUSES = ("running", "finished", "interrupted", "failed")

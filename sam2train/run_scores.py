@@ -5,11 +5,17 @@ Those of a run are of the validation videos at its steps, and of the test videos
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import os
+import secrets
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +25,13 @@ from sam2train import checkpoint, distributed
 from sam2train.data_clips import ClipDataset
 from sam2train.evaluate import OnFrame, SeenFrame, Track, copy_first_mask, track_video
 from sam2train.experiment import Experiment
+from sam2train.features import identify
+from sam2train.files import REPOSITORY, write_text
 from sam2train.machine import StopRequests
 from sam2train.metrics import BASE, COPY, TRAINED
 from sam2train.model import SAM2Model
-from sam2train.run_folder import RunFolder
+from sam2train.pretrained import resolve_config
+from sam2train.run_folder import BASE_SCORES, RunFolder
 from sam2train.runlog import RunLog
 from sam2train.score_pictures import OverlayDrawer
 from sam2train.scores import (
@@ -108,6 +117,89 @@ def score_beside(
     ]
 
 
+class KeptScores:
+    """Scores that trials of a sweep have in common, in a folder that they share: those of step 0,
+    of the untouched base and of the copied mask, with the pictures.
+
+    An entry is a folder that is named by a hash of all that its values depend on, and appears whole
+    or not at all; without it, or where it cannot be read, the videos are scored.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def name_of(
+        self,
+        contender: Contender,
+        data: ClipDataset,
+        experiment: Experiment,
+        split: str,
+        bf16: bool,
+    ) -> str:
+        """32 hex digits, from the code, the weights, the data and the settings."""
+        model, facts = contender.model, {}
+        dataset = experiment.dataset.model_dump(mode="json", exclude=_OF_TRAINING)
+        if model is not None:
+            weights = [model.sam2]
+            built = resolve_config(model.config_path).read_bytes()
+            with contender.in_place():
+                facts["weights"] = identify(weights, built, model.device)
+            facts["memory"] = model.num_maskmem, model.max_obj_ptrs_in_encoder
+            facts["rounding"] = bf16, model.caches_features, model.trains_decoder_convolutions
+        facts |= {
+            "code": _code_hash(),
+            "contender": (contender.key, contender.step, split),
+            "data": data.fingerprint,
+            "dataset": dataset,
+            # of the objects that are made up for frames without annotations
+            "clips": experiment.clips_seed if experiment.dataset.dataset_type == "video" else None,
+            "evaluation": experiment.evaluation.model_dump(mode="json"),
+            "prompts": experiment.prompts_seed,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+    def read(self, name: str, drawer: OverlayDrawer | None) -> Scores | None:
+        """The scores of an entry; its pictures are put where the drawer draws them."""
+        place = self.folder / name
+        try:
+            content = json.loads((place / "scores.json").read_text())
+            if drawer is not None:
+                drawer.restore(place)
+            return Scores(**content)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def write(self, name: str, scores: Scores, drawer: OverlayDrawer | None) -> None:
+        """Keep scores; where they cannot be written, they are computed again."""
+        unfinished = self.folder / f".{name}-{secrets.token_hex(4)}"
+        try:
+            unfinished.mkdir(parents=True)
+            if drawer is not None:
+                drawer.keep(unfinished)
+            text = json.dumps(asdict(scores), default=lambda number: number.item())
+            write_text(unfinished / "scores.json", text)
+            unfinished.rename(self.folder / name)
+        except OSError:  # another trial was faster, or the disk is full
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+# Settings of the data that change nothing of what is scored; the fingerprint stands for the paths.
+_OF_TRAINING = {
+    *("data_path", "val_path", "test_path", "batch_size", "num_workers", "shuffle", "seed"),
+    *("video_clip_length", "max_frame_stride", "max_objects", "max_conditioning_frames"),
+    *("prompt_weights", "box_jitter", "mask_cache_mb", "on_bad_sample", "max_bad_fraction"),
+}
+
+
+@cache
+def _code_hash() -> str:
+    """Tells this version of the code from others."""
+    digest = hashlib.sha256(version("sam2").encode())
+    for path in sorted((REPOSITORY / "sam2train").glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def weak_base(experiment: Experiment, base: Scores, copied: Scores) -> str | None:
     """What it means that the untouched base does not beat the copied first mask, and what to do;
     None where it does, or where the base has random weights."""
@@ -148,6 +240,9 @@ class TrainerScores:
         self.experiment, self.folder, self.model = experiment, folder, model
         self.runlog, self.stop, self.bf16 = runlog, stop, bf16
         self.base_weights = base_weights
+        shared = os.environ.get(BASE_SCORES)  # of several processes, each would decide for itself
+        single = distributed.num_processes() == 1
+        self.kept = KeptScores(Path(shared)) if shared and single else None
         self.scored: int | None = None  # the last step that was scored on the validation videos
         self.best = -math.inf
         self.baseline: dict[str, float] = {}
@@ -191,20 +286,11 @@ class TrainerScores:
             f"step_{step:06d}",
             self.experiment.evaluation.num_overlays,
         )
-        scores = score_contender(
-            self._contender(TRAINED, step),
-            data,
-            self.experiment,
-            "val",
-            on_frame=self._heed_signal(drawer.see_frame),
-            on_video=drawer.see_video,
-            num_of_main=drawer.most,
-        )
+        scores = self._score(self._contender(TRAINED, step), data, "val", drawer)
         # Before anything is written: a signal in here leaves the step without a score.
         copied = None
         if not self.baseline:
-            heed = self._heed_signal()
-            copied = score_contender(COPIED, data, self.experiment, "val", on_frame=heed)
+            copied = self._score(COPIED, data, "val")
         for found in filter(None, (scores, copied)):
             self._keep(found)
         self.latest, self.scored = scores.means, step
@@ -238,17 +324,11 @@ class TrainerScores:
         contenders = [
             self._contender(TRAINED, step, content["model"]),
             self._contender(BASE, 0, self.base_weights),
+            COPIED,
         ]
-        scores, base, copied = map(
-            self._keep,
-            score_beside(
-                contenders,
-                data,
-                self.experiment,
-                "test",
-                lambda contender: {"on_frame": self._heed_signal()},
-            ),
-        )
+        scores, base, copied = [
+            self._keep(self._score(contender, data, "test")) for contender in contenders
+        ]
         values = scores.means | numbers(scores.horizon)
         values = {f"test/{name}": value for name, value in values.items()}
         self.runlog.summary(
@@ -288,6 +368,27 @@ class TrainerScores:
         track = partial(track_video, self.model, bf16=self.bf16)
         label = LABELS.get(key, f"step {step}")
         return Contender(key, label, step, track, self.model, weights)
+
+    def _score(
+        self,
+        contender: Contender,
+        data: ClipDataset,
+        split: str,
+        drawer: OverlayDrawer | None = None,
+    ) -> Scores:
+        """Its scores; what no training has changed, one trial of a sweep computes for all."""
+        kept = self.kept if contender.step == 0 else None
+        name = kept and kept.name_of(contender, data, self.experiment, split, self.bf16)
+        found = kept and kept.read(name, drawer)
+        if found:
+            return found
+        watch = {"on_frame": self._heed_signal(drawer and drawer.see_frame)}
+        if drawer is not None:
+            watch |= {"on_video": drawer.see_video, "num_of_main": drawer.most}
+        found = score_contender(contender, data, self.experiment, split, **watch)
+        if kept:
+            kept.write(name, found, drawer)
+        return found
 
     def _keep(self, scores: Scores) -> Scores:
         """Write the rows, the curves of models only: the copy has no memory."""

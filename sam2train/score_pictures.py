@@ -6,7 +6,9 @@ matplotlib figures, the prompt matrix as a heat map and the horizon of the memor
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from sam2train.clips import Prompt
 from sam2train.data_clips import ClipDataset, stack_ignored
 from sam2train.data_source import Video
 from sam2train.evaluate import SeenFrame, TrackedVideo
-from sam2train.files import file_name, printable
+from sam2train.files import file_name, printable, write_text
 from sam2train.machine import cell
 from sam2train.metrics import JANDF, ObjectScores
 from sam2train.pictures import comparison, id_mask, pick_frames, prompt_in_video, save_png
@@ -33,6 +35,10 @@ from sam2train.scores import (
     presence_scores,
     roc,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MAX_SHOWN = 8  # of a picture
 MAX_TOGGLED = 255  # objects in a mask of W&B's
@@ -142,6 +148,35 @@ class OverlayDrawer:
             )
         )
 
+    def keep(self, folder: Path) -> None:
+        """Copy what was drawn to a folder, for `restore`."""
+        arrays, texts = {}, []
+        for place, overlay in enumerate(self.overlays):
+            shutil.copyfile(overlay.path, folder / overlay.path.name)
+            for side in ("frame", "prediction", "ground_truth"):
+                arrays[f"{place}/{side}"] = getattr(overlay, side)
+            labels = list(overlay.class_labels.items())
+            texts.append({"name": overlay.name, "path": overlay.path.name, "labels": labels})
+        np.savez(folder / "overlays.npz", **arrays)
+        write_text(folder / "overlays.json", json.dumps(texts))
+
+    def restore(self, folder: Path) -> None:
+        """Take over what was drawn of the same videos, as if it had been drawn now.
+
+        Raises:
+            OSError, ValueError, KeyError: it is not whole.
+        """
+        found = []
+        with np.load(folder / "overlays.npz") as arrays:
+            for place, text in enumerate(json.loads((folder / "overlays.json").read_text())):
+                path = self.folder / text["path"]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / text["path"], path)
+                sides = {s: arrays[f"{place}/{s}"] for s in ("frame", "prediction", "ground_truth")}
+                labels = {int(number): label for number, label in text["labels"]}
+                found.append(Overlay(text["name"], path, **sides, class_labels=labels))
+        self.overlays = found
+
     def _prompts(
         self, tracked: TrackedVideo, numbers: dict[int | str, int], shown: list[int]
     ) -> list[dict]:
@@ -174,10 +209,7 @@ def _mean_J(objects: Iterable[ObjectScores], frame_idx: int) -> str:
     return f"J {values.mean():.2f}" if len(values) else ""
 
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
+# Figures of scores
 
 # Okabe and Ito's colours that are dark enough for a line on white, the most different ones first.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")

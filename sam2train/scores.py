@@ -404,6 +404,9 @@ def numbers(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
+# On disk
+
+
 def read_scores(
     rows: Iterable[Mapping[str, Any]],
     split: str,

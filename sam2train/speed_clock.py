@@ -197,6 +197,8 @@ def in_process(function: Callable[..., Any], *values: Any, timeout: float = 300.
     return json.loads(done.stdout.splitlines()[-1])
 
 
+# SAM 2's own code
+
 # The official recipe's weights of the loss; ours are the same by default.
 _LOSS_WEIGHTS = {"loss_mask": 20, "loss_dice": 1, "loss_iou": 1, "loss_class": 1}
 # What `build_sam2_video_predictor` sets otherwise, and what changes no more than its speed.
@@ -309,6 +311,9 @@ def set_dropout(sam2: nn.Module, prob: float) -> None:
             module.p = prob
         if hasattr(module, "dropout_p"):
             module.dropout_p = prob
+
+
+# A made-up video
 
 
 @dataclass(frozen=True)

@@ -320,6 +320,9 @@ def step_peak(whose: str, device: str, folder: str, size: list) -> int:
     return peak_of(partial(step, batch, dropout=dropout, recompute=recompute), place)
 
 
+# Whole videos
+
+
 def measure_evaluation(
     device: torch.device,
     folder: Path,

@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -41,6 +42,7 @@ from sam2train.sweep_file import (
     trial_line,
 )
 from sam2train.sweep_search import examples, trials_to_stop
+from sam2train.sweep_server import ForkServer
 from sam2train.sweep_trials import (
     RECORD,
     Trial,
@@ -123,6 +125,7 @@ class _LocalSweep:
         # Of each trial, its state when this process last read or wrote the record.
         self._seen: dict[str, str] = {}
         self._failed_elsewhere: set[str] = set()  # in this sitting
+        self._server: ForkServer | None = None
         self._recall()
         # As text: to Python 1, 1.0 and True are the same value.
         known = {json.dumps(trial.values) for trial in self.trials}
@@ -143,6 +146,8 @@ class _LocalSweep:
             code = int(stopped.code) if isinstance(stopped, SystemExit) else 130
         finally:
             stop_all(self.trials)
+            if self._server is not None:
+                self._server.close()
             signal.signal(signal.SIGTERM, before)
             for trial in self.trials:
                 if trial.state != "failed":  # of these all is known
@@ -165,6 +170,9 @@ class _LocalSweep:
             entity=self.sweep.config.entity or named["entity"],
         )
         gpus = gpus_for_jobs() if self.jobs > 1 else []
+        # Elsewhere a fork of a process with torch in it is not safe.
+        if sys.platform == "linux" and sum(not t.over for t in self.trials) + self._to_come > 1:
+            self._server = ForkServer(environment)
         tried: set[str] = set()
         looked = 0.0
         with self._live() as show:
@@ -192,7 +200,7 @@ class _LocalSweep:
             environment = {**environment, "CUDA_VISIBLE_DEVICES": trial.gpu}
         try:
             trial.write_values(self.sweep.arguments(trial.values))
-            trial.start(self.sweep.command(trial.values), environment)
+            trial.start(self.sweep.command(trial.values), environment, self._server)
         except OSError as error:  # the others still run
             trial.state, trial.problem = "failed", f"{trial.folder}: cannot start: {error}"
             trial.say_failure(self.console)
@@ -273,6 +281,11 @@ class _LocalSweep:
         rule, goal = self.sweep.config.early_terminate, self.sweep.config.metric.goal
         for trial in trials_to_stop(rule, goal, self.trials) if rule else ():
             trial.stop_early()
+
+    @property
+    def _to_come(self) -> int:
+        """Trials that a search has not drawn yet."""
+        return self.total - len(self.trials)
 
     def _running(self) -> int:
         return sum(trial.process is not None for trial in self.trials)

@@ -12,6 +12,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -340,25 +341,25 @@ def _leaves(parameters: Mapping[str, Any], above: tuple[str, ...] = ()) -> Itera
             yield (*above, key), spec
 
 
+# What people see of the trials
+
+
 def live_table(sweep: Sweep, trials: Sequence[Trial], total: int, jobs: int, rows: int) -> Table:
     """Trials with parameters, state, step, metric and time left; those that matter now if not all
     fit into `rows`."""
     left = _time_left(trials, total, jobs)
-    counts = ", ".join(
-        f"{sum(trial.state == state for trial in trials)} {state}"
-        for state in ("finished", "stopped", "running", "failed", "interrupted")
-        if any(trial.state == state for trial in trials)
-    )
+    states = Counter(trial.state for trial in trials)
+    order = ("finished", "stopped", "running", "failed", "interrupted")
+    counts = ", ".join(f"{states[state]} {state}" for state in order if states[state])
     title = f"{sweep.name}: {counts or 'nothing yet'} of {total}"
     title = cell(title + (f"; about {left} left" if left else ""), "table.title")
-    table = Table(title=title, title_justify="left")
-    table.add_column("trial")
+    table = Table("trial", title=title, title_justify="left")
     for name in sweep.varying:
         table.add_column(cell(sweep.short_names[name]), overflow="fold")
     for heading in ("state", "step", sweep.config.metric.name, "left"):
         table.add_column(cell(heading), justify="right")
-    order = {"running": 0, "failed": 1, "interrupted": 1, "finished": 2, "stopped": 2}
-    urgent = sorted(trials, key=lambda trial: (order.get(trial.state, 3), trial.name))
+    ranks = {"running": 0, "failed": 1, "interrupted": 1, "finished": 2, "stopped": 2}
+    urgent = sorted(trials, key=lambda trial: (ranks.get(trial.state, 3), trial.name))
     for trial in sorted(urgent[: max(rows, 3)], key=lambda trial: trial.name):
         style = _STYLES.get(trial.state, "dim")
         table.add_row(

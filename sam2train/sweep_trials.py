@@ -22,8 +22,9 @@ from sam2train.errors import UserError
 from sam2train.files import read_json, write_text
 from sam2train.machine import STOP_SIGNALS, num_cores, say
 from sam2train.results import load_metrics
-from sam2train.run_folder import RunFolder, read_summary
+from sam2train.run_folder import BASE_SCORES, RunFolder, read_summary
 from sam2train.sweep_claims import Claim
+from sam2train.sweep_server import ForkedProcess, ForkServer
 
 LOG = "log.txt"  # all that a trial printed
 VALUES = "sweep_parameters.yaml"  # what an agent's trial finds through WANDB_SWEEP_PARAM_PATH
@@ -53,7 +54,7 @@ class Trial:
     diverged: bool = False  # whether the last value of the metric is no finite number
     finished: bool = False  # whether its run says so
     problem: str | None = None  # what is wrong with its files, or why it could not start
-    process: subprocess.Popen | None = None
+    process: subprocess.Popen | ForkedProcess | None = None
     gpu: str | None = None  # that it was started on, where --jobs spread them
     claim: Claim | None = None  # while this process runs it
     early: float | None = None  # when hyperband asked for its end, time.monotonic()
@@ -68,12 +69,18 @@ class Trial:
         """Whether the trial is never run again."""
         return self.state in ("finished", "stopped")
 
-    def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def start(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        server: ForkServer | None = None,
+    ) -> None:
         """Start the process, which prints to the trial's log, or let it go on from its checkpoint.
 
         Args:
             command: that of `wandb agent`; the folder, and `--resume` if need be, are added.
             environment: that of the process.
+            server: forks the process, which then need not import torch and all else again.
 
         Raises:
             OSError: the folder cannot be written, or the process not started.
@@ -87,21 +94,27 @@ class Trial:
         words += ["--resume"] * begun
         with (self.folder / LOG).open("a") as log:
             print("$", shlex.join(words), file=log, flush=True)
-            self.process = subprocess.Popen(
-                words,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={
-                    **environment,
-                    "WANDB_RUN_ID": self.run_id,
-                    "WANDB_SWEEP_PARAM_PATH": str(typed),
-                },
-                # A group of its own: Ctrl-C reaches the sweep, which lets its trials save.
-                start_new_session=True,
-                # A trial that outlives a killed sweep keeps its claim.
-                pass_fds=(self.claim.lock.fileno(),) if self.claim else (),
-            )
+            environment = {
+                **environment,
+                "WANDB_RUN_ID": self.run_id,
+                "WANDB_SWEEP_PARAM_PATH": str(typed),
+                BASE_SCORES: str(self.folder.parent / "base_scores"),
+            }
+            # A trial that outlives a killed sweep keeps its claim.
+            kept = (self.claim.lock.fileno(),) if self.claim else ()
+            if server is not None:
+                self.process = server.start(words, environment, log.fileno(), kept)
+            else:
+                self.process = subprocess.Popen(
+                    words,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    # A group of its own: Ctrl-C reaches the sweep, which lets its trials save.
+                    start_new_session=True,
+                    pass_fds=kept,
+                )
         self.state, self.early, self.problem = "running", None, None
 
     def write_values(self, arguments: Mapping[str, Any]) -> None:

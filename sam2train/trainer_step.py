@@ -3,7 +3,8 @@
 With several processes: sums of gradients and scalars, random numbers, and the same files to begin
 with; with one process all of it is that process's own. The gradient audit: what each trained module
 got, why a listed one got nothing, and which temporal rows stay untrained. A step that is not
-finite: what was bad first, and a file with all that it was made of."""
+finite: what was bad first, and a file with all that it was made of.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +28,8 @@ from sam2train.model import SAM2Model
 from sam2train.pretrained import MEMORY, MODULES, match_parameters, selects
 from sam2train.prompts import PROMPTS
 from sam2train.run_folder import RunFolder
+
+# Several processes
 
 
 def sum_step(
@@ -132,6 +135,8 @@ def clips_before(
         raise UserError(f"--resume {path}: {text}; keep {before}, or start a new run")
     return clips, [f"{text}. These two settings may change to keep {before}"]
 
+
+# The gradient audit
 
 # Parameters that SAM 2 reads in some cases only; see its `SAM2Base`.
 _READ_WHEN = {
@@ -326,6 +331,9 @@ def has_tracked_frame(batch: BatchedVideoDatapoint) -> bool:
         for prompts, length in zip(batch.prompts, lengths, strict=True)
         for prompt in prompts
     )
+
+
+# A step that is not finite
 
 
 def not_finite(

@@ -33,6 +33,7 @@ last.parent.mkdir(parents=True, exist_ok=True)
 names = ("OMP_NUM_THREADS", "WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_PROJECT", "WANDB_MODE")
 call = {"words": words, "from": done, "env": {n: os.environ.get(n) for n in names}}
 call["began"] = time.time()
+slow = float(Path("slow").read_text()) if Path("slow").exists() else 0
 seed = int(dict(w.removeprefix("--").split("=", 1) for w in words if "=" in w)["trainer.seed"])
 
 def end(status, code):
@@ -55,8 +56,8 @@ while done < 4:
     row = {"step": done, "seconds": 1.0 * done, "val/J_and_F": 0.1 * done + 0.01 * seed}
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\\n")
-    if Path("slow").exists() and done == 2:
-        time.sleep(float(Path("slow").read_text()))
+    if slow and done == 2:
+        time.sleep(slow)
 end("finished", 0)
 """
 

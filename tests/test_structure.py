@@ -51,7 +51,7 @@ GROUPS = {
     },
     "reports": {
         *("results", "ablation", "compare", "figures"),
-        *("sweep", "sweep_trials", "sweep_claims", "sweep_file", "sweep_search"),
+        *("sweep", "sweep_trials", "sweep_claims", "sweep_file", "sweep_search", "sweep_server"),
     },
     "speed": {
         *("speed", "speed_clock", "speed_step", "speed_data"),

@@ -73,8 +73,9 @@ class TestRunning:
     def test_a_trial_that_cannot_start_does_not_stop_the_others(self, small, capsys, monkeypatch):
         real = Trial.start
 
-        def start(trial, command, environment):
-            real(trial, ["no-such-program"] if trial.name == "002" else command, environment)
+        def start(trial, command, environment, server):
+            missing = [command[0], "no-such-program"]
+            real(trial, missing if trial.name == "002" else command, environment, server)
 
         monkeypatch.setattr(Trial, "start", start)
         assert run(small(SEEDS)) == 1
@@ -126,7 +127,7 @@ class TestRunning:
         "last", ["null", "NaN", "Infinity", "-Infinity", '"high"', "[]", "true"]
     )
     def test_a_result_that_is_no_number_is_not_ranked(self, small, capsys, last):
-        code = 'if Path("slow").exists()'
+        code = "if slow and done == 2"
         write = (
             "if seed == 2 and done == 4:\n"
             f'        last_row = \'{{"step": 5, "val/J_and_F": {last}}}\'\n'
@@ -300,8 +301,9 @@ class TestStopping:
 import sys
 from pathlib import Path
 from rich.console import Console
-from sam2train import sweep, sweep_file, sweep_trials
+from sam2train import sweep, sweep_file, sweep_server
 
+sweep_server.PRELOADED = ()
 sweep_file.REPOSITORY = Path("program").resolve()
 sweep.POLL = sweep.LOOK = 0.02
 sys.exit(sweep.run_sweep(Path("small-sweep.yaml"), jobs=2, console=Console(width=200)))

@@ -15,6 +15,7 @@ from small_sweep import SEEDS, calls, results, run
 from sam2train import sweep_claims
 from sam2train.errors import UserError
 from sam2train.sweep_claims import CLAIMS, claim_trial, is_claimed, record_lock
+from sam2train.sweep_trials import LOG
 
 FORK = multiprocessing.get_context("fork")
 
@@ -128,12 +129,11 @@ def test_the_trial_of_a_dead_process_is_taken_over(small):
 
 
 def processes_of(folder):
-    """The numbers of the trials that this test runs in a folder; other tests have such folders."""
+    """The numbers of the trials that this test runs in a folder, by the log they print to."""
     found = []
     for process in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            words = (process / "cmdline").read_bytes().split(b"\0")
-            if str(folder).encode() in words and (process / "cwd").resolve() == Path.cwd():
+            if (process / "fd" / "1").resolve() == (folder / LOG).resolve():
                 found.append(int(process.name))
     return found
 
