@@ -162,7 +162,18 @@ class Evaluation:
     # -- parts ----------------------------------------------------------------------------------
 
     def _contender(self, key: str, label: str, step: int, model: SAM2Model) -> Contender:
-        return Contender(key, label, step, partial(track_video, model, bf16=self.bf16), model)
+        return Contender(
+            key,
+            label,
+            step,
+            partial(
+                track_video,
+                model,
+                bf16=self.bf16,
+                admission=self.experiment.evaluation.memory_admission,
+            ),
+            model,
+        )
 
     @contextmanager
     def record(self) -> Iterator[dict[str, Any]]:
@@ -182,6 +193,7 @@ class Evaluation:
                 "split": self.split,
                 "frame_policy": rules.frame_policy,
                 "void": rules.void,
+                "memory_admission": rules.memory_admission.name,
                 "prompt_types": list(rules.prompt_types or self.experiment.dataset.prompt_types),
                 "seed": self.experiment.trainer.seed,
                 "evaluation_seed": self.experiment.prompts_seed,
@@ -279,7 +291,7 @@ class Evaluation:
 MATRIX_COLUMNS = (
     *("step", "split", "model", "prompt", "clicks", "noise"),
     *MEANS,
-    *("num_objects", "num_not_scored", "frame_policy", "void"),
+    *("num_objects", "num_not_scored", "frame_policy", "void", "memory_admission"),
     # J&F minus that of the same prompt without noise, with its interval over videos
     *("change", "change_low", "change_high"),
 )
@@ -441,6 +453,7 @@ def _matrix_row(
     row |= {"prompt": cell.prompt, "clicks": cell.clicks, "noise": cell.noise}
     rules = evaluation.experiment.evaluation
     row |= scores.means | {"frame_policy": rules.frame_policy, "void": rules.void}
+    row["memory_admission"] = rules.memory_admission.name
     apart = None if scores is clean else difference(clean, scores)
     told = apart is not None and apart.known  # no difference without its interval
     changes = (apart.value, apart.low, apart.high) if told else (None, None, None)

@@ -125,6 +125,7 @@ TEXTS = {
     "object_id",
     "frame_policy",
     "void",
+    "memory_admission",
     "prompt",
 }
 
