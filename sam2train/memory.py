@@ -142,10 +142,11 @@ class MemoryBank:
         return MemoryBank(dict(self.conditioning), dict(self.tracked))
 
     def by_rank(self, frame_idx: int) -> MemoryBank:
-        """The bank as if its tracked memories were of the frames just before `frame_idx`."""
-        newest_first = sorted(self.tracked, reverse=True)
-        tracked = {frame_idx - 1 - k: self.tracked[t] for k, t in enumerate(newest_first)}
-        return MemoryBank(dict(self.conditioning), tracked)
+        """The bank as if its memories of earlier frames were of those just before `frame_idx`; a
+        conditioning frame among them keeps its place, as nothing else is read there."""
+        earlier = [t for t in (*self.conditioning, *self.tracked) if t < frame_idx]
+        place = {t: frame_idx - 1 - k for k, t in enumerate(sorted(earlier, reverse=True))}
+        return MemoryBank(dict(self.conditioning), {place[t]: m for t, m in self.tracked.items()})
 
     def detach(self) -> None:
         """Cut the graph: later frames read the memories, no gradient flows into them."""
