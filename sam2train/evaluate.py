@@ -333,6 +333,25 @@ def track_frames(
         model.train(was_training)
 
 
+@torch.inference_mode()
+def segment_frame(
+    model: SAM2Model, dataset: ClipDataset, video: Video, prompt: Prompt, *, bf16: bool = False
+) -> np.ndarray:
+    """(H, W) bool at the model's input size: its answer on the prompted frame."""
+    was_training = model.training
+    model.eval()
+    try:
+        t = prompt["frame_index"]
+        frame = dataset.read_frame(video, t, dataset.image_size)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            features = model.encode_images(normalise(frame[None]), image_keys(frame[None]))
+            # A video that ends on the prompted frame.
+            (output,) = track_clip(model.sam2, lambda _: features, t + 1, {t: [prompt]})
+        return (output.mask_logits[0] > 0).cpu().numpy()
+    finally:
+        model.train(was_training)
+
+
 def _same_frames(
     prompts: Sequence[Prompt], *, together: bool = True
 ) -> list[dict[int, list[Prompt]]]:

@@ -93,6 +93,11 @@ class EvaluationConfig(Section):
     max_frames: int | None = Field(
         None, ge=2, description="labelled ones of each video, the first so many"
     )
+    attributes: str | None = Field(
+        None,
+        description="a CSV of video, object, attribute, by which --evaluate prints J&F as well; "
+        "null: attributes.csv beside the data, where it is",
+    )
     num_overlays: int = Field(3, ge=0, description="videos drawn at each evaluation")
 
 

@@ -36,6 +36,7 @@ GROUPS = {
     },
     "scores": {
         *("metrics", "evaluate", "scores", "pictures", "score_pictures", "video_files"),
+        "attributes",
     },
     "runs": {
         *("experiment", "runlog", "runlog_wandb", "checkpoint", "probe", "export"),
