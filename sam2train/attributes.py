@@ -18,9 +18,9 @@ from sam2train.files import read_regular_file, resolve_path
 from sam2train.machine import cell
 from sam2train.scores import Scores, difference
 
-FILE_NAME = "attributes.csv"
+ATTRIBUTES_FILE = "attributes.csv"
 ATTRIBUTE_COLUMNS = ("attribute", "model", "J_and_F", "num_objects", "num_videos")
-_EXPECTED = (
+_EXPECTED_TABLE = (
     "expected a CSV with the columns video and attribute, and object where not all objects of the "
     "video have it"
 )
@@ -43,20 +43,22 @@ def find_attributes(setting: str | None, data_path: str) -> Attributes | None:
     """
     if setting is None:
         data = resolve_path(data_path)
-        path = (data if data.is_dir() else data.parent) / FILE_NAME
+        path = (data if data.is_dir() else data.parent) / ATTRIBUTES_FILE
         if not path.is_file():
             return None
     else:
         path = resolve_path(setting)
-    text = read_regular_file(path, _EXPECTED).decode("utf-8-sig", "replace")
+    text = read_regular_file(path, _EXPECTED_TABLE).decode("utf-8-sig", "replace")
     reader = csv.DictReader(io.StringIO(text))
     missing = {"video", "attribute"} - set(reader.fieldnames or ())
     if missing:
-        raise UserError(f"{path}: no column {' and '.join(sorted(missing))}; {_EXPECTED}")
+        raise UserError(f"{path}: no column {' and '.join(sorted(missing))}; {_EXPECTED_TABLE}")
     members: dict[str, set[tuple[str, str]]] = {}
     for number, row in enumerate(reader, start=2):
         if not row["video"] or not row["attribute"]:
-            raise UserError(f"{path}: line {number} has no video or no attribute; {_EXPECTED}")
+            raise UserError(
+                f"{path}: line {number} has no video or no attribute; {_EXPECTED_TABLE}"
+            )
         who = row["video"].strip(), (row.get("object") or "").strip()
         members.setdefault(row["attribute"].strip(), set()).add(who)
     return Attributes(path, members)
@@ -75,8 +77,8 @@ def _with_attribute(scores: Scores, members: set[tuple[str, str]]) -> list[dict[
 def scores_by_attribute(
     models: Sequence[Scores], attributes: Attributes
 ) -> tuple[list[dict[str, Any]], Table]:
-    """Rows with ATTRIBUTE_COLUMNS, and a table of the same with the differences of the first model to each
-    other.
+    """Rows with ATTRIBUTE_COLUMNS, and a table of the same with the differences of the first model
+    to each other.
 
     Raises:
         UserError: the CSV names no object that was scored.
@@ -115,7 +117,7 @@ def scores_by_attribute(
         known = sorted({str(row["video_id"]) for row in models[0].objects})
         raise UserError(
             f"{attributes.path} names no object that was scored, such as object "
-            f"{models[0].objects[0]['object_id']} of video {known[0]}; {_EXPECTED}"
+            f"{models[0].objects[0]['object_id']} of video {known[0]}; {_EXPECTED_TABLE}"
         )
     table.caption = (
         f"objects in videos, of {attributes.path}; an object may have several attributes"
