@@ -39,7 +39,15 @@ GROUPS = {
         "attributes",
     },
     "runs": {
-        *("experiment", "runlog", "runlog_wandb", "checkpoint", "probe", "export"),
+        *(
+            "experiment",
+            "runlog",
+            "runlog_wandb",
+            "checkpoint",
+            "probe",
+            "export",
+            "export_transformers",
+        ),
         *("trainer", "trainer_step", "run_scores", "training_run", "eval_checkpoint", "predict"),
     },
     "reports": {
