@@ -196,6 +196,7 @@ class Trainer:
                     "data": self.fingerprints,
                     "frame_policy": self.experiment.evaluation.frame_policy,
                     "void": self.experiment.evaluation.void,
+                    "memory_admission": self.experiment.evaluation.memory_admission.name,
                     "evaluation_seed": self.experiment.prompts_seed,
                     "warnings": warnings,
                 }

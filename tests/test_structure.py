@@ -36,9 +36,18 @@ GROUPS = {
     },
     "scores": {
         *("metrics", "evaluate", "scores", "pictures", "score_pictures", "video_files"),
+        "attributes",
     },
     "runs": {
-        *("experiment", "runlog", "runlog_wandb", "checkpoint", "probe", "export"),
+        *(
+            "experiment",
+            "runlog",
+            "runlog_wandb",
+            "checkpoint",
+            "probe",
+            "export",
+            "export_transformers",
+        ),
         *("trainer", "trainer_step", "run_scores", "training_run", "eval_checkpoint", "predict"),
     },
     "reports": {
