@@ -52,7 +52,7 @@ GROUPS = {
     },
     "reports": {
         *("results", "ablation", "compare", "figures"),
-        *("sweep", "sweep_trials", "sweep_claims", "sweep_file", "sweep_search", "sweep_server"),
+        *("sweep", "sweep_trials", "sweep_file", "sweep_search", "sweep_processes"),
     },
     "speed": {
         *("speed", "speed_clock", "speed_step", "speed_data"),
