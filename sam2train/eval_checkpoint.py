@@ -169,7 +169,7 @@ class Evaluation:
                 track_video,
                 model,
                 bf16=self.bf16,
-                admission=self.experiment.evaluation.memory_admission,
+                rules=self.experiment.evaluation,
             ),
             model,
         )
@@ -193,6 +193,7 @@ class Evaluation:
                 "frame_policy": rules.frame_policy,
                 "void": rules.void,
                 "memory_admission": rules.memory_admission.name,
+                "predictor_defaults": rules.predictor_defaults,
                 "prompt_types": list(rules.prompt_types or self.experiment.dataset.prompt_types),
                 "seed": self.experiment.trainer.seed,
                 "evaluation_seed": self.experiment.prompts_seed,

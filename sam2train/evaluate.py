@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -215,7 +216,7 @@ def track_video(
     prompts: list[Prompt],
     *,
     bf16: bool = False,
-    admission: MemoryAdmission | None = None,
+    rules: EvaluationConfig | None = None,
 ) -> Iterator[TrackedFrame]:
     """Masks at the video's own size, frame by frame; where objects overlap, the one of the highest
     logit has the pixel.
@@ -225,7 +226,7 @@ def track_video(
     begin = min((prompt["frame_index"] for prompt in prompts), default=len(video.frames))
     yield from itertools.repeat(TrackedFrame({}, {}), begin)
     for _, object_ids, current in track_frames(
-        model, dataset, video, prompts, bf16=bf16, admission=admission
+        model, dataset, video, prompts, bf16=bf16, rules=rules
     ):
         logits = current["low_res_logits"][:, None]
         resized = F.interpolate(logits, video.size, mode="bilinear", align_corners=False)
@@ -258,6 +259,37 @@ def copy_first_mask(
 _STREAMED = ("low_res_logits", "object_score_logits", "iou_predictions")
 
 
+# What `build_sam2_video_predictor` turns on, and training never has: a clicked mask enters the memory
+# as a binary one, and where the decoder's single mask is not stable the best of three replaces it.
+# It also fills holes of up to 8 pixels, with an extension that is compiled for CUDA: left out here.
+_PREDICTOR_DEFAULTS = {
+    "binarize_mask_from_pts_for_mem_enc": True,
+    "sam_mask_decoder.dynamic_multimask_via_stability": True,
+    "sam_mask_decoder.dynamic_multimask_stability_delta": 0.05,
+    "sam_mask_decoder.dynamic_multimask_stability_thresh": 0.98,
+}
+
+
+@contextmanager
+def evaluating(model: SAM2Model, rules: EvaluationConfig | None = None) -> Iterator[None]:
+    """The model in eval mode, with the predictor's defaults where the rules ask for them; all as
+    before at the end."""
+    was_training, before = model.training, []
+    model.eval()
+    try:
+        if rules is not None and rules.predictor_defaults:
+            for path, value in _PREDICTOR_DEFAULTS.items():
+                parent, _, name = path.rpartition(".")
+                module = model.sam2.get_submodule(parent)
+                before.append((module, name, getattr(module, name)))
+                setattr(module, name, value)
+        yield
+    finally:
+        model.train(was_training)
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
 @torch.inference_mode()
 def track_frames(
     model: SAM2Model,
@@ -266,7 +298,7 @@ def track_frames(
     prompts: list[Prompt],
     *,
     bf16: bool = False,
-    admission: MemoryAdmission | None = None,
+    rules: EvaluationConfig | None = None,
 ) -> Iterator[tuple[int, list[int | str], dict[str, Any]]]:
     """Stream a video: frame, the n objects prompted so far, and of them `low_res_logits`
     (n, H / 4, W / 4), `object_score_logits` (n, 1) and `iou_predictions` (n,), float32.
@@ -275,12 +307,13 @@ def track_frames(
     the memories of all of these, later ones too. Such a later frame is encoded twice.
 
     Args:
-        admission: which tracked frames may enter the memory. Objects then have a memory each and
-            are tracked one by one, which takes longer; None or one without limits admits all.
+        rules: `memory_admission` and `predictor_defaults` of these count here; None has neither.
+            With limits on what enters the memory, objects have a memory each and are tracked one by
+            one, which takes longer.
     """
-    limited = admission is not None and admission.name != MemoryAdmission().name
-    was_training = model.training
-    model.eval()
+    rules = rules or EvaluationConfig()
+    admission = rules.memory_admission
+    limited = admission.name != MemoryAdmission().name
     num_frames = len(video.frames)
     trackers: list[tuple[list[int | str], Iterator[FrameOutput]]] = []
     current: tuple[int, ImageFeatures | None] = (-1, None)
@@ -313,7 +346,7 @@ def track_frames(
                 early[output.frame_idx] = {name: getattr(output, name) for name in _STREAMED}
             yield early.pop(t)
 
-    try:
+    with evaluating(model, rules):
         groups = _same_frames(prompts, together=not limited)
         first = min((t for group in groups for t in group), default=num_frames)
         # All groups of objects advance together.
@@ -329,8 +362,6 @@ def track_frames(
                 [o for object_ids, _ in trackers for o in object_ids],
                 {name: torch.cat([out[name].float() for out in outputs]) for name in _STREAMED},
             )
-    finally:
-        model.train(was_training)
 
 
 @torch.inference_mode()
@@ -338,9 +369,7 @@ def segment_frame(
     model: SAM2Model, dataset: ClipDataset, video: Video, prompt: Prompt, *, bf16: bool = False
 ) -> np.ndarray:
     """(H, W) bool at the model's input size: its answer on the prompted frame."""
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         t = prompt["frame_index"]
         frame = dataset.read_frame(video, t, dataset.image_size)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
@@ -348,8 +377,6 @@ def segment_frame(
             # A video that ends on the prompted frame.
             (output,) = track_clip(model.sam2, lambda _: features, t + 1, {t: [prompt]})
         return (output.mask_logits[0] > 0).cpu().numpy()
-    finally:
-        model.train(was_training)
 
 
 def _same_frames(

@@ -93,6 +93,12 @@ class EvaluationConfig(Section):
     max_frames: int | None = Field(
         None, ge=2, description="labelled ones of each video, the first so many"
     )
+    predictor_defaults: bool = Field(
+        False,
+        description="score with what SAM 2's deployed predictor turns on and training never has: "
+        "clicked masks enter the memory binarised, and the best of three masks replaces one that "
+        "is not stable",
+    )
     attributes: str | None = Field(
         None,
         description="a CSV of video, object, attribute, by which --evaluate prints J&F as well; "

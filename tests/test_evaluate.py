@@ -28,7 +28,7 @@ from sam2train.evaluate import (
     track_videos,
 )
 from sam2train.memory import MemoryBank
-from sam2train.metrics import MemoryAdmission, mean_scores, measure
+from sam2train.metrics import mean_scores, measure
 from sam2train.model import SAM2Model
 from sam2train.scores import score
 
@@ -121,8 +121,8 @@ def test_limits_of_the_memory_apply_to_each_object_and_stand_beside_its_scores(m
     prompts = first_prompts(data, video, np.random.default_rng(0))
 
     def logits(**limits):
-        admission = MemoryAdmission(**limits)
-        frames = track_frames(model, data, video, prompts, admission=admission)
+        rules = EvaluationConfig(memory_admission=limits)
+        frames = track_frames(model, data, video, prompts, rules=rules)
         return torch.stack([tensors["low_res_logits"] for _, _, tensors in frames])
 
     free, none = logits(), logits(min_object_score=1e9)
@@ -131,7 +131,7 @@ def test_limits_of_the_memory_apply_to_each_object_and_stand_beside_its_scores(m
     # With the prompted frame alone in memory, a frame does not depend on those between.
     assert torch.equal(none[:2], logits(min_predicted_iou=1.0)[:2])
     config = EvaluationConfig(memory_admission={"min_predicted_iou": 0.75, "min_object_score": 0})
-    track = partial(track_video, model, admission=config.memory_admission)
+    track = partial(track_video, model, rules=config)
     rows = score(track, data, config, split="val", model="base", step=0, seed=0).objects
     assert {row["memory_admission"] for row in rows} == {"score>=0 iou>=0.75"}
 
