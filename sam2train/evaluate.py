@@ -259,9 +259,10 @@ def copy_first_mask(
 _STREAMED = ("low_res_logits", "object_score_logits", "iou_predictions")
 
 
-# What `build_sam2_video_predictor` turns on, and training never has: a clicked mask enters the memory
-# as a binary one, and where the decoder's single mask is not stable the best of three replaces it.
-# It also fills holes of up to 8 pixels, with an extension that is compiled for CUDA: left out here.
+# What `build_sam2_video_predictor` turns on, and training never has: a clicked mask enters the
+# memory as a binary one, and where the decoder's single mask is not stable the best of three
+# replaces it. It also fills holes of up to 8 pixels, with an extension that is compiled for CUDA:
+# left out here.
 _PREDICTOR_DEFAULTS = {
     "binarize_mask_from_pts_for_mem_enc": True,
     "sam_mask_decoder.dynamic_multimask_via_stability": True,
