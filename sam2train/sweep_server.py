@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,16 +154,17 @@ def serve(place: int, modules: Sequence[str]) -> None:
         with contextlib.suppress(ImportError):  # the trial that needs it says so
             importlib.import_module(name)
     gc.freeze()  # what was imported is not looked through again, and stays shared
-    words = _fork_trials(socket.socket(fileno=place))
+    words = _fork_trials(socket.socket(fileno=place), handlers.keys())
     if words is not None:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, handlers)
         sys.argv = words[1:]
         sys.path[0] = str(Path(words[1]).resolve().parent)
         runpy.run_path(words[1], run_name="__main__")
 
 
-def _fork_trials(requests: socket.socket) -> list[str] | None:
+def _fork_trials(requests: socket.socket, stopping: Collection[int]) -> list[str] | None:
     """Returns the words of its program in a process that was forked, None in the server's own when
     nobody is left to ask."""
     running: dict[int, int] = {}  # process -> where to tell how it ended
@@ -177,6 +178,8 @@ def _fork_trials(requests: socket.socket) -> list[str] | None:
             while len(message) < size and (part := requests.recv(size - len(message))):
                 message += part
             status, output, *kept = descriptors
+            # What is sent to the child before it has its own handlers waits for them.
+            signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of threads: those of libraries sleep
                 child = os.fork()
@@ -185,6 +188,7 @@ def _fork_trials(requests: socket.socket) -> list[str] | None:
                 for other in (status, *running.values()):
                     os.close(other)
                 return _become(json.loads(message), output)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, stopping)
             running[child] = status
             with contextlib.suppress(BrokenPipeError):  # the sweep was killed
                 os.write(status, f"{child}\n".encode())

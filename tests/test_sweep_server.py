@@ -77,6 +77,10 @@ class TestProcess:
             process.wait(0.2)
         process.terminate()
         assert process.wait(30) == -signal.SIGTERM
+        for _ in range(5):  # before it has begun
+            process = start(server, tmp_path, "import time; time.sleep(60)")
+            process.terminate()
+            assert process.wait(30) == -signal.SIGTERM
 
     def test_a_signal_to_the_job_does_not_end_the_server(self, server, tmp_path):
         start(server, tmp_path, "").wait(30)  # it listens
