@@ -7,9 +7,13 @@ follows the objects of a video (`TrackedVideo`), `scores.score` makes a table of
 from __future__ import annotations
 
 import itertools
+import threading
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent import futures
 from dataclasses import dataclass, field, replace
 from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -18,7 +22,8 @@ import torch.nn.functional as F
 
 from sam2train.clips import Prompt
 from sam2train.data_clips import ClipDataset
-from sam2train.data_source import Video
+from sam2train.data_source import FRAME_TIMEOUT, Video
+from sam2train.errors import MachineFault
 from sam2train.memory import FrameOutput, ImageFeatures, track_clip
 from sam2train.metrics import (
     EvaluationConfig,
@@ -38,6 +43,9 @@ from sam2train.transforms import image_keys, normalise, stack_frames
 _PROMPT_STREAM = (1,)
 # Frames that are encoded at once where none is kept, as large products are faster. A guess.
 _ENCODED_TOGETHER = 4
+# Pieces of `_ENCODED_TOGETHER` frames, or single ones, that are decoded while others are tracked,
+# and frames that wait to be measured. More would not help where one of these is the slowest.
+_AHEAD, _BEHIND = 2, 2
 
 
 @dataclass(frozen=True)
@@ -117,24 +125,99 @@ def track_videos(
             continue
         rng = np.random.default_rng(np.random.SeedSequence([seed, index], spawn_key=_PROMPT_STREAM))
         prompts = draw_prompts(dataset, video, rng)
-        labelled = set(video.labelled)
         measures: dict[int | str, list[Measures]] = {o: [] for o in video.object_ids}
         object_scores: dict[int | str, np.ndarray] = {}
-        for t, frame in enumerate(track(dataset, video, prompts)):
-            seen = _see(dataset, video, prompts, t, frame, config.void)
-            ignore = None if seen.ignore is None else seen.ignore[None]
-            for object_id, of_object in measures.items() if t in labelled else ():
-                pair = seen.prediction[object_id][None], seen.ground_truth[object_id][None]
-                of_object.append(measure(*pair, ignore=ignore))
-            for object_id, value in frame.object_scores.items():
-                if object_id not in object_scores:
-                    object_scores[object_id] = np.full(len(video.frames), np.nan, np.float32)
-                object_scores[object_id][t] = value
-            if on_frame is not None:
-                on_frame(index, seen)
+        see = None if on_frame is None else partial(on_frame, index)
+        labelled = set(video.labelled)
+        look = partial(_look, dataset, video, prompts, config.void, labelled, measures, see)
+        with _Aside(_BEHIND) as scorer:
+            for t, frame in enumerate(track(dataset, video, prompts)):
+                scorer.do(partial(look, t, frame))
+                for object_id, value in frame.object_scores.items():
+                    if object_id not in object_scores:
+                        object_scores[object_id] = np.full(len(video.frames), np.nan, np.float32)
+                    object_scores[object_id][t] = value
+                while scorer.is_full:
+                    scorer.next_result()
+            while scorer.waiting:
+                scorer.next_result()
         joined = {o: join(parts) for o, parts in measures.items()}
         scored = score_labelled(video, joined, config.frame_policy)
         yield TrackedVideo(video, prompts, joined, scored, object_scores)
+
+
+class _Aside:
+    """A thread that does one piece of work after the other while this one goes on: it decodes the
+    next frames, and measures those before. Results come in order, errors with them.
+
+    Args:
+        most: pieces that may wait, so that a video of any length takes no more memory.
+    """
+
+    def __init__(self, most: int):
+        self.waiting: deque[futures.Future] = deque()
+        self._most, self._tasks = most, SimpleQueue()
+        # Not one that Python waits for at its end: a disk that does not answer would hold it up.
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> _Aside:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for task in self.waiting:
+            task.cancel()
+        self._tasks.put(None)
+        self._thread.join(FRAME_TIMEOUT)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.waiting) >= self._most
+
+    def do(self, work: Callable[[], Any]) -> None:
+        task: futures.Future = futures.Future()
+        self.waiting.append(task)
+        self._tasks.put((task, work))
+
+    def next_result(self) -> Any:
+        """Of the work that was given first; MachineFault where that takes too long."""
+        try:
+            return self.waiting.popleft().result(FRAME_TIMEOUT)
+        except futures.TimeoutError:
+            raise MachineFault(
+                f"a frame was not read or measured after {FRAME_TIMEOUT:g} s; does the disk with "
+                "the data answer?"
+            ) from None
+
+    def _run(self) -> None:
+        while (given := self._tasks.get()) is not None:
+            task, work = given
+            if task.set_running_or_notify_cancel():
+                try:
+                    task.set_result(work())
+                except BaseException as error:
+                    task.set_exception(error)
+
+
+def _look(
+    dataset: ClipDataset,
+    video: Video,
+    prompts: list[Prompt],
+    void: VoidRule,
+    labelled: Collection[int],
+    measures: Mapping[int | str, list[Measures]],
+    see: Callable[[SeenFrame], None] | None,
+    t: int,
+    frame: TrackedFrame,
+) -> None:
+    """Measure a frame if it is labelled, and show it."""
+    seen = _see(dataset, video, prompts, t, frame, void)
+    ignore = None if seen.ignore is None else seen.ignore[None]
+    for object_id, of_object in measures.items() if t in labelled else ():
+        pair = seen.prediction[object_id][None], seen.ground_truth[object_id][None]
+        of_object.append(measure(*pair, ignore=ignore))
+    if see is not None:
+        see(seen)
 
 
 def _end(video: Video, max_frames: int | None) -> int:
@@ -332,10 +415,19 @@ def _encode_frames(
 ) -> Iterator[tuple[int, ImageFeatures]]:
     """Frames with their features: some encoded together, or each as the feature cache has it."""
     together = 1 if model.caches_features else _ENCODED_TOGETHER
-    for begin in range(frames.start, frames.stop, together):
-        places = range(begin, min(begin + together, frames.stop))
+    pieces = [frames[k : k + together] for k in range(0, len(frames), together)]
+
+    def read(places: range) -> tuple[torch.Tensor, list[str]]:
         images = stack_frames([dataset.read_frame(video, t, dataset.image_size) for t in places])
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            features = model.encode_images(normalise(images), image_keys(images))
-        for place, t in enumerate(places):
-            yield t, features.select(torch.tensor([place], device=model.device))
+        return normalise(images), image_keys(images)
+
+    with _Aside(_AHEAD) as reader:
+        given = iter(pieces)
+        for places in pieces:
+            while not reader.is_full and (following := next(given, None)) is not None:
+                reader.do(partial(read, following))
+            images, keys = reader.next_result()
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+                features = model.encode_images(images, keys)
+            for place, t in enumerate(places):
+                yield t, features.select(torch.tensor([place], device=model.device))
