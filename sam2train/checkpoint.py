@@ -20,7 +20,7 @@ from sam2train.errors import UserError
 from sam2train.experiment import Experiment, base_hash
 from sam2train.files import check_unpacked_size, file_hash, read_end, replacing
 from sam2train.model import SAM2Model
-from sam2train.pretrained import load_weights
+from sam2train.pretrained import is_safetensors, load_weights
 from sam2train.run_folder import RunFolder
 
 FORMAT = 2  # 1 had no digest
@@ -193,6 +193,8 @@ def _read(path: Path) -> Any:
     try:
         if _is_sealed(path):
             _prove(path)
+        if is_safetensors(path):
+            return None  # another program's weights
         check_unpacked_size(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except (UserError, PermissionError):

@@ -196,11 +196,7 @@ class Settings(Command):
 
     group, flag = "Look first", "--settings"
     section: str | None = operand(nargs="?", metavar="SECTION")
-    write: bool = option(
-        "--write",
-        "write experiments/SETTINGS.md and settings.schema.json anew",
-        False,
-    )
+    write: bool = option("--write", "write SETTINGS.md and settings.schema.json anew", False)
 
     def run(self) -> int:
         from sam2train.experiment import settings_page, settings_schema, settings_text
@@ -391,18 +387,23 @@ class Predict(FileCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class Export(FileCommand):
-    """Write the checkpoint of a run as a file that SAM 2 itself loads."""
+    """Write the checkpoint of a run for other programs: OUT.pt or OUT.safetensors for SAM 2, any
+    other OUT is a folder for transformers, with a model card."""
 
     group, flag = "Score and export a checkpoint", "--export"
-    paths: Sequence[Path] = operand(type=Path, nargs=2, metavar=("CHECKPOINT", "OUT.pt"))
+    paths: Sequence[Path] = operand(type=Path, nargs=2, metavar=("CHECKPOINT", "OUT"))
     half: bool = option("--half", "in half precision", False)
+    push: str | None = option(
+        "--push", "upload the folder to huggingface.co", type=str, metavar="ORG/NAME"
+    )
 
     def run(self) -> int:
         experiment = self.experiment()
         from sam2train.export import export_checkpoint
 
         source, target = self.paths
-        export_checkpoint(experiment, source, target, half=self.half, console=_console())
+        how = {"half": self.half, "push": self.push}
+        export_checkpoint(experiment, source, target, console=_console(), **how)
         return 0
 
 

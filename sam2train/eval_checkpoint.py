@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from sam2train import distributed
+from sam2train.attributes import ATTRIBUTE_COLUMNS, find_attributes, scores_by_attribute
 from sam2train.checkpoint import Loaded, load_checkpoint
 from sam2train.clips import Prompt, boundary_distance
 from sam2train.config import to_yaml
@@ -24,12 +24,11 @@ from sam2train.data_report import shared_split_warning
 from sam2train.data_source import Video
 from sam2train.datasets import build_dataset
 from sam2train.errors import UserError
-from sam2train.evaluate import SeenFrame, TrackedVideo, first_views, track_video
+from sam2train.evaluate import SeenFrame, TrackedVideo, first_views, segment_frame, track_video
 from sam2train.experiment import Experiment, base_hash, build_model, uses_bf16
 from sam2train.files import replacing, write_rows, write_text
 from sam2train.machine import cell as table_cell
 from sam2train.machine import count_bar, say
-from sam2train.memory import track_clip
 from sam2train.metrics import BASE, COPY, TRAINED
 from sam2train.model import SAM2Model
 from sam2train.prompts import PROMPTS, PromptGenerator, mask_to_box, move_point, type_of
@@ -47,7 +46,6 @@ from sam2train.scores import (
     numbers,
     scores_table,
 )
-from sam2train.transforms import image_keys, normalise
 from sam2train.video_files import MaskFolder
 
 SplitName = Literal["val", "test"]
@@ -91,6 +89,7 @@ class Evaluation:
                 f"dataset.{split}_path is null; name the videos to score, or take --split "
                 f"{'test' if split == 'val' else 'val'}"
             )
+        self.attributes = find_attributes(experiment.evaluation.attributes, path)
         sections = experiment.dataset, experiment.augment, experiment.clips_seed
         self.data: ClipDataset = build_dataset(*sections, path, training=False, say=self._say)
         model = build_model(experiment, self._say)
@@ -162,7 +161,18 @@ class Evaluation:
     # -- parts ----------------------------------------------------------------------------------
 
     def _contender(self, key: str, label: str, step: int, model: SAM2Model) -> Contender:
-        return Contender(key, label, step, partial(track_video, model, bf16=self.bf16), model)
+        return Contender(
+            key,
+            label,
+            step,
+            partial(
+                track_video,
+                model,
+                bf16=self.bf16,
+                rules=self.experiment.evaluation,
+            ),
+            model,
+        )
 
     @contextmanager
     def record(self) -> Iterator[dict[str, Any]]:
@@ -182,6 +192,8 @@ class Evaluation:
                 "split": self.split,
                 "frame_policy": rules.frame_policy,
                 "void": rules.void,
+                "memory_admission": rules.memory_admission.name,
+                "predictor_defaults": rules.predictor_defaults,
                 "prompt_types": list(rules.prompt_types or self.experiment.dataset.prompt_types),
                 "seed": self.experiment.trainer.seed,
                 "evaluation_seed": self.experiment.prompts_seed,
@@ -255,12 +267,16 @@ class Evaluation:
         )
         self.console.print(scores_table(title, rows))
         self.console.print(horizon_table(rows))
+        if self.attributes is not None:
+            by_attribute, table = scores_by_attribute(rows, self.attributes)
+            write_rows(self.folder.attributes, by_attribute, ATTRIBUTE_COLUMNS)
+            self.console.print(table)
         if num := main["num_not_scored"]:
             self._say(f"{num} objects have no frame to score under {policy!r}")
         of = {scores.model: scores for scores in rows}
         if BASE in of and (text := weak_base(self.experiment, of[BASE], of[COPY])):
             self._say(text)
-        self.places("scores", "horizon", "frames", "horizon_figure", "overlays")
+        self.places("scores", "attributes", "horizon", "frames", "horizon_figure", "overlays")
 
     def places(self, *names: str) -> None:
         """Say where these files of the folder are, and how to upload them."""
@@ -279,7 +295,7 @@ class Evaluation:
 MATRIX_COLUMNS = (
     *("step", "split", "model", "prompt", "clicks", "noise"),
     *MEANS,
-    *("num_objects", "num_not_scored", "frame_policy", "void"),
+    *("num_objects", "num_not_scored", "frame_policy", "void", "memory_admission"),
     # J&F minus that of the same prompt without noise, with its interval over videos
     *("change", "change_low", "change_high"),
 )
@@ -360,25 +376,6 @@ class CellPrompts:
             prompt["labels"] = np.append(prompt["labels"], np.int32(click[1]))
 
 
-@torch.inference_mode()
-def segment_frame(
-    model: SAM2Model, dataset: ClipDataset, video: Video, prompt: Prompt, *, bf16: bool = False
-) -> np.ndarray:
-    """(H, W) bool at the model's input size: its answer on the prompted frame."""
-    was_training = model.training
-    model.eval()
-    try:
-        t = prompt["frame_index"]
-        frame = dataset.read_frame(video, t, dataset.image_size)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            features = model.encode_images(normalise(frame[None]), image_keys(frame[None]))
-            # A video that ends on the prompted frame.
-            (output,) = track_clip(model.sam2, lambda _: features, t + 1, {t: [prompt]})
-        return (output.mask_logits[0] > 0).cpu().numpy()
-    finally:
-        model.train(was_training)
-
-
 def next_click(mask: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, int] | None:
     """(2,) float32 (x, y) and label: the pixel deepest inside an error; None if there is none.
 
@@ -441,6 +438,7 @@ def _matrix_row(
     row |= {"prompt": cell.prompt, "clicks": cell.clicks, "noise": cell.noise}
     rules = evaluation.experiment.evaluation
     row |= scores.means | {"frame_policy": rules.frame_policy, "void": rules.void}
+    row["memory_admission"] = rules.memory_admission.name
     apart = None if scores is clean else difference(clean, scores)
     told = apart is not None and apart.known  # no difference without its interval
     changes = (apart.value, apart.low, apart.high) if told else (None, None, None)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent import futures
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from queue import SimpleQueue
@@ -29,6 +30,7 @@ from sam2train.metrics import (
     EvaluationConfig,
     FramePolicy,
     Measures,
+    MemoryAdmission,
     VideoScores,
     VoidRule,
     join,
@@ -297,6 +299,7 @@ def track_video(
     prompts: list[Prompt],
     *,
     bf16: bool = False,
+    rules: EvaluationConfig | None = None,
 ) -> Iterator[TrackedFrame]:
     """Masks at the video's own size, frame by frame; where objects overlap, the one of the highest
     logit has the pixel.
@@ -305,7 +308,9 @@ def track_video(
     """
     begin = min((prompt["frame_index"] for prompt in prompts), default=len(video.frames))
     yield from itertools.repeat(TrackedFrame({}, {}), begin)
-    for _, object_ids, current in track_frames(model, dataset, video, prompts, bf16=bf16):
+    for _, object_ids, current in track_frames(
+        model, dataset, video, prompts, bf16=bf16, rules=rules
+    ):
         logits = current["low_res_logits"][:, None]
         resized = F.interpolate(logits, video.size, mode="bilinear", align_corners=False)
         surest, winner = resized[:, 0].max(dim=0)  # (H, W)
@@ -337,6 +342,38 @@ def copy_first_mask(
 _STREAMED = ("low_res_logits", "object_score_logits", "iou_predictions")
 
 
+# What `build_sam2_video_predictor` turns on, and training never has: a clicked mask enters the
+# memory as a binary one, and where the decoder's single mask is not stable the best of three
+# replaces it. It also fills holes of up to 8 pixels, with an extension that is compiled for CUDA:
+# left out here.
+_PREDICTOR_DEFAULTS = {
+    "binarize_mask_from_pts_for_mem_enc": True,
+    "sam_mask_decoder.dynamic_multimask_via_stability": True,
+    "sam_mask_decoder.dynamic_multimask_stability_delta": 0.05,
+    "sam_mask_decoder.dynamic_multimask_stability_thresh": 0.98,
+}
+
+
+@contextmanager
+def evaluating(model: SAM2Model, rules: EvaluationConfig | None = None) -> Iterator[None]:
+    """The model in eval mode, with the predictor's defaults where the rules ask for them; all as
+    before at the end."""
+    was_training, before = model.training, []
+    model.eval()
+    try:
+        if rules is not None and rules.predictor_defaults:
+            for path, value in _PREDICTOR_DEFAULTS.items():
+                parent, _, name = path.rpartition(".")
+                module = model.sam2.get_submodule(parent)
+                before.append((module, name, getattr(module, name)))
+                setattr(module, name, value)
+        yield
+    finally:
+        model.train(was_training)
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
 @torch.inference_mode()
 def track_frames(
     model: SAM2Model,
@@ -345,15 +382,22 @@ def track_frames(
     prompts: list[Prompt],
     *,
     bf16: bool = False,
+    rules: EvaluationConfig | None = None,
 ) -> Iterator[tuple[int, list[int | str], dict[str, Any]]]:
     """Stream a video: frame, the n objects prompted so far, and of them `low_res_logits`
     (n, H / 4, W / 4), `object_score_logits` (n, 1) and `iou_predictions` (n,), float32.
 
     An object may be prompted on several frames. As in SAM 2's predictor, every other frame reads
     the memories of all of these, later ones too. Such a later frame is encoded twice.
+
+    Args:
+        rules: `memory_admission` and `predictor_defaults` of these count here; None has neither.
+            With limits on what enters the memory, objects have a memory each and are tracked one by
+            one, which takes longer.
     """
-    was_training = model.training
-    model.eval()
+    rules = rules or EvaluationConfig()
+    admission = rules.memory_admission
+    limited = admission.name != MemoryAdmission().name
     num_frames = len(video.frames)
     trackers: list[tuple[list[int | str], Iterator[FrameOutput]]] = []
     current: tuple[int, ImageFeatures | None] = (-1, None)
@@ -365,11 +409,20 @@ def track_frames(
         everyone = torch.zeros(num_objects, dtype=torch.long, device=model.device)
         return features.select(everyone)
 
+    def admits(output: FrameOutput) -> bool:
+        return admission.admits(output.object_score_logits.item(), output.iou_predictions.item())
+
     def follow(group: Mapping[int, list[Prompt]]) -> Iterator[dict[str, torch.Tensor]]:
         """The tensors of objects that are prompted on the same frames, in the order of time."""
         begin = min(group)
         num_objects = len(group[begin])
-        outputs = track_clip(model.sam2, lambda t: features_of(t, num_objects), num_frames, group)
+        outputs = track_clip(
+            model.sam2,
+            lambda t: features_of(t, num_objects),
+            num_frames,
+            group,
+            admits=admits if limited else None,
+        )
         early: dict[int, dict[str, torch.Tensor]] = {}  # of the frames that are prompted later
         for t in range(begin, num_frames):
             while t not in early:
@@ -377,8 +430,8 @@ def track_frames(
                 early[output.frame_idx] = {name: getattr(output, name) for name in _STREAMED}
             yield early.pop(t)
 
-    try:
-        groups = _same_frames(prompts)
+    with evaluating(model, rules):
+        groups = _same_frames(prompts, together=not limited)
         first = min((t for group in groups for t in group), default=num_frames)
         # All groups of objects advance together.
         for current in _encode_frames(model, dataset, video, range(first, num_frames), bf16):
@@ -393,18 +446,35 @@ def track_frames(
                 [o for object_ids, _ in trackers for o in object_ids],
                 {name: torch.cat([out[name].float() for out in outputs]) for name in _STREAMED},
             )
-    finally:
-        model.train(was_training)
 
 
-def _same_frames(prompts: Sequence[Prompt]) -> list[dict[int, list[Prompt]]]:
-    """The objects in groups that are prompted on the same frames: frame -> a prompt for each."""
+@torch.inference_mode()
+def segment_frame(
+    model: SAM2Model, dataset: ClipDataset, video: Video, prompt: Prompt, *, bf16: bool = False
+) -> np.ndarray:
+    """(H, W) bool at the model's input size: its answer on the prompted frame."""
+    with evaluating(model):
+        t = prompt["frame_index"]
+        frame = dataset.read_frame(video, t, dataset.image_size)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            features = model.encode_images(normalise(frame[None]), image_keys(frame[None]))
+            # A video that ends on the prompted frame.
+            (output,) = track_clip(model.sam2, lambda _: features, t + 1, {t: [prompt]})
+        return (output.mask_logits[0] > 0).cpu().numpy()
+
+
+def _same_frames(
+    prompts: Sequence[Prompt], *, together: bool = True
+) -> list[dict[int, list[Prompt]]]:
+    """The objects in groups that are prompted on the same frames: frame -> a prompt for each; or
+    each object in a group of its own."""
     by_object: dict[int | str, dict[int, Prompt]] = {}
     for prompt in prompts:
         by_object.setdefault(prompt["object_id"], {})[prompt["frame_index"]] = prompt
-    groups: dict[tuple[int, ...], dict[int, list[Prompt]]] = {}
-    for own in by_object.values():
-        group = groups.setdefault(tuple(sorted(own)), {t: [] for t in sorted(own)})
+    groups: dict[Hashable, dict[int, list[Prompt]]] = {}
+    for object_id, own in by_object.items():
+        key = tuple(sorted(own)) if together else object_id
+        group = groups.setdefault(key, {t: [] for t in sorted(own)})
         for t, prompt in own.items():
             group[t].append(prompt)
     return list(groups.values())

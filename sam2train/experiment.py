@@ -87,6 +87,13 @@ class ModelConfig(Section):
         description="of the memory attention; null: as config_path says, 0.1 in SAM 2's. 0 is "
         "faster: attention with dropout has no fused code",
     )
+    memory_noise: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="in training: chance that a memory is made from a wrong mask (moved, another "
+        "object's, empty), so that the model learns to distrust its memories",
+    )
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="of random initial weights; null: trainer.seed"
     )
@@ -423,6 +430,7 @@ def build_model(experiment: Experiment, say: Callable[[str], None] = print) -> S
         memory_gradient=config.memory_gradient,
         drop_path_rate=config.drop_path_rate,
         dropout=config.dropout,
+        memory_noise=config.memory_noise,
         activation_checkpointing=experiment.trainer.activation_checkpointing,
     ).load()
     model.use_feature_cache(experiment.features, say)

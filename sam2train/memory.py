@@ -34,6 +34,8 @@ def track_clip(
     corrections: Mapping[int, Correction] | None = None,
     memory_gradient: MemoryGradient = "full",
     recompute: bool = False,
+    admits: Callable[[FrameOutput], bool] | None = None,
+    noise: float = 0.0,
 ) -> Iterator[FrameOutput]:
     """Track n objects that are prompted on the same frames.
 
@@ -46,6 +48,10 @@ def track_clip(
         memory_gradient: how far a gradient travels back through the memory; see `cuts_gradient`.
         recompute: the backward computes each of the three steps again instead of keeping what is
             inside of them: less memory, more time, the same values.
+        admits: whether the memory of a tracked frame enters the bank, for n = 1. The ones that did
+            are then read by rank: the last one as SAM 2 reads that of the frame before, and so on.
+            None admits all.
+        noise: chance that a tracked frame's mask enters an object's memory perturbed.
 
     Yields:
         One output for each frame from the first conditioning frame on: the conditioning frames
@@ -65,7 +71,8 @@ def track_clip(
         parts = []
         for part in split_frame(features_of(frame_idx), prompts.get(frame_idx), correction):
             # Read: a tracked frame attends to the memories in the bank.
-            fused = run(read_memory, sam2, part, bank.snapshot(), frame_idx, num_frames)
+            seen = bank.snapshot() if admits is None else bank.by_rank(frame_idx)
+            fused = run(read_memory, sam2, part, seen, frame_idx, num_frames)
             # Decode: once, and once more after each correction click.
             decode = partial(run, decode_masks, sam2, part, fused)
             points, passes = part.points, [decode(part.points, part.masks)]
@@ -73,14 +80,20 @@ def track_clip(
                 points, passes = part.correction.run(points, passes[0], decode)
             # Write: the mask of the last pass enters the memory; no frame reads the last memory.
             read_later = position + 1 < len(order)
-            memory = run(encode_memory, sam2, part, points, passes[-1], read_later)
+            last = passes[-1]
+            if noise and not part.prompted:
+                last = perturb_masks(last, noise)
+            memory = run(encode_memory, sam2, part, points, last, read_later)
             parts.append(FrameOutput.of_part(frame_idx, part, passes, memory))
         output = FrameOutput.join(parts)
         if frame_idx in prompts or (correction is not None and correction.becomes_conditioning):
             bank.conditioning[frame_idx] = output.memory
-        else:
+        elif admits is None or admits(output):
             bank.tracked[frame_idx] = output.memory
-        bank.forget_before(frame_idx + 1 - frames_in_reach(sam2))
+        if admits is None:
+            bank.forget_before(frame_idx + 1 - frames_in_reach(sam2))
+        else:
+            bank.keep_last(frames_in_reach(sam2))
         yield output
 
 
@@ -128,6 +141,13 @@ class MemoryBank:
         """The bank as it is now: a step that is computed again must read what it read."""
         return MemoryBank(dict(self.conditioning), dict(self.tracked))
 
+    def by_rank(self, frame_idx: int) -> MemoryBank:
+        """The bank as if its memories of earlier frames were of those just before `frame_idx`; a
+        conditioning frame among them keeps its place, as nothing else is read there."""
+        earlier = [t for t in (*self.conditioning, *self.tracked) if t < frame_idx]
+        place = {t: frame_idx - 1 - k for k, t in enumerate(sorted(earlier, reverse=True))}
+        return MemoryBank(dict(self.conditioning), {place[t]: m for t, m in self.tracked.items()})
+
     def detach(self) -> None:
         """Cut the graph: later frames read the memories, no gradient flows into them."""
         self.conditioning = {t: memory.detach() for t, memory in self.conditioning.items()}
@@ -136,6 +156,10 @@ class MemoryBank:
     def forget_before(self, frame_idx: int) -> None:
         """Drop tracked memories of frames before `frame_idx`: bounded memory on long videos."""
         self.tracked = {t: memory for t, memory in self.tracked.items() if t >= frame_idx}
+
+    def keep_last(self, num: int) -> None:
+        """Drop all but the `num` newest tracked memories."""
+        self.tracked = {t: self.tracked[t] for t in sorted(self.tracked)[-num:]}
 
 
 def cuts_gradient(memory_gradient: MemoryGradient, link: int) -> bool:
@@ -287,6 +311,28 @@ def encode_memory(
         is_mask_from_pts=points is not None,
     )
     return Memory(features, positions[-1], decoded.obj_ptr)
+
+
+def perturb_masks(decoded: DecoderPass, chance: float) -> DecoderPass:
+    """The decoder pass with some masks wrong, as a tracker's may be: moved by up to a quarter of
+    the image, that of another object, or empty, each of these equally often.
+
+    Random numbers come from torch, as those of dropout do.
+
+    Args:
+        chance: of each object.
+    """
+    logits = decoded.mask_logits  # (n, 1, H, W)
+    num_objects, _, height, width = logits.shape
+    down, right = (int(torch.randint(-side // 4, side // 4 + 1, ())) for side in (height, width))
+    moved = logits.roll((down, right), (2, 3))
+    # A single object has no other one: it is moved instead.
+    other = logits.roll(int(torch.randint(1, num_objects, ())), 0) if num_objects > 1 else moved
+    empty = torch.full_like(logits, -10.0)  # the probability that the encoder reads is then 0
+    kind = torch.randint(3, (num_objects, 1, 1, 1)).to(logits.device, non_blocking=True)
+    drawn = (torch.rand(num_objects, 1, 1, 1) < chance).to(logits.device, non_blocking=True)
+    wrong = torch.where(kind == 0, moved, torch.where(kind == 1, other, empty))
+    return decoded._replace(mask_logits=torch.where(drawn, wrong, logits))
 
 
 @dataclass(frozen=True)

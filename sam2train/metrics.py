@@ -36,6 +36,34 @@ FramePolicy = Literal["all", "davis", "sav", "after_prompt"]
 VoidRule = Literal["ignore", "background"]
 
 
+class MemoryAdmission(Section):
+    """The `evaluation.memory_admission` section: which tracked frames may enter the memory.
+
+    Both limits are of SAMURAI, SAM2Long and DAM4SAM, which track without training. A frame that
+    may not is not read later, neither its memory nor its object pointer.
+    """
+
+    min_object_score: float | None = Field(
+        None, description="least logit of the object being there; null: any"
+    )
+    min_predicted_iou: float | None = Field(
+        None, ge=0, le=1, description="least IoU that the model predicts of its mask; null: any"
+    )
+
+    @property
+    def name(self) -> str:
+        """For tables and files: `all`, or the limits."""
+        limits = (("score", self.min_object_score), ("iou", self.min_predicted_iou))
+        return " ".join(f"{key}>={limit:g}" for key, limit in limits if limit is not None) or "all"
+
+    def admits(self, object_score: float, predicted_iou: float) -> bool:
+        """Whether a frame of one object may enter."""
+        least_score, least_iou = self.min_object_score, self.min_predicted_iou
+        return (least_score is None or object_score >= least_score) and (
+            least_iou is None or predicted_iou >= least_iou
+        )
+
+
 class EvaluationConfig(Section):
     """The `evaluation:` section."""
 
@@ -57,9 +85,24 @@ class EvaluationConfig(Section):
         description="pixels that the annotators left undecided (void, crowds): ignore leaves them "
         "out of J and F; background counts them as such, as the DAVIS program does",
     )
+    memory_admission: MemoryAdmission = Field(
+        default_factory=MemoryAdmission,
+        description="which tracked frames may enter the memory; all, as in SAM 2, by default",
+    )
     max_videos: int | None = Field(None, ge=1, description="the first so many; null scores all")
     max_frames: int | None = Field(
         None, ge=2, description="labelled ones of each video, the first so many"
+    )
+    predictor_defaults: bool = Field(
+        False,
+        description="score with what SAM 2's deployed predictor turns on and training never has: "
+        "clicked masks enter the memory binarised, and the best of three masks replaces one that "
+        "is not stable",
+    )
+    attributes: str | None = Field(
+        None,
+        description="a CSV of video, object, attribute, by which --evaluate prints J&F as well; "
+        "null: attributes.csv beside the data, where it is",
     )
     num_overlays: int = Field(3, ge=0, description="videos drawn at each evaluation")
 

@@ -57,6 +57,8 @@ class SAM2Model(nn.Module):
         drop_path_rate: chance to skip the deepest block of the image encoder's trunk where that is
             trained, growing with depth; None as the config says.
         dropout: of the memory attention; None as the config says.
+        memory_noise: in training, the chance that a memory is made from a wrong mask; see
+            `memory.perturb_masks`.
         activation_checkpointing: the backward computes the steps of each frame again, which takes
             less memory and more time.
         **kwargs: further keys of the SAM 2 config's `model:` node.
@@ -75,6 +77,7 @@ class SAM2Model(nn.Module):
         memory_gradient: MemoryGradient = "full",
         drop_path_rate: float | None = None,
         dropout: float | None = None,
+        memory_noise: float = 0.0,
         activation_checkpointing: bool = False,
         **kwargs: Any,
     ):
@@ -109,6 +112,7 @@ class SAM2Model(nn.Module):
         self.memory_gradient = memory_gradient
         self.drop_path_rate = drop_path_rate
         self.dropout = dropout
+        self.memory_noise = memory_noise
         self.activation_checkpointing = activation_checkpointing
         self.sam2_options = kwargs
         self.sam2: nn.Module | None = None
@@ -402,6 +406,7 @@ class SAM2Model(nn.Module):
                 corrections=corrections,
                 memory_gradient=self.memory_gradient,
                 recompute=self.activation_checkpointing and torch.is_grad_enabled(),
+                noise=self.memory_noise if self.training else 0.0,
             ):
                 if not only_frames:
                     frame = torch.full_like(objects, output.frame_idx)

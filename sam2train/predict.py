@@ -333,7 +333,8 @@ def predict(
     prompts = make_prompts(given, footage.video, model.image_size)
     object_ids = list(dict.fromkeys(prompt["object_id"] for prompt in prompts))
     video = replace(footage.video, object_ids=object_ids)
-    frames = track_video(model, footage, video, prompts, bf16=uses_bf16(experiment, model.device))
+    bf16, rules = uses_bf16(experiment, model.device), experiment.evaluation
+    frames = track_video(model, footage, video, prompts, bf16=bf16, rules=rules)
     with Written(folder, footage, video, prompts) as written, count_bar(console) as progress:
         task = progress.add_task(str(video.video_id), total=len(video.frames))
         for t, frame in enumerate(frames):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib
+import json
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
@@ -264,7 +265,10 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
     try:
         _check_pinned(path)
         check_unpacked_size(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if is_safetensors(path):
+            content = _read_safetensors(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except UserError as problem:
         raise UserError(f"model.checkpoint_path: {problem}") from None
     except Exception as problem:  # torch raises a dozen types for a damaged file
@@ -280,6 +284,24 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
             f"model.checkpoint_path: {path} does not hold {{'model': state_dict}} as SAM 2's do"
         )
     return dict(weights), _read_untrained_rows(content, path)
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is one of safetensors: its header, in JSON, comes after 8 bytes of length."""
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """The content as a file of torch has it: `model`, and `untrained_rows` where it names them."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        names = list(file.keys())
+        content: dict[str, Any] = {"model": {name: file.get_tensor(name) for name in names}}
+        if rows := (file.metadata() or {}).get("untrained_rows"):
+            content["untrained_rows"] = json.loads(rows)
+    return content
 
 
 def pin_of(path: Path) -> Path:

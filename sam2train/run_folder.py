@@ -37,6 +37,7 @@ class RunFolder:
     metrics = _place("metrics.jsonl", "losses and scores by step")
     summary = _place("summary.json", "scores, counts and warnings")
     scores = _place("scores.csv", "J, F and J&F of every object, baselines included")
+    attributes = _place("scores_by_attribute.csv", "J&F of the objects with an attribute")
     horizon = _place("horizon.csv", "how long the memory holds")
     horizon_figure = _place("horizon.png", "the same as pictures")
     frames = _place("frames.csv", "every frame of every object")
@@ -125,6 +126,7 @@ TEXTS = {
     "object_id",
     "frame_policy",
     "void",
+    "memory_admission",
     "prompt",
 }
 

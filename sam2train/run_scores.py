@@ -365,7 +365,7 @@ class TrainerScores:
     def _contender(
         self, key: str, step: int, weights: Mapping[str, torch.Tensor] | None = None
     ) -> Contender:
-        track = partial(track_video, self.model, bf16=self.bf16)
+        track = partial(track_video, self.model, bf16=self.bf16, rules=self.experiment.evaluation)
         label = LABELS.get(key, f"step {step}")
         return Contender(key, label, step, track, self.model, weights)
 

@@ -138,6 +138,7 @@ class WandbRun:
 
     def _init(self, mode: Mode) -> None:
         import wandb
+        from wandb.sdk.lib import import_hooks
 
         wandb.setup(wandb.Settings(silent=True))
         self._run = wandb.init(
@@ -163,6 +164,8 @@ class WandbRun:
             ),
         )
         self.mode = mode
+        # They tell W&B which packages are imported later, and raise in a forked loader process.
+        import_hooks.unregister_all_post_import_hooks()
         # An axis of our own and never `step=`, which drops rows below the current step.
         self._run.define_metric(STEP_AXIS)
         self._run.define_metric("*", step_metric=STEP_AXIS)

@@ -60,6 +60,7 @@ SCORE_COLUMNS = (
     "mIoU",
     "frame_policy",
     "void",
+    "memory_admission",
     "prompt",
     "prompt_frame",
 )
@@ -181,6 +182,7 @@ def object_rows(tracked: TrackedVideo, config: EvaluationConfig) -> list[dict[st
                 "mIoU": scores.iou,
                 "frame_policy": config.frame_policy,
                 "void": config.void,
+                "memory_admission": config.memory_admission.name,
                 "prompt": prompt and prompt["type"],
                 "prompt_frame": prompt and prompt["frame_index"],
             }

@@ -29,7 +29,6 @@ from sam2train.experiment import Experiment
 from sam2train.files import file_name, write_text
 from sam2train.machine import say
 from sam2train.run_folder import RUNS
-from sam2train.sweep_claims import claim_trial, is_claimed, record_lock
 from sam2train.sweep_file import (
     Sweep,
     check_values,
@@ -41,8 +40,8 @@ from sam2train.sweep_file import (
     show_results,
     trial_line,
 )
+from sam2train.sweep_processes import ForkServer, claim_trial, is_claimed, record_lock
 from sam2train.sweep_search import examples, trials_to_stop
-from sam2train.sweep_server import ForkServer
 from sam2train.sweep_trials import (
     RECORD,
     Trial,

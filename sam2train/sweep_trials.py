@@ -23,8 +23,7 @@ from sam2train.files import read_json, write_text
 from sam2train.machine import STOP_SIGNALS, num_cores, say
 from sam2train.results import load_metrics
 from sam2train.run_folder import BASE_SCORES, RunFolder, read_summary
-from sam2train.sweep_claims import Claim
-from sam2train.sweep_server import ForkedProcess, ForkServer
+from sam2train.sweep_processes import Claim, ForkedProcess, ForkServer
 
 LOG = "log.txt"  # all that a trial printed
 VALUES = "sweep_parameters.yaml"  # what an agent's trial finds through WANDB_SWEEP_PARAM_PATH

@@ -196,6 +196,8 @@ class Trainer:
                     "data": self.fingerprints,
                     "frame_policy": self.experiment.evaluation.frame_policy,
                     "void": self.experiment.evaluation.void,
+                    "memory_admission": self.experiment.evaluation.memory_admission.name,
+                    "predictor_defaults": self.experiment.evaluation.predictor_defaults,
                     "evaluation_seed": self.experiment.prompts_seed,
                     "warnings": warnings,
                 }

@@ -211,7 +211,7 @@ def small(tmp_path, monkeypatch):
 
     from small_sweep import EXPERIMENT, TRIAL, write_sweep
 
-    from sam2train import sweep, sweep_file, sweep_server
+    from sam2train import sweep, sweep_file, sweep_processes
 
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
@@ -222,7 +222,7 @@ def small(tmp_path, monkeypatch):
     (program / "run.py").write_text(TRIAL)
     monkeypatch.setattr(sweep_file, "REPOSITORY", program)
     monkeypatch.setattr(sweep, "POLL", 0.02)
-    monkeypatch.setattr(sweep_server, "PRELOADED", ())  # these trials need none of it
+    monkeypatch.setattr(sweep_processes, "PRELOADED", ())  # these trials need none of it
     monkeypatch.setattr(sweep, "LOOK", 0.02)
     return partial(write_sweep, tmp_path)
 

@@ -120,6 +120,42 @@ def test_a_checkpoint_beside_its_baselines(trained, tmp_path, capsys):
         assert 2 not in np.array(picture)  # object 2 is not there yet
 
 
+def test_scores_by_attribute(trained, tmp_path, capsys):
+    csv_file = tmp_path / "mine.csv"
+    csv_file.write_text("video,object,attribute\n1,2,late\n1,,first video\n2,1,late\n9,1,none\n")
+    setting = f"evaluation.attributes={csv_file}"
+    assert call(trained, "--evaluate", "base", "--run-dir", tmp_path / "out", setting) == 0
+    assert "J&F by attribute" in capsys.readouterr().out
+    rows = table(tmp_path / "out" / "scores_by_attribute.csv")
+    scores = table(tmp_path / "out" / "scores.csv")
+    counts = {(row["attribute"], row["num_objects"], row["num_videos"]) for row in rows}
+    assert counts == {("late", "2", "2"), ("first video", "2", "1")}
+    late = [("1", "2"), ("2", "1")]
+    for row in rows:
+        if row["attribute"] == "late":
+            own = [s for s in scores if s["model"] == row["model"]]
+            own = [float(s["J_and_F"]) for s in own if (s["video_id"], s["object_id"]) in late]
+            assert float(row["J_and_F"]) == pytest.approx(np.mean(own))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "the columns video and attribute"),
+        ("video,attribut\n1,x\n", "no column attribute"),
+        ("video,attribute\n,x\n", "line 2"),
+        ("video,attribute\nother,x\n", "names no object that was scored"),
+    ],
+)
+def test_a_wrong_file_of_attributes(trained, tmp_path, capsys, content, words):
+    path = tmp_path / "mine.csv"
+    path.write_text(content)
+    options = "--run-dir", tmp_path / "out", f"evaluation.attributes={path}"
+    message = fails(capsys, trained, "--evaluate", "base", *options)
+    assert words in message
+    assert str(path) in message
+
+
 def test_the_training_says_the_same(trained, tmp_path):
     """The trainer scores through the same functions: the same numbers, to the bit."""
     out = tmp_path / "out"

@@ -33,6 +33,7 @@ from sam2train.evaluate import (
 from sam2train.memory import MemoryBank
 from sam2train.metrics import mean_scores, measure
 from sam2train.model import SAM2Model
+from sam2train.scores import score
 
 CONFIG = "sam2train/configs/sam2.1_hiera_demo.yaml"
 SIZE = (64, 64)
@@ -115,6 +116,27 @@ def test_an_object_may_be_prompted_on_several_frames(model, tmp_path):
         stacks(track_video(model, data, video, some), video) for some in (prompts, alone)
     )
     assert (with_more[1] != without[1]).any()  # the later prompts are read
+
+
+def test_limits_of_the_memory_apply_to_each_object_and_stand_beside_its_scores(model, tmp_path):
+    data = dataset(tmp_path, num_frames=8, size=SIZE)
+    video = data.videos[0]
+    prompts = first_prompts(data, video, np.random.default_rng(0))
+
+    def logits(**limits):
+        rules = EvaluationConfig(memory_admission=limits)
+        frames = track_frames(model, data, video, prompts, rules=rules)
+        return torch.stack([tensors["low_res_logits"] for _, _, tensors in frames])
+
+    free, none = logits(), logits(min_object_score=1e9)
+    torch.testing.assert_close(logits(min_object_score=-1e9), free, rtol=0, atol=2e-4)
+    assert not torch.allclose(none, free)
+    # With the prompted frame alone in memory, a frame does not depend on those between.
+    assert torch.equal(none[:2], logits(min_predicted_iou=1.0)[:2])
+    config = EvaluationConfig(memory_admission={"min_predicted_iou": 0.75, "min_object_score": 0})
+    track = partial(track_video, model, rules=config)
+    rows = score(track, data, config, split="val", model="base", step=0, seed=0).objects
+    assert {row["memory_admission"] for row in rows} == {"score>=0 iou>=0.75"}
 
 
 def test_each_object_is_prompted_on_its_first_frame_and_empty_before(model, tmp_path):

@@ -15,11 +15,11 @@ from test_model import (
 )
 
 from sam2train.clips import collate_fn
-from sam2train.corrections import InteractionConfig, SimulatedUser
+from sam2train.corrections import DecoderPass, InteractionConfig, SimulatedUser
 from sam2train.datasets import build_dataset
 from sam2train.experiment import Experiment, untrained_rows
 from sam2train.losses import LossConfig, compute_losses
-from sam2train.memory import MemoryBank, track_clip
+from sam2train.memory import MemoryBank, perturb_masks, track_clip
 from sam2train.model import SAM2Model
 
 
@@ -106,6 +106,77 @@ def test_memories_that_no_frame_can_read_are_forgotten(settings, monkeypatch):
 
 
 # -- how far gradients travel ---------------------------------------------------------------------
+
+
+def test_admitting_all_gives_what_tracking_without_limits_gives():
+    model = make_model()
+    clip = make_clip(("point", 0, 2), num_frames=8)
+    with torch.no_grad():
+        free = track(model, clip)
+        admitted = track(model, clip, admits=lambda output: True)
+    for one, other in zip(free, admitted, strict=True):
+        assert torch.equal(one.mask_logits, other.mask_logits)
+
+
+def test_a_memory_that_is_not_admitted_is_never_read():
+    """Refusing frames 2 and 3 tracks frame 4 as if it followed frame 1."""
+    model = make_model(max_obj_ptrs_in_encoder=0)  # a pointer has a time code of its own
+    clip = make_clip(("point", 0), num_frames=6)
+    with torch.no_grad():
+        limited = track(model, clip, admits=lambda output: output.frame_idx not in (2, 3))
+        features = model.encode_images(clip.images[[0, 1, 4, 5]])
+        short = track_clip(
+            model.sam2,
+            lambda t: features.select(torch.tensor([t])),
+            6,
+            {0: [clip.prompts[0]]},
+        )
+        short = [next(short) for _ in range(4)]
+    for one, other in zip(limited[4:], short[2:], strict=True):
+        torch.testing.assert_close(one.mask_logits, other.mask_logits, rtol=0, atol=1e-4)
+    free = track(model, clip)
+    assert not torch.allclose(limited[4].mask_logits, free[4].mask_logits)
+
+
+def test_the_bank_by_rank_is_bounded():
+    bank = MemoryBank(tracked=dict.fromkeys([9, 2, 5, 7], None))
+    bank.keep_last(3)
+    assert sorted(bank.tracked) == [5, 7, 9]
+    bank.tracked = {t: t for t in bank.tracked}
+    assert bank.by_rank(20).tracked == {19: 9, 18: 7, 17: 5}
+    bank.conditioning = {8: None, 30: None}  # 8 keeps its place, 30 is later
+    assert bank.by_rank(20).tracked == {19: 9, 17: 7, 16: 5}
+
+
+def test_perturbed_masks_are_moved_swapped_or_empty():
+    torch.manual_seed(0)
+    logits = torch.randn(300, 1, 8, 8)
+    decoded = DecoderPass(None, None, None, None, logits, None, None)
+    assert torch.equal(perturb_masks(decoded, 0.0).mask_logits, logits)
+    kept = (perturb_masks(decoded, 0.4).mask_logits == logits).flatten(1).all(1)
+    assert 0.5 < kept.float().mean() < 0.7
+    wrong = perturb_masks(decoded, 1.0).mask_logits
+    empty = (wrong == -10).flatten(1).all(1)
+    moved = (wrong.flatten(1).sort(1).values == logits.flatten(1).sort(1).values).all(1)
+    swapped = (wrong[:, None] == logits[None]).flatten(2).all(2).any(1) & ~moved
+    assert (empty | moved | swapped).all()
+    for part in (empty, moved, swapped):
+        assert 0.25 < part.float().mean() < 0.42
+    lone = decoded._replace(mask_logits=logits[:1])
+    assert perturb_masks(lone, 1.0).mask_logits.shape == (1, 1, 8, 8)
+
+
+def test_memory_noise_perturbs_tracked_frames_in_training_only():
+    def forward(memory_noise, train):
+        model = make_model(memory_noise=memory_noise, dropout=0.0).train(train)
+        torch.manual_seed(0)
+        batch = collate_fn([make_clip(("point", 0), num_frames=4)])
+        return model(batch)["pred_masks"]
+
+    assert torch.equal(forward(0.0, True), forward(1.0, False))
+    clean, noisy = forward(0.0, True), forward(1.0, True)
+    assert torch.equal(clean[:, :2], noisy[:, :2])  # frame 1 reads the prompted frame only
+    assert not torch.allclose(clean[:, 2:], noisy[:, 2:])
 
 
 def test_detached_memory_trains_nothing_that_writes_it():

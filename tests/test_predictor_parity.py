@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from sam2train.datasets import COCODataset
-from sam2train.evaluate import first_prompts, track_frames, track_video
+from sam2train.evaluate import EvaluationConfig, first_prompts, track_frames, track_video
 from sam2train.files import REPOSITORY
 from sam2train.model import SAM2Model
 
@@ -138,10 +138,10 @@ def as_masks(logits):
     return {o: ((winner == k) & (surest > 0)).numpy() for k, o in enumerate(logits)}
 
 
-def our_logits(model, data, video, prompts):
+def our_logits(model, data, video, prompts, rules=None):
     """Object id -> (T, H, W) logits at the video's own size, -1024 before the prompt."""
     logits = {o: torch.full((len(video.frames), *video.size), -1024.0) for o in video.object_ids}
-    for t, object_ids, current in track_frames(model, data, video, prompts):
+    for t, object_ids, current in track_frames(model, data, video, prompts, rules=rules):
         low_res = current["low_res_logits"][:, None]
         resized = F.interpolate(low_res, video.size, mode="bilinear", align_corners=False)
         for object_id, logit in zip(object_ids, resized, strict=True):
@@ -183,6 +183,28 @@ def test_the_same_masks(kind, size, tmp_path, monkeypatch):
     # Without its two habits the predictor's masks are near, and not these.
     masks = stacks(track_video(ours, data, video, prompts), video)
     assert agreement(masks, as_masks(theirs)) > 0.98
+
+
+def test_the_predictor_as_it_is_deployed(tmp_path, monkeypatch):
+    """`build_sam2_video_predictor` turns these on; filling holes needs SAM 2's CUDA extension."""
+    path, jpegs = make_video(tmp_path, (SIZE, SIZE), num_frames=6, num_objects=2)
+    data = COCODataset(path, (SIZE, SIZE), prompt_types=["point"])
+    (video,) = data.videos
+    prompts = first_prompts(data, video, np.random.default_rng(0))
+    ours, predictor = make_models(
+        **{
+            "binarize_mask_from_pts_for_mem_enc": True,
+            "sam_mask_decoder_extra_args.dynamic_multimask_via_stability": True,
+        }
+    )
+    theirs = predict(predictor, jpegs, prompts, video.object_ids, (SIZE, SIZE))
+    with like_the_predictor(ours, monkeypatch):
+        deployed = our_logits(ours, data, video, prompts, EvaluationConfig(predictor_defaults=True))
+        plain = our_logits(ours, data, video, prompts)
+    for object_id, logits in deployed.items():
+        torch.testing.assert_close(logits, theirs[object_id], atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(logits, plain[object_id])
+    assert not ours.sam2.binarize_mask_from_pts_for_mem_enc  # as before
 
 
 def test_an_object_that_comes_late(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import socket
@@ -53,6 +54,17 @@ def test_mode_from_the_environment_beats_a_key(monkeypatch, value, mode):
     monkeypatch.setenv("WANDB_MODE", value)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     assert choose_mode(TrackingConfig()) == (mode, f"WANDB_MODE={value}")
+
+
+def test_a_loader_process_may_import_a_package_that_wandb_watches(tmp_path, monkeypatch, start):
+    """Augmentation imports torchvision there, for the first time; W&B's hook raised on it."""
+    (tmp_path / "lightgbm.py").write_text("")  # on W&B's list, as torchvision is
+    monkeypatch.syspath_prepend(tmp_path)
+    with start(OFFLINE):
+        child = multiprocessing.get_context("fork").Process(target=__import__, args=("lightgbm",))
+        child.start()
+        child.join()
+    assert child.exitcode == 0
 
 
 def test_mode_that_wandb_does_not_know(monkeypatch, start, screen):

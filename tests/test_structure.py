@@ -30,20 +30,21 @@ GROUPS = {
         *("transforms", "prompts", "demo", "demo_videos"),
     },
     "model": {
-        *("features", "memory", "model", "model_inputs", "corrections", "pretrained"),
-        "pretrained_download",
-        *("losses", "optimizer"),
+        *("features", "memory", "model", "model_inputs", "corrections"),
+        *("pretrained", "pretrained_download", "losses", "optimizer"),
     },
     "scores": {
         *("metrics", "evaluate", "scores", "pictures", "score_pictures", "video_files"),
+        "attributes",
     },
     "runs": {
-        *("experiment", "runlog", "runlog_wandb", "checkpoint", "probe", "export"),
+        *("experiment", "runlog", "runlog_wandb", "checkpoint", "probe"),
+        *("export", "export_transformers"),
         *("trainer", "trainer_step", "run_scores", "training_run", "eval_checkpoint", "predict"),
     },
     "reports": {
         *("results", "ablation", "compare", "figures"),
-        *("sweep", "sweep_trials", "sweep_claims", "sweep_file", "sweep_search", "sweep_server"),
+        *("sweep", "sweep_trials", "sweep_file", "sweep_search", "sweep_processes"),
     },
     "speed": {
         *("speed", "speed_clock", "speed_step", "speed_data"),

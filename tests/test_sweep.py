@@ -301,9 +301,9 @@ class TestStopping:
 import sys
 from pathlib import Path
 from rich.console import Console
-from sam2train import sweep, sweep_file, sweep_server
+from sam2train import sweep, sweep_file, sweep_processes
 
-sweep_server.PRELOADED = ()
+sweep_processes.PRELOADED = ()
 sweep_file.REPOSITORY = Path("program").resolve()
 sweep.POLL = sweep.LOOK = 0.02
 sys.exit(sweep.run_sweep(Path("small-sweep.yaml"), jobs=2, console=Console(width=200)))
