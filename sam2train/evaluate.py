@@ -7,14 +7,10 @@ follows the objects of a video (`TrackedVideo`), `scores.score` makes a table of
 from __future__ import annotations
 
 import itertools
-import threading
-from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -24,7 +20,7 @@ import torch.nn.functional as F
 from sam2train.clips import Prompt
 from sam2train.data_clips import ClipDataset
 from sam2train.data_source import FRAME_TIMEOUT, Video
-from sam2train.errors import MachineFault
+from sam2train.machine import Aside
 from sam2train.memory import FrameOutput, ImageFeatures, track_clip
 from sam2train.metrics import (
     EvaluationConfig,
@@ -132,7 +128,7 @@ def track_videos(
         see = None if on_frame is None else partial(on_frame, index)
         labelled = set(video.labelled)
         look = partial(_look, dataset, video, prompts, config.void, labelled, measures, see)
-        with _Aside(_BEHIND) as scorer:
+        with Aside(_BEHIND, FRAME_TIMEOUT) as scorer:
             for t, frame in enumerate(track(dataset, video, prompts)):
                 scorer.do(partial(look, t, frame))
                 for object_id, value in frame.object_scores.items():
@@ -146,59 +142,6 @@ def track_videos(
         joined = {o: join(parts) for o, parts in measures.items()}
         scored = score_labelled(video, joined, config.frame_policy)
         yield TrackedVideo(video, prompts, joined, scored, object_scores)
-
-
-class _Aside:
-    """A thread that does one piece of work after the other while this one goes on: it decodes the
-    next frames, and measures those before. Results come in order, errors with them.
-
-    Args:
-        most: pieces that may wait, so that a video of any length takes no more memory.
-    """
-
-    def __init__(self, most: int):
-        self.waiting: deque[futures.Future] = deque()
-        self._most, self._tasks = most, SimpleQueue()
-        # Not one that Python waits for at its end: a disk that does not answer would hold it up.
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> _Aside:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for task in self.waiting:
-            task.cancel()
-        self._tasks.put(None)
-        self._thread.join(FRAME_TIMEOUT)
-
-    @property
-    def is_full(self) -> bool:
-        return len(self.waiting) >= self._most
-
-    def do(self, work: Callable[[], Any]) -> None:
-        task: futures.Future = futures.Future()
-        self.waiting.append(task)
-        self._tasks.put((task, work))
-
-    def next_result(self) -> Any:
-        """Of the work that was given first; MachineFault where that takes too long."""
-        try:
-            return self.waiting.popleft().result(FRAME_TIMEOUT)
-        except futures.TimeoutError:
-            raise MachineFault(
-                f"a frame was not read or measured after {FRAME_TIMEOUT:g} s; does the disk with "
-                "the data answer?"
-            ) from None
-
-    def _run(self) -> None:
-        while (given := self._tasks.get()) is not None:
-            task, work = given
-            if task.set_running_or_notify_cancel():
-                try:
-                    task.set_result(work())
-                except BaseException as error:
-                    task.set_exception(error)
 
 
 def _look(
@@ -491,7 +434,7 @@ def _encode_frames(
         images = stack_frames([dataset.read_frame(video, t, dataset.image_size) for t in places])
         return normalise(images), image_keys(images)
 
-    with _Aside(_AHEAD) as reader:
+    with Aside(_AHEAD, FRAME_TIMEOUT) as reader:
         given = iter(pieces)
         for places in pieces:
             while not reader.is_full and (following := next(given, None)) is not None:

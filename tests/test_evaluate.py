@@ -13,7 +13,6 @@ import torch
 from conftest import edit, load, make_coco, stacks
 from test_data_vos import make_vos
 
-from sam2train import evaluate as evaluate_module
 from sam2train.clips import collate_fn
 from sam2train.data_clips import ClipDataset, clip_settings
 from sam2train.data_source import Frame, Video
@@ -30,6 +29,7 @@ from sam2train.evaluate import (
     track_video,
     track_videos,
 )
+from sam2train.machine import Aside
 from sam2train.memory import MemoryBank
 from sam2train.metrics import mean_scores, measure
 from sam2train.model import SAM2Model
@@ -314,7 +314,7 @@ def test_frames_are_decoded_ahead_and_measured_behind(model, tmp_path, monkeypat
         aside.waiting.append(task)
 
     with monkeypatch.context() as patched:
-        patched.setattr(evaluate_module._Aside, "do", at_once)
+        patched.setattr(Aside, "do", at_once)
         one_by_one = list(track_videos(track, data, EvaluationConfig(), seed=0))
     for first, second in zip(beside, one_by_one, strict=True):
         assert str(first.scores) == str(second.scores)
