@@ -103,7 +103,9 @@ def compact_results(runs: pd.DataFrame) -> pd.DataFrame:
         _compact_run(Path(row["path"])).assign(**{name: row[name] for name in settings})
         for row in runs.to_dict("records")
     ]
-    return pd.concat(parts, ignore_index=True)[[*settings, *_RESULT_COLUMNS, PROMPT]]
+    results = pd.concat(parts, ignore_index=True)
+    results[PROMPT] = results[PROMPT].astype(object).where(results[PROMPT].notna(), "")
+    return results[[*settings, *_RESULT_COLUMNS, PROMPT]]
 
 
 def is_result(runs: pd.DataFrame) -> pd.Series:
@@ -314,8 +316,7 @@ def _compact_run(path: Path) -> pd.DataFrame:
         horizon = read_csv(RunFolder(path).horizon, _HORIZON_COLUMNS)
         parts.append(_at_the_end(horizon[horizon["model"] == TRAINED]))
     parts = [part.reindex(columns=[*_RESULT_COLUMNS, PROMPT]) for part in parts if len(part)]
-    whole = pd.concat(parts, ignore_index=True).round({"value": 5})
-    return whole.fillna({PROMPT: ""})
+    return pd.concat(parts, ignore_index=True).round({"value": 5})
 
 
 def _at_the_end(rows: pd.DataFrame) -> pd.DataFrame:
