@@ -19,7 +19,8 @@ import torch.nn.functional as F
 
 from sam2train.clips import Prompt
 from sam2train.data_clips import ClipDataset
-from sam2train.data_source import Video
+from sam2train.data_source import FRAME_TIMEOUT, Video
+from sam2train.machine import Aside
 from sam2train.memory import FrameOutput, ImageFeatures, track_clip
 from sam2train.metrics import (
     EvaluationConfig,
@@ -40,6 +41,9 @@ from sam2train.transforms import image_keys, normalise, stack_frames
 _PROMPT_STREAM = (1,)
 # Frames that are encoded at once where none is kept, as large products are faster. A guess.
 _ENCODED_TOGETHER = 4
+# Pieces of `_ENCODED_TOGETHER` frames, or single ones, that are decoded while others are tracked,
+# and frames that wait to be measured. More would not help where one of these is the slowest.
+_AHEAD, _BEHIND = 2, 2
 
 
 @dataclass(frozen=True)
@@ -119,24 +123,46 @@ def track_videos(
             continue
         rng = np.random.default_rng(np.random.SeedSequence([seed, index], spawn_key=_PROMPT_STREAM))
         prompts = draw_prompts(dataset, video, rng)
-        labelled = set(video.labelled)
         measures: dict[int | str, list[Measures]] = {o: [] for o in video.object_ids}
         object_scores: dict[int | str, np.ndarray] = {}
-        for t, frame in enumerate(track(dataset, video, prompts)):
-            seen = _see(dataset, video, prompts, t, frame, config.void)
-            ignore = None if seen.ignore is None else seen.ignore[None]
-            for object_id, of_object in measures.items() if t in labelled else ():
-                pair = seen.prediction[object_id][None], seen.ground_truth[object_id][None]
-                of_object.append(measure(*pair, ignore=ignore))
-            for object_id, value in frame.object_scores.items():
-                if object_id not in object_scores:
-                    object_scores[object_id] = np.full(len(video.frames), np.nan, np.float32)
-                object_scores[object_id][t] = value
-            if on_frame is not None:
-                on_frame(index, seen)
+        see = None if on_frame is None else partial(on_frame, index)
+        labelled = set(video.labelled)
+        look = partial(_look, dataset, video, prompts, config.void, labelled, measures, see)
+        with Aside(_BEHIND, FRAME_TIMEOUT) as scorer:
+            for t, frame in enumerate(track(dataset, video, prompts)):
+                scorer.do(partial(look, t, frame))
+                for object_id, value in frame.object_scores.items():
+                    if object_id not in object_scores:
+                        object_scores[object_id] = np.full(len(video.frames), np.nan, np.float32)
+                    object_scores[object_id][t] = value
+                while scorer.is_full:
+                    scorer.next_result()
+            while scorer.waiting:
+                scorer.next_result()
         joined = {o: join(parts) for o, parts in measures.items()}
         scored = score_labelled(video, joined, config.frame_policy)
         yield TrackedVideo(video, prompts, joined, scored, object_scores)
+
+
+def _look(
+    dataset: ClipDataset,
+    video: Video,
+    prompts: list[Prompt],
+    void: VoidRule,
+    labelled: Collection[int],
+    measures: Mapping[int | str, list[Measures]],
+    see: Callable[[SeenFrame], None] | None,
+    t: int,
+    frame: TrackedFrame,
+) -> None:
+    """Measure a frame if it is labelled, and show it."""
+    seen = _see(dataset, video, prompts, t, frame, void)
+    ignore = None if seen.ignore is None else seen.ignore[None]
+    for object_id, of_object in measures.items() if t in labelled else ():
+        pair = seen.prediction[object_id][None], seen.ground_truth[object_id][None]
+        of_object.append(measure(*pair, ignore=ignore))
+    if see is not None:
+        see(seen)
 
 
 def _end(video: Video, max_frames: int | None) -> int:
@@ -402,10 +428,19 @@ def _encode_frames(
 ) -> Iterator[tuple[int, ImageFeatures]]:
     """Frames with their features: some encoded together, or each as the feature cache has it."""
     together = 1 if model.caches_features else _ENCODED_TOGETHER
-    for begin in range(frames.start, frames.stop, together):
-        places = range(begin, min(begin + together, frames.stop))
+    pieces = [frames[k : k + together] for k in range(0, len(frames), together)]
+
+    def read(places: range) -> tuple[torch.Tensor, list[str]]:
         images = stack_frames([dataset.read_frame(video, t, dataset.image_size) for t in places])
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            features = model.encode_images(normalise(images), image_keys(images))
-        for place, t in enumerate(places):
-            yield t, features.select(torch.tensor([place], device=model.device))
+        return normalise(images), image_keys(images)
+
+    with Aside(_AHEAD, FRAME_TIMEOUT) as reader:
+        given = iter(pieces)
+        for places in pieces:
+            while not reader.is_full and (following := next(given, None)) is not None:
+                reader.do(partial(read, following))
+            images, keys = reader.next_result()
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+                features = model.encode_images(images, keys)
+            for place, t in enumerate(places):
+                yield t, features.select(torch.tensor([place], device=model.device))

@@ -213,6 +213,7 @@ class FeatureCaches:
     ):
         self.config, self.device, self.say = config, device, say
         self._caches: dict[tuple[str, int, int], FeatureCache] = {}
+        self._parameters: dict[int, list[nn.Parameter]] = {}  # by the number of modules
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -228,8 +229,10 @@ class FeatureCaches:
         if torch.is_autocast_enabled(kind):
             precision = str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
         # Torch counts the changes of each parameter: other weights are another encoder.
-        changes = sum(p._version for module in modules for p in module.parameters())
-        key = precision, len(modules), changes
+        count = len(modules)
+        if count not in self._parameters:  # to find them takes longer than to read a frame
+            self._parameters[count] = [p for module in modules for p in module.parameters()]
+        key = precision, count, sum(p._version for p in self._parameters[count])
         if key not in self._caches:
             built = config_file.read_bytes() + precision.encode()
             name = identify(modules, built, self.device)

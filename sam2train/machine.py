@@ -9,12 +9,15 @@ import signal
 import subprocess
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent import futures
 from contextvars import ContextVar
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from queue import SimpleQueue
 from types import FrameType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sam2train import distributed
 from sam2train.errors import MachineFault, UserError
@@ -236,6 +239,60 @@ def time_limit(seconds: float, text: Callable[[], str]) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+class Aside:
+    """A thread that does one piece of work after the other while this one goes on: it decodes the
+    next frames, and measures those before. Results come in order, errors with them.
+
+    Args:
+        most: pieces that may wait, so that a video of any length takes no more memory.
+        seconds: that a piece may take.
+    """
+
+    def __init__(self, most: int, seconds: float):
+        self.waiting: deque[futures.Future] = deque()
+        self._most, self._seconds, self._tasks = most, seconds, SimpleQueue()
+        # Not one that Python waits for at its end: a disk that does not answer would hold it up.
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Aside:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for task in self.waiting:
+            task.cancel()
+        self._tasks.put(None)
+        self._thread.join(self._seconds)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.waiting) >= self._most
+
+    def do(self, work: Callable[[], Any]) -> None:
+        task: futures.Future = futures.Future()
+        self.waiting.append(task)
+        self._tasks.put((task, work))
+
+    def next_result(self) -> Any:
+        """Of the work that was given first; MachineFault where that takes too long."""
+        try:
+            return self.waiting.popleft().result(self._seconds)
+        except futures.TimeoutError:
+            raise MachineFault(
+                f"a frame was not read or measured after {self._seconds:g} s; does the disk with "
+                "the data answer?"
+            ) from None
+
+    def _run(self) -> None:
+        while (given := self._tasks.get()) is not None:
+            task, work = given
+            if task.set_running_or_notify_cancel():
+                try:
+                    task.set_result(work())
+                except BaseException as error:
+                    task.set_exception(error)
 
 
 def leave_group(worker: int) -> None:

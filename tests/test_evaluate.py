@@ -1,7 +1,9 @@
 """Whole videos through the streaming path: the protocol, and the training forward's answers."""
 
+import threading
 import tracemalloc
 from collections import deque
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from sam2train.evaluate import (
     track_video,
     track_videos,
 )
+from sam2train.machine import Aside
 from sam2train.memory import MemoryBank
 from sam2train.metrics import mean_scores, measure
 from sam2train.model import SAM2Model
@@ -295,3 +298,38 @@ def test_unlabelled_frames_are_tracked_and_not_scored():
     (scores,) = scored.objects
     assert scores.frames.tolist() == [2, 4, 6]
     assert scores.J.tolist() == [1, 1, 0.5]
+
+
+def test_frames_are_decoded_ahead_and_measured_behind(model, tmp_path, monkeypatch):
+    """The scores are those of one after the other, bit for bit; an error in a thread is an error
+    here, and no thread is left."""
+    data = dataset(tmp_path, num_frames=7, num_videos=2)
+    track = partial(track_video, model)
+    beside = list(track_videos(track, data, EvaluationConfig(), seed=0))
+    threads = {thread.name for thread in threading.enumerate()}
+
+    def at_once(aside, work):
+        task = Future()
+        task.set_result(work())
+        aside.waiting.append(task)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Aside, "do", at_once)
+        one_by_one = list(track_videos(track, data, EvaluationConfig(), seed=0))
+    for first, second in zip(beside, one_by_one, strict=True):
+        assert str(first.scores) == str(second.scores)
+        for o, found in first.measures.items():
+            for values, expected in zip(found, second.measures[o], strict=True):
+                np.testing.assert_array_equal(values, expected)
+            np.testing.assert_array_equal(first.object_scores[o], second.object_scores[o])
+
+    def fails(index, seen):
+        if seen.frame_idx == 3:
+            raise ArithmeticError("in the thread")
+
+    with pytest.raises(ArithmeticError, match="in the thread"):
+        list(track_videos(track, data, EvaluationConfig(), seed=0, on_frame=fails))
+    monkeypatch.setattr(data, "read_frame", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(track_videos(track, data, EvaluationConfig(), seed=0))
+    assert {thread.name for thread in threading.enumerate()} == threads

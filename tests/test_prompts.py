@@ -554,7 +554,8 @@ def test_what_may_follow_a_prompt_hangs_on_what_it_gives(scribble, first, after)
 def test_no_other_module_spells_the_types():
     """`mask` is a field of a prompt as well, so that the other two must do."""
     allowed = {
-        ("demo", "bbox"),  # COCO's name of a field
+        *(("demo", "bbox"), ("video_files", "bbox")),  # COCO's name of a field
+        ("predict", "point"),  # a word of `--prompt`
         ("ablation", "point"),  # the value that a sweep's others are compared with
         # what speeds are measured with
         *(("speed_data", "point"), ("speed_step", "point"), ("speed_step", "bbox")),
