@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 PROMPT_TYPES = "dataset.prompt_types"
 MASKMEM = "model.num_maskmem"
 POINTERS = "model.max_obj_ptrs_in_encoder"
+MODULES_TRAINED = "model.trainable_modules"
+NOISE_TRAINED = "model.memory_noise"
+LEAST_IOU = "evaluation.memory_admission.min_predicted_iou"
 GAIN = "J&F gained since step 0"
 HORIZON = ("horizon/J", "horizon/recall_after_absence")  # the curves that are told
 SPLIT_NAMES = {"val": "validation", "test": "test"}
@@ -56,7 +59,8 @@ class Question:
 QUESTIONS = {
     "prompts": (Question(PROMPT_TYPES, "point"), Question(PROMPT_TYPES, "point", PROMPT)),
     "num_maskmem": (Question(MASKMEM, 1, POINTERS), Question(POINTERS, 0, MASKMEM)),
-    "memory_stride3": (Question(MASKMEM, 1),),
+    "trust": (Question(LEAST_IOU, 0.0, NOISE_TRAINED), Question(NOISE_TRAINED, 0.0, LEAST_IOU)),
+    "modules": (Question(MODULES_TRAINED, "memory"),),
 }
 
 

@@ -34,7 +34,7 @@ SPLITS = {
     "stills": DemoSplit(201, 4000, 1, 3, 5, 4.0, 0.3, 0.0, 0.2),
     "clips": DemoSplit(205, 400, 22, 3, 4, 4.0, 0.3, 0.9, 0.2),
     "train": DemoSplit(202, 60, 24, 5, 6, 6.0, 1.0, 1.0, 0.5),
-    "val": DemoSplit(213, 12, 24, 5, 6, 6.0, 1.0, 1.0, 0.5),
+    "val": DemoSplit(223, 16, 24, 5, 6, 6.0, 1.0, 1.0, 0.5),
     "test": DemoSplit(204, 48, 24, 5, 6, 6.0, 1.0, 1.0, 0.5),
 }
 
@@ -43,7 +43,7 @@ DIGESTS = {
     "stills": "d718a150c88b5b86adbd60de02f785bb0a7ccca8a5ad88c0dc5d8a8120a2f913",
     "clips": "5d1085be9f32a887f64af148b66c15c284e6719cb35d6de9038592c5a851eec0",
     "train": "5fddc5cd588d959f7fb7dbff207ec9a9256409f488eadb31b8545fff8d6ee314",
-    "val": "93b582c0bf5849ce2f169588f89b9fb9fc490d650633d91657cb9dfc1d927288",
+    "val": "549490c9f367c2e985f51e3c3e0779722f06706de77b5d7a430632c1f99a7e39",
     "test": "d8763852c528f8d82c0ca121ffa2bc975e7986990760213c25d6c882c7168651",
 }
 

@@ -52,7 +52,7 @@ def test_the_splits_as_published():
         "stills": (4000, 1),
         "clips": (400, 22),
         "train": (60, 24),
-        "val": (12, 24),
+        "val": (16, 24),
         "test": (48, 24),
     }
     assert len({split.seed for split in demo.SPLITS.values()}) == len(demo.SPLITS)
