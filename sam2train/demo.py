@@ -33,6 +33,7 @@ JPEG_QUALITY = 88
 SPLITS = {
     "stills": DemoSplit(201, 4000, 1, 3, 5, 4.0, 0.3, 0.0, 0.2),
     "clips": DemoSplit(205, 400, 22, 3, 4, 4.0, 0.3, 0.9, 0.2),
+    "scenes": DemoSplit(206, 400, 24, 4, 5, 5.0, 0.6, 1.0, 0.4),
     "train": DemoSplit(202, 60, 24, 5, 6, 6.0, 1.0, 1.0, 0.5),
     "val": DemoSplit(223, 16, 24, 5, 6, 6.0, 1.0, 1.0, 0.5),
     "test": DemoSplit(204, 48, 24, 5, 6, 6.0, 1.0, 1.0, 0.5),
@@ -42,6 +43,7 @@ SPLITS = {
 DIGESTS = {
     "stills": "d718a150c88b5b86adbd60de02f785bb0a7ccca8a5ad88c0dc5d8a8120a2f913",
     "clips": "5d1085be9f32a887f64af148b66c15c284e6719cb35d6de9038592c5a851eec0",
+    "scenes": "f47505bdf59af028b02c3903e676da141dfdb708daf64fa96f27e9e94d8c3f69",
     "train": "5fddc5cd588d959f7fb7dbff207ec9a9256409f488eadb31b8545fff8d6ee314",
     "val": "549490c9f367c2e985f51e3c3e0779722f06706de77b5d7a430632c1f99a7e39",
     "test": "d8763852c528f8d82c0ca121ffa2bc975e7986990760213c25d6c882c7168651",
