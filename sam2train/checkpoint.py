@@ -333,8 +333,11 @@ def restore_optimizer(
         UserError: the state belongs to other parameters.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    fused = optimizer.defaults.get("fused")  # of this machine, not of the one that saved
     try:
-        optimizer.load_state_dict(dict(state))
+        content = dict(state)
+        content["param_groups"] = [{**group, "fused": fused} for group in content["param_groups"]]
+        optimizer.load_state_dict(content)
     except Exception as problem:  # torch looks at no type before it computes with a value
         raise UserError(
             f"{path}: optimizer does not fit the trained parameters ({problem}); give the settings "

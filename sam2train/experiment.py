@@ -419,6 +419,9 @@ def build_model(experiment: Experiment, say: Callable[[str], None] = print) -> S
     if device.type == "cuda" and device.index is not None:
         check_available(device)
         torch.cuda.set_device(device)  # what torch measures and draws from by default
+    if device.type == "cuda" and experiment.trainer.bf16 is not False:
+        # TF32 has more digits than bfloat16. `trainer.bf16: false` asks for float32, which stays.
+        torch.set_float32_matmul_precision("high")
     model = SAM2Model(
         config.checkpoint_path,
         config.config_path,

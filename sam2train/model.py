@@ -379,9 +379,12 @@ class SAM2Model(nn.Module):
     ) -> dict[str, Any]:
         """The forward pass after the image encoder: groups of objects, one after the other."""
         image_index = inputs.image_index.to(self.device)
-        object_valid = inputs.object_valid.to(self.device)
+        object_valid = inputs.object_valid
         num_frames = len(image_index)
-        clip_of_object, slot_of_object = object_valid.nonzero().unbind(1)  # (O,)
+        if not only_frames:
+            clip_of_object, slot_of_object = (
+                object_valid.nonzero().to(self.device).unbind(1)
+            )  # (O,)
         frames: list[list[FramePrediction]] = [[] for _ in range(num_frames)]
         places: list[torch.Tensor] = []  # each (3, n): where the objects of an output belong
         outputs: list[FrameOutput] = []

@@ -325,7 +325,7 @@ def _joined(texts: Iterable[str]) -> str:
 
 def has_tracked_frame(batch: BatchedVideoDatapoint) -> bool:
     """Whether an object of the batch has a real frame after one of its prompts."""
-    lengths = batch.frame_valid.sum(0).tolist()
+    lengths = batch.lengths or batch.frame_valid.sum(0).tolist()
     return any(
         prompt["frame_index"] + 1 < length and not is_empty(prompt)
         for prompts, length in zip(batch.prompts, lengths, strict=True)
