@@ -142,6 +142,7 @@ class Train(FileCommand):
             checkpoint=checkpoint,
             command=shlex.join(["python", "run.py", *map(str, words)]),
             console=_console(),
+            smoke=self.smoke,
         )
 
 
@@ -265,10 +266,9 @@ class Download(FileCommand):
     group, flag = "Look first", "--download"
 
     def run(self) -> int:
-        experiment = self.experiment()
+        model = self.experiment().model
         from sam2train.pretrained_download import fetch_checkpoint
 
-        model = experiment.model
         fetch_checkpoint(model.checkpoint_path, model.config_path, _console())
         return 0
 

@@ -31,6 +31,7 @@ from sam2train.experiment import Experiment, build_model, uses_bf16
 from sam2train.files import REPOSITORY
 from sam2train.losses import divide_losses, sum_losses
 from sam2train.machine import choose_device, say
+from sam2train.model import SAM2Model
 from sam2train.optimizer import build_optimizer
 from sam2train.prompts import PromptGenerator
 
@@ -122,6 +123,56 @@ def probe(experiment: Experiment, console: Console) -> list[Found]:
         "first step of a process, later ones are faster",
     )
     return rows
+
+
+def estimate_step(experiment: Experiment, model: SAM2Model) -> int:
+    """Bytes that a training step takes, roughly: in float32 on a CPU 0.98 to 1.28 times what was
+    measured of the demo, tiny and base plus models (experiments/LOG.md). That bfloat16 takes 0.6 of
+    the activations is a guess."""
+    sam2, dataset, user = model.sam2, experiment.dataset, experiment.interaction
+    frames, objects = dataset.video_clip_length, dataset.max_objects or OBJECTS
+    trained = sum(p.numel() for p in model.trainable_parameters().values())
+    # Weights; gradients and the two moments of AdamW.
+    fixed = 0.8e9 + 4 * sum(p.numel() for p in sam2.parameters()) + 12 * trained
+    # All below is of images of 256 px, and grows with their pixels.
+    memories = sum(min(t, model.num_maskmem) for t in range(frames))
+    narrow = sam2.hidden_dim / 256
+    of_objects = objects * ((frames - 1) * 45e6 + memories * 6e6) * narrow
+    if user.enabled:
+        clicks = user.num_frames_to_correct * user.num_correction_pt_per_frame
+        of_objects += objects * clicks * 9e6 * narrow
+    of_frames = 100e6 * narrow
+    if model.trains_encoder:
+        trunk = sam2.image_encoder.trunk
+        of_frames += frames * 0.12e6 * trunk.channel_list[-1] * len(trunk.blocks)
+    if experiment.trainer.activation_checkpointing:
+        of_objects, of_frames = of_objects / 2, of_frames / 2
+    if uses_bf16(experiment, model.device):
+        of_objects, of_frames = 0.6 * of_objects, 0.6 * of_frames
+    scale = dataset.batch_size * (model.image_size / 256) ** 2
+    return int(fixed + scale * (of_objects + of_frames))
+
+
+def free_memory(experiment: Experiment) -> int | None:
+    """Bytes that a run may use; None where the system does not say."""
+    try:
+        return memory_here(experiment)[0]
+    except (MachineFault, OSError):
+        return None
+
+
+def memory_warning(experiment: Experiment, model: SAM2Model, free: int | None) -> str | None:
+    """What to do where a step seems to need more than the memory that was free before the model was
+    built; None where it does not."""
+    needed = estimate_step(experiment, model)
+    if free is None or needed <= free:
+        return None
+    return (
+        f"a step is estimated to take {needed / 1e9:.0f} GB, and {free / 1e9:.1f} GB of memory are "
+        "free; lower dataset.batch_size, model.image_size with dataset.image_size, "
+        "dataset.video_clip_length or dataset.max_objects, or set "
+        "trainer.activation_checkpointing=true; --probe measures what fits"
+    )
 
 
 def fits(found: Found, limit: int) -> bool:

@@ -24,6 +24,7 @@ from sam2train.demo import resolve_data_path
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment, as_begun, build_model, load_experiment
 from sam2train.machine import Interrupted, say
+from sam2train.probe import free_memory, memory_warning
 from sam2train.run_folder import RunFolder, read_summary
 from sam2train.runlog import parameter_table
 from sam2train.trainer import Trainer
@@ -53,6 +54,7 @@ def train(
     checkpoint: Path | None,
     command: str,
     console: Console,
+    smoke: bool = False,
 ) -> int:
     """Train an experiment, and say what was written.
 
@@ -61,6 +63,7 @@ def train(
         run_dir: the folder of a new run, runs/<name>/<run id>/ by default.
         checkpoint: of the run to go on with, None for a new one.
         command: what was typed, to say how to go on.
+        smoke: refuse a step that seems to need more memory than there is; else that is a warning.
 
     Returns:
         The exit code: 0, or the shell's for the signal that stopped it.
@@ -79,10 +82,15 @@ def train(
                 f"--run-dir {run_dir}: a run is there already; add --resume to go on with it, or "
                 "name another folder"
             )
+    free = free_memory(experiment)
     trainer = Trainer(
         experiment, run_dir, run_id=run_id, name=name, resume=checkpoint, console=console
     )
     say = trainer.runlog.say
+    if text := memory_warning(experiment, trainer.model, free):
+        if smoke:
+            raise UserError(text)
+        say(f"warning: {text}")
     try:
         trainer.run()
     except Interrupted as stopped:

@@ -4,11 +4,21 @@ import io
 
 import pytest
 from rich.console import Console
+from small_run import fails, write_experiment
 from test_trainer import experiment  # noqa: F401
 
 from sam2train import probe
 from sam2train.errors import explain
-from sam2train.probe import Found, Setting, fits, measure_setting, settings_of
+from sam2train.experiment import build_model, load_experiment
+from sam2train.probe import (
+    Found,
+    Setting,
+    estimate_step,
+    fits,
+    measure_setting,
+    memory_warning,
+    settings_of,
+)
 
 # ruff: noqa: F811
 
@@ -21,6 +31,8 @@ def test_more_frames_take_more_memory(experiment):
     assert few.problem == many.problem == ""
     assert many.peak > few.peak + 20e6
     assert 100e6 < few.peak < 3e9
+    settings = Setting(24, 2, 128, False).apply(experiment(dataset={"max_objects": 2}))
+    assert 0.8 * many.peak < estimate_step(settings, build_model(settings)) < 1.6 * many.peak
 
 
 def test_a_step_that_runs_out_of_memory_ends_alone(experiment):
@@ -67,3 +79,31 @@ def test_the_message_of_a_full_memory_names_the_probe():
     with pytest.raises(MemoryError) as caught:
         raise MemoryError
     assert "--probe measures which fit" in explain(caught.value)
+
+
+def test_the_estimate_grows_with_what_takes_memory(experiment):
+    def estimate(trained=("memory_attention",), clicks=0, **setting):
+        base = {"frames": 4, "objects": 2, "size": 64, "checkpointing": False}
+        changed = experiment(
+            model={"trainable_modules": list(trained)},
+            interaction={"num_correction_pt_per_frame": clicks},
+            dataset={"max_objects": {**base, **setting}["objects"], "prompt_types": ["point"]},
+        )
+        changed = Setting(**{**base, **setting}).apply(changed)
+        return estimate_step(changed, build_model(changed))
+
+    least = estimate(checkpointing=True)
+    assert least < estimate()
+    for more in ({"frames": 8}, {"objects": 4}, {"size": 128}, {"clicks": 3}, {"trained": ["*"]}):
+        assert estimate(**more) > estimate()
+
+
+def test_a_smoke_that_needs_more_than_there_is_is_refused(tmp_path, monkeypatch, capsys):
+    """A training is only warned: the estimate is rough."""
+    path = write_experiment(tmp_path, monkeypatch)
+    monkeypatch.setattr("sam2train.training_run.free_memory", lambda experiment: 10**8)
+    message = fails(capsys, path, "--smoke")
+    assert "a step is estimated to take 1 GB, and 0.1 GB of memory are free; lower" in message
+    changed = load_experiment(path)
+    assert memory_warning(changed, build_model(changed), 10**10) is None
+    assert memory_warning(changed, build_model(changed), None) is None  # nobody knows

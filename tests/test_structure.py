@@ -43,7 +43,7 @@ GROUPS = {
         *("trainer", "trainer_step", "run_scores", "training_run", "eval_checkpoint", "predict"),
     },
     "reports": {
-        *("results", "ablation", "compare", "figures"),
+        *("results", "ablation", "ablation_text", "compare", "figures"),
         *("sweep", "sweep_trials", "sweep_file", "sweep_search", "sweep_processes"),
     },
     "speed": {
