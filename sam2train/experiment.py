@@ -27,7 +27,7 @@ from sam2train.errors import UserError
 from sam2train.features import FeaturesConfig
 from sam2train.files import file_hash, resolve_path
 from sam2train.losses import LossConfig
-from sam2train.machine import check_available, choose_device
+from sam2train.machine import check_available, choose_device, has_fast_bf16
 from sam2train.metrics import EvaluationConfig
 from sam2train.optimizer import OptimizerConfig
 from sam2train.pretrained import selects
@@ -452,6 +452,15 @@ def feature_cache_note(experiment: Experiment, model: SAM2Model) -> str | None:
             "augment.num_views=8 changes each video in 8 ways only, which the cache can keep"
         )
     return None
+
+
+def bf16_note(experiment: Experiment, device: torch.device) -> str | None:
+    """That bfloat16 is faster here, where it was measured to be: on such a processor, from 512 px
+    on. float32 stays the default on CPUs."""
+    asked = experiment.trainer.bf16 is not None or experiment.trainer.num_steps == 0
+    if device.type != "cpu" or asked or experiment.model.image_size < 512 or not has_fast_bf16():
+        return None
+    return "trainer.bf16=true is faster on this processor: a step took 0.7 of the time at 512 px"
 
 
 def base_hash(experiment: Experiment) -> str | None:

@@ -78,6 +78,15 @@ def check_available(device: torch.device) -> None:
         )
 
 
+def has_fast_bf16() -> bool:
+    """Whether this processor multiplies matrices of bfloat16 itself (AMX or AVX512-BF16)."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:  # another system than Linux
+        return False
+    return not {"amx_bf16", "avx512_bf16"}.isdisjoint(text.split())
+
+
 def num_cores() -> int:
     """CPU cores this process may use."""
     if hasattr(os, "sched_getaffinity"):

@@ -24,6 +24,7 @@ from sam2train.experiment import (
     Experiment,
     as_begun,
     base_hash,
+    bf16_note,
     build_model,
     feature_cache_note,
     uses_bf16,
@@ -179,6 +180,8 @@ class Trainer:
             for text in row_warnings(self.model, self.experiment):
                 runlog.say(f"warning: {text}")
             if note := feature_cache_note(self.experiment, self.model):
+                runlog.say(note)
+            if note := bf16_note(self.experiment, self.device):
                 runlog.say(note)
             warnings = shared_video_warnings(self.splits)
             warnings += self._warnings
