@@ -458,7 +458,12 @@ def bf16_note(experiment: Experiment, device: torch.device) -> str | None:
     """That bfloat16 is faster here, where it was measured to be: on such a processor, from 512 px
     on. float32 stays the default on CPUs."""
     asked = experiment.trainer.bf16 is not None or experiment.trainer.num_steps == 0
-    if device.type != "cpu" or asked or experiment.model.image_size < 512 or not has_fast_bf16():
+    if (
+        device.type != "cpu"
+        or asked
+        or experiment.model.image_size < 512
+        or not has_fast_bf16(device)
+    ):
         return None
     return "trainer.bf16=true is faster on this processor: a step took 0.7 of the time at 512 px"
 
