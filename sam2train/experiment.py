@@ -55,6 +55,15 @@ SMOKE = {
 }
 
 
+class LoraConfig(Section):
+    """The `model.lora:` section. Weights that it stands beside stay frozen."""
+
+    rank: int = Field(8, ge=1, description="of the product that is added to a weight")
+    modules: tuple[str, ...] = Field(
+        ("memory_attention",), min_length=1, description="whose attention layers get one"
+    )
+
+
 class ModelConfig(Section):
     """The `model:` section of an experiment."""
 
@@ -93,6 +102,10 @@ class ModelConfig(Section):
         le=1,
         description="in training: chance that a memory is made from a wrong mask (moved, another "
         "object's, empty), so that the model learns to distrust its memories",
+    )
+    lora: LoraConfig | None = Field(
+        None,
+        description="train small matrices beside frozen attention weights (LoRA), merged on export",
     )
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="of random initial weights; null: trainer.seed"
@@ -435,6 +448,7 @@ def build_model(experiment: Experiment, say: Callable[[str], None] = print) -> S
         dropout=config.dropout,
         memory_noise=config.memory_noise,
         activation_checkpointing=experiment.trainer.activation_checkpointing,
+        lora=config.lora and (config.lora.rank, config.lora.modules),
     ).load()
     model.use_feature_cache(experiment.features, say)
     return model
