@@ -334,18 +334,15 @@ def restore_optimizer(
     Raises:
         UserError: the state belongs to other parameters.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    fused = optimizer.defaults.get("fused")  # of this machine, not of the one that saved
     try:
-        content = dict(state)
-        content["param_groups"] = [{**group, "fused": fused} for group in content["param_groups"]]
-        optimizer.load_state_dict(content)
+        groups = [{**g, "fused": optimizer.defaults["fused"]} for g in state["param_groups"]]
+        optimizer.load_state_dict({**state, "param_groups": groups})  # fused as this device can
     except Exception as problem:  # torch looks at no type before it computes with a value
         raise UserError(
             f"{path}: optimizer does not fit the trained parameters ({problem}); give the settings "
             "of the run"
         ) from None
-    for place, parameter in enumerate(parameters):
+    for place, parameter in enumerate(p for g in optimizer.param_groups for p in g["params"]):
         for name, value in optimizer.state[parameter].items():
             if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape:
                 raise UserError(

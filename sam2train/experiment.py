@@ -27,7 +27,7 @@ from sam2train.errors import UserError
 from sam2train.features import FeaturesConfig
 from sam2train.files import file_hash, resolve_path
 from sam2train.losses import LossConfig
-from sam2train.machine import check_available, choose_device, has_fast_bf16
+from sam2train.machine import check_available, choose_device
 from sam2train.metrics import EvaluationConfig
 from sam2train.optimizer import OptimizerConfig
 from sam2train.pretrained import selects
@@ -452,34 +452,6 @@ def build_model(experiment: Experiment, say: Callable[[str], None] = print) -> S
     ).load()
     model.use_feature_cache(experiment.features, say)
     return model
-
-
-def feature_cache_note(experiment: Experiment, model: SAM2Model) -> str | None:
-    """Why the feature cache is off although it is wanted, for all images or for training clips."""
-    if not experiment.features.cache:
-        return None
-    if model.trains_encoder:
-        return "feature cache: off, as the image encoder is trained and its features change"
-    if not experiment.augment.repeats_images:
-        return (
-            "feature cache: not for training clips, whose pixels are changed anew each time; "
-            "augment.num_views=8 changes each video in 8 ways only, which the cache can keep"
-        )
-    return None
-
-
-def bf16_note(experiment: Experiment, device: torch.device) -> str | None:
-    """That bfloat16 is faster here, where it was measured to be: on such a processor, from 512 px
-    on. float32 stays the default on CPUs."""
-    asked = experiment.trainer.bf16 is not None or experiment.trainer.num_steps == 0
-    if (
-        device.type != "cpu"
-        or asked
-        or experiment.model.image_size < 512
-        or not has_fast_bf16(device)
-    ):
-        return None
-    return "trainer.bf16=true is faster on this processor: a step took 0.7 of the time at 512 px"
 
 
 def base_hash(experiment: Experiment) -> str | None:

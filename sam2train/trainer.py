@@ -24,9 +24,7 @@ from sam2train.experiment import (
     Experiment,
     as_begun,
     base_hash,
-    bf16_note,
     build_model,
-    feature_cache_note,
     uses_bf16,
 )
 from sam2train.files import sweep_partials, write_text
@@ -39,9 +37,11 @@ from sam2train.run_scores import TrainerScores
 from sam2train.runlog import RunLog
 from sam2train.trainer_step import (
     audit_step,
+    bf16_note,
     check_same_everywhere,
     clips_before,
     dropout_seed,
+    feature_cache_note,
     has_tracked_frame,
     not_finite,
     restore_rng_of_all,

@@ -14,7 +14,6 @@ from sam2train.errors import UserError
 from sam2train.experiment import (
     Experiment,
     as_begun,
-    bf16_note,
     load_experiment,
     prepare_experiment,
     settings_of_section,
@@ -23,6 +22,7 @@ from sam2train.experiment import (
     untrained_rows,
 )
 from sam2train.files import REPOSITORY
+from sam2train.trainer_step import bf16_note
 
 
 @pytest.fixture
