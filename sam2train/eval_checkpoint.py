@@ -284,7 +284,7 @@ class Evaluation:
         for line in self.folder.contents(*names, "summary"):
             self._say(line)
         if self.runlog.wandb.how_to_sync:
-            self._say(f"upload it: {self.runlog.wandb.how_to_sync}")
+            self._say(f"\nupload it:\n  {self.runlog.wandb.how_to_sync}")
 
     def _say(self, text: str) -> None:
         say(self.console, text)

@@ -99,11 +99,13 @@ class RunFolder:
         return next((path for path in (self.best, self.last) if path.is_file()), None)
 
     def contents(self, *names: str) -> Iterable[str]:
-        """A line for each of these places that exists: its path and what a person finds there."""
+        """A line for each of these places that exists: its name in the folder and what a person
+        finds there."""
         for name in names:
             path = getattr(self, name)
             if path.exists():
-                yield f"  {path!s:<48} {getattr(RunFolder, name).__doc__}"
+                place = path.relative_to(self.path).as_posix()
+                yield f"  {place:<20} {getattr(RunFolder, name).__doc__}"
 
 
 EVALUATIONS = "evaluations"

@@ -11,6 +11,7 @@ import math
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,7 +24,14 @@ import torch
 
 from sam2train import checkpoint, distributed
 from sam2train.data_clips import ClipDataset
-from sam2train.evaluate import OnFrame, SeenFrame, Track, copy_first_mask, track_video
+from sam2train.evaluate import (
+    OnFrame,
+    SeenFrame,
+    Track,
+    TrackedVideo,
+    copy_first_mask,
+    track_video,
+)
 from sam2train.experiment import Experiment
 from sam2train.features import identify
 from sam2train.files import REPOSITORY, write_text
@@ -40,6 +48,7 @@ from sam2train.scores import (
     SCORE_COLUMNS,
     RowsFile,
     Scores,
+    difference,
     numbers,
     read_scores,
     score,
@@ -215,6 +224,12 @@ def weak_base(experiment: Experiment, base: Scores, copied: Scores) -> str | Non
     )
 
 
+def gain_text(before: Scores, after: Scores) -> str:
+    """`0.441 -> 0.513 (+0.072, 95 % -0.076..+0.241: not shown on 12 videos)`."""
+    values = f"{before.means['J_and_F']:.3f} -> {after.means['J_and_F']:.3f}"
+    return f"{values} ({difference(before, after).verdict()})"
+
+
 class TrainerScores:
     """Which step was scored last, which one is the best, and the rows of all of them on disk.
 
@@ -245,6 +260,7 @@ class TrainerScores:
         self.kept = KeptScores(Path(shared)) if shared and single else None
         self.scored: int | None = None  # the last step that was scored on the validation videos
         self.best = -math.inf
+        self.best_step: int | None = None  # checkpoints from before this key do not tell it
         self.baseline: dict[str, float] = {}
         self.latest: dict[str, float] = {}
         if before is not None:
@@ -253,6 +269,9 @@ class TrainerScores:
             # Checkpoints from before this key were written after their step was scored, if it was
             # due.
             self.scored = before.get("scored", before["step"])
+            self.best_step = before.get("best_step")
+        self._pace: dict[bool, float] = {}  # of the copied mask or not -> seconds a frame
+        self.tested: tuple[Scores, Scores, int] | None = None  # base, checkpoint, its step
         self.score_rows = RowsFile(folder.scores, SCORE_COLUMNS, self.scored, say=runlog.say)
         self.horizon_rows = RowsFile(folder.horizon, HORIZON_COLUMNS, self.scored, say=runlog.say)
 
@@ -260,6 +279,7 @@ class TrainerScores:
         """What a checkpoint keeps."""
         return {
             "best": self.best,
+            "best_step": self.best_step,
             "scores": self.latest,
             "baseline": self.baseline,
             "scored": self.scored,
@@ -306,7 +326,7 @@ class TrainerScores:
                 self.runlog.say(text)
         score = self.latest["J_and_F"]
         if score > self.best:
-            self.best = score
+            self.best, self.best_step = score, step
             save_best()
         if step:
             self.runlog.say(
@@ -329,6 +349,7 @@ class TrainerScores:
         scores, base, copied = [
             self._keep(self._score(contender, data, "test")) for contender in contenders
         ]
+        self.tested = base, scores, step
         values = scores.means | numbers(scores.horizon)
         values = {f"test/{name}": value for name, value in values.items()}
         self.runlog.summary(
@@ -346,21 +367,52 @@ class TrainerScores:
         if not distributed.is_main():
             return
         key = {"validation": "val"}.get(split, split)
-        kept = {(row["split"], row["model"], int(row["step"])) for row in self.score_rows.rows}
-        rows = [
-            read_scores(
-                self.score_rows.rows,
-                key,
-                model,
-                step,
-                LABELS.get(model, f"step {step}"),
-                self.horizon_rows.rows,
-            )
-            for model, step in ((TRAINED, step), *beside)
-            if (key, model, step) in kept  # a file that was deleted lacks the earlier steps
-        ]
+        found = (self._scores_of(key, *one) for one in ((TRAINED, step), *beside))
+        rows = [scores for scores in found if scores]
         policy = self.experiment.evaluation.frame_policy
         self.runlog.console.print(scores_table(f"{split} videos, frames: {policy}", rows))
+
+    def conclusion(self, last_step: int) -> list[str]:
+        """What a run came to, a line each: the gain on each split with its interval over videos,
+        and which step the best checkpoint is."""
+        if not distributed.is_main():
+            return []
+        lines = []
+        best = self.best_step
+        first, last = self._scores_of("val", TRAINED, 0), self._scores_of("val", TRAINED, last_step)
+        if best:
+            chosen = self._scores_of("val", TRAINED, best)
+            if first and chosen:
+                lines.append(f"val J&F {gain_text(first, chosen)}")
+        if self.tested and self.tested[2]:
+            lines.append(f"test J&F {gain_text(*self.tested[:2])}")
+        if best:
+            lines.append(f"best.pt is step {best}, the highest val J&F")
+        elif best == 0:
+            text = "nothing gained: best.pt is the untouched base"
+            if first and last and last_step:
+                text += f"; val J&F {gain_text(first, last)} at step {last_step}"
+            lines.append(text)
+        return lines
+
+    def seconds_for(self, val: ClipDataset | None, times: int, test: ClipDataset | None) -> float:
+        """Seconds that so many validations and the report on the test videos will take, as far as
+        earlier ones tell; 0 before."""
+
+        def frames(data: ClipDataset | None) -> int:
+            videos = data.videos[: self.experiment.evaluation.max_videos] if data else ()
+            return sum(len(video.frames) for video in videos)
+
+        model, copied = (self._pace.get(key, 0.0) for key in (False, True))
+        return times * model * frames(val) + (2 * model + copied) * frames(test)
+
+    def _scores_of(self, split: str, model: str, step: int) -> Scores | None:
+        """Scores from the rows; None where they lack it, as after a file was deleted."""
+        kept = {(row["split"], row["model"], int(row["step"])) for row in self.score_rows.rows}
+        if (split, model, step) not in kept:
+            return None
+        label = LABELS.get(model, f"step {step}")
+        return read_scores(self.score_rows.rows, split, model, step, label, self.horizon_rows.rows)
 
     def _contender(
         self, key: str, step: int, weights: Mapping[str, torch.Tensor] | None = None
@@ -382,10 +434,27 @@ class TrainerScores:
         found = kept and kept.read(name, drawer)
         if found:
             return found
-        watch = {"on_frame": self._heed_signal(drawer and drawer.see_frame)}
-        if drawer is not None:
-            watch |= {"on_video": drawer.see_video, "num_of_main": drawer.most}
-        found = score_contender(contender, data, self.experiment, split, **watch)
+        number = len(data.videos[: self.experiment.evaluation.max_videos])
+        number = -(-number // distributed.num_processes())  # this process sees its own only
+        begin = time.perf_counter()
+        with self.runlog.counting(f"{split} videos, {contender.label}", number) as count:
+
+            def see_video(index: int, tracked: TrackedVideo) -> None:
+                if drawer is not None:
+                    drawer.see_video(index, tracked)
+                count()
+
+            found = score_contender(
+                contender,
+                data,
+                self.experiment,
+                split,
+                on_frame=self._heed_signal(drawer and drawer.see_frame),
+                on_video=see_video,
+                num_of_main=drawer.most if drawer else 0,
+            )
+        frames = sum(len(video.frames) for video in data.videos[:number])
+        self._pace[contender.key == COPY] = (time.perf_counter() - begin) / max(frames, 1)
         if kept:
             kept.write(name, found, drawer)
         return found

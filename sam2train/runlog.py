@@ -5,9 +5,10 @@ The calls are the same whatever the W&B mode. Each call writes to the disk first
 
 import contextlib
 import json
+import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from rich.table import Table
 from sam2train import distributed
 from sam2train.errors import UserError
 from sam2train.files import naming, printable, write_text
-from sam2train.machine import describe_environment, say
+from sam2train.machine import count_bar, describe_environment, say
 from sam2train.run_folder import RunFolder, parse_row, read_lines, read_summary
 from sam2train.runlog_wandb import (
     FLUSH_INTERVAL,
@@ -76,8 +77,10 @@ class RunLog:
         )
         self._log_every, self._num_steps, self._first_step = log_every, num_steps, first_step
         self._progress: Progress | None = None
-        self._printed_step = first_step
+        self._printed_step, self._shown = first_step, -math.inf
         self._steps, self._training_seconds = 0, 0.0  # of this process, without validation
+        # Seconds that all scoring after a step will take, for the time left.
+        self.scoring_to_come: Callable[[int], float] = lambda step: 0.0
         self._clear_window()
         self._lines: int | None = None  # of the file, all of them the run's own
         if resume is not None:
@@ -134,8 +137,9 @@ class RunLog:
     def log(self, step: int, scalars: "Mapping[str, float | torch.Tensor]", clips: int = 0) -> None:
         """Add one training step. Every `log_every` steps, and at the last, write the means.
 
-        Tensors (one element, any device) are summed where they are; only a written line waits for
-        the device. A name that is missing at some steps is averaged over those that have it.
+        Tensors (one element, any device) are summed where they are; only a line waits for the
+        device: a written one, that of the first step, and on a terminal one a second. A name that
+        is missing at some steps is averaged over those that have it.
         """
         for name, value in scalars.items():
             if hasattr(value, "detach"):
@@ -149,15 +153,23 @@ class RunLog:
         if self._progress is None and self.console.is_terminal:
             self._start_progress()
         last = step == self._num_steps
+        due = self._progress is not None and time.perf_counter() - self._shown >= 1
+        status = None
         if step % self._log_every == 0 or last:
-            status = self._write_window(step)
-            if self._progress is not None:
-                self._progress.update(self._task, status=status)
-            elif last or step - self._printed_step >= self._num_steps / 10:
-                self.say(f"step {step}/{self._num_steps}  {status}")
-                self._printed_step = step
+            status = self._status(step, self._write_window(step))
+        elif self._steps == 1 or due:
+            status = self._status(step, self._means())
         if self._progress is not None:
-            self._progress.update(self._task, completed=step)
+            self._progress.update(
+                self._task, completed=step, **({"status": status} if status else {})
+            )
+        elif status and (
+            last or self._steps == 1 or step - self._printed_step >= self._num_steps / 10
+        ):
+            self.say(f"step {step}/{self._num_steps}  {status}")
+            self._printed_step = step if self._steps > 1 else self._printed_step
+        if status:
+            self._shown = time.perf_counter()
 
     def record(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write one line now: validation scores, an audit.
@@ -167,6 +179,29 @@ class RunLog:
         """
         self._write(step, scalars)
         self._mark = time.perf_counter()
+
+    @contextlib.contextmanager
+    def counting(self, what: str, number: int) -> Iterator[Callable[[], None]]:
+        """Show how many are done of a number; the function it gives counts one."""
+        if self._progress is None:
+            with count_bar(self.console) as bar:
+                task = bar.add_task(what, total=number)
+                yield lambda: bar.advance(task)
+            return
+        bar = self._progress  # rich shows one at a time
+        task = bar.add_task(what, total=number, status=what)
+
+        def count() -> None:
+            bar.advance(task)
+            (counted,) = (t for t in bar.tasks if t.id == task)
+            left = counted.time_remaining
+            more = "" if left is None else f"  {timedelta(seconds=round(left))} left"
+            bar.update(task, status=what + more)
+
+        try:
+            yield count
+        finally:
+            bar.remove_task(task)
 
     def environment(self, device: "torch.device") -> None:
         """Write what the run computes with: code, versions, machine."""
@@ -289,19 +324,28 @@ class RunLog:
     def _send(self, step: int, scalars: Mapping[str, Any]) -> None:
         self.wandb.report("log", lambda run: run.log({STEP_AXIS: step, **plain_values(scalars)}))
 
-    def _write_window(self, step: int, *, to_wandb: bool = True) -> str:
-        """Write the means since the last line. Returns the text of the progress line."""
+    def _means(self) -> dict[str, Any]:
+        """The row of the means since the last line."""
         row = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
         self._count_seconds()  # float() waited for the device, and that wait belongs to these steps
         if self._clips:
             spent = self._training_seconds - self._window_start
             row["clips_per_second"] = self._clips / max(spent, 1e-9)
-        row |= {"seconds": self.seconds, **_memory()}
+        return row | {"seconds": self.seconds, **_memory()}
+
+    def _write_window(self, step: int, *, to_wandb: bool = True) -> dict[str, Any]:
+        """Write the means since the last line. Returns them."""
+        row = self._means()
         self._clear_window()
         self._write(step, row, to_wandb=to_wandb)
+        return row
+
+    def _status(self, step: int, row: Mapping[str, Any]) -> str:
+        """The text of the progress line."""
         left = (self._num_steps - step) * self._training_seconds / self._steps
-        row["left"] = timedelta(seconds=round(left))
-        formats = {"loss": "loss {:.4g}", "lr": "lr {:.1e}", "clips_per_second": "{:.1f} clips/s"}
+        left = timedelta(seconds=round(left + self.scoring_to_come(step)))
+        row = {**row, "left": left}
+        formats = {"loss": "loss {:.4g}", "lr": "lr {:.1e}", "clips_per_second": "{:.2g} clips/s"}
         formats |= {"left": "{} left", "memory_gb": "{:.1f} GB"}
         return "  ".join(text.format(row[name]) for name, text in formats.items() if name in row)
 

@@ -131,7 +131,7 @@ class WandbRun:
         folder = shlex.quote(str(self._folder.wandb / Path(self._run.dir).parent.name))
         if self.mode == "offline":
             self.how_to_sync = f"wandb sync {folder}"
-            self._say(f"W&B is offline: {reason}. Upload later: {self.how_to_sync}")
+            self._say(f"W&B is offline: {reason}. Upload later:\n  {self.how_to_sync}")
         else:
             self._sync_broken = f"wandb sync --include-online {folder}"
             self._say(f"W&B is online: {reason}. {self._run.url}")
@@ -181,8 +181,8 @@ class WandbRun:
             self.how_to_sync = self.how_to_sync or self._sync_broken
             self._say(
                 f"W&B is off from here, {what} failed ({type(error).__name__}: "
-                f"{first_line(error)}); {self._folder.path} goes on. Upload what W&B has: "
-                f"{self.how_to_sync}"
+                f"{first_line(error)}); {self._folder.path} goes on. Upload what W&B has:\n"
+                f"  {self.how_to_sync}"
             )
 
     def finish(self, code: int) -> None:

@@ -158,6 +158,7 @@ class Trainer:
             base_weights=base_weights,
             before=content,
         )
+        self.runlog.scoring_to_come = self._scoring_to_come
         # (steps done, last step scored) as `last.pt` has them
         self._saved: tuple[int, int | None] | None = None
         if resume == self.folder.last:
@@ -388,6 +389,12 @@ class Trainer:
     def evaluate(self) -> None:
         """Score the validation videos; keep the weights whose score is the highest so far."""
         self.scores.validate(self.step, self.val_data, partial(self.save, self.folder.best))
+
+    def _scoring_to_come(self, step: int) -> float:
+        """Seconds that scores after a step will take, from those so far."""
+        every, end = self.config.val_every, self.config.num_steps
+        times = end // every - step // every + (end % every > 0) if self.val_data else 0
+        return self.scores.seconds_for(self.val_data, times, self.test_data)
 
     # -- what is kept ---------------------------------------------------------------------------
 

@@ -70,6 +70,8 @@ def test_only_a_written_line_reads_the_device(start):
     loss = torch.ones(()).as_subclass(Watched)
     with start(log_every=3) as runlog:
         runlog.log(1, {"loss": loss})
+        assert calls.count("__float__") == 1  # the first step is shown
+        calls.clear()
         runlog.log(2, {"loss": loss})
         assert "add" in calls
         assert not readers & set(calls)
@@ -277,12 +279,44 @@ def test_plain_lines_without_a_terminal(start, screen):
             runlog.log(step, {"loss": 0.25, "lr": 1e-5}, clips=1)
         runlog.say("saved [red]last.pt " + "x" * 120)
     lines = [line for line in shown(screen).splitlines() if line.startswith("step ")]
-    assert [line.split()[1] for line in lines] == [f"{step}/200" for step in range(20, 201, 20)]
+    steps = [1, *range(20, 201, 20)]  # the first one tells at once that it goes on
+    assert [line.split()[1] for line in lines] == [f"{step}/200" for step in steps]
     assert "loss 0.25  lr 1.0e-05" in lines[0]
     assert lines[-1].endswith("GB")
     assert "0:00:00 left" in lines[-1]
     assert "saved [red]last.pt " + "x" * 120 in shown(screen)
     assert "\x1b" not in shown(screen)
+
+
+def test_the_time_left_knows_what_scoring_costs(start, screen, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    clock.perf_counter = lambda: clock.now
+    monkeypatch.setattr(runlog_room, "time", clock)
+    with start(log_every=1, num_steps=4) as runlog:
+        runlog.scoring_to_come = lambda step: 100.0 * (4 - step)
+        for step in (1, 2, 3, 4):
+            clock.now += 10.0
+            runlog.log(step, {"loss": 1.0}, clips=2)
+    lines = [line for line in shown(screen).splitlines() if line.startswith("step ")]
+    assert [line.split("  ")[3] for line in lines] == [
+        *("0:05:30 left", "0:03:40 left", "0:01:50 left", "0:00:00 left")
+    ]
+    assert "loss 1  0.2 clips/s" in lines[0]
+
+
+def test_videos_are_counted_beside_the_steps(start):
+    terminal = Console(
+        file=io.StringIO(), width=80, force_terminal=True, _environ={"TERM": "xterm"}
+    )
+    with start(console=terminal) as runlog:
+        for _ in range(2):  # before the first step, and after it
+            with runlog.counting("val videos, step 3", 5) as count:
+                count()
+                count()
+                bar = runlog._progress
+                assert bar is None or (bar.tasks[-1].completed, bar.tasks[-1].total) == (2, 5)
+            runlog.log(1, {"loss": 1.0})
+        assert len(runlog._progress.tasks) == 1
 
 
 def test_live_line_gives_the_cursor_back_when_training_fails(start):

@@ -125,9 +125,9 @@ def test_offline_data_arrives(start, tmp_path, screen):
         runlog.overlays(2, [overlay(tmp_path)])
         runlog.summary({"status": "done", "best/J_and_F": 0.5})
         assert runlog.wandb.mode == "offline"
-        first = shown(screen).splitlines()[0]
-        assert first.startswith("W&B is offline: tracking.mode is offline. Upload later: ")
-        assert first.endswith(runlog.wandb.how_to_sync)
+        first, second = shown(screen).splitlines()[:2]
+        assert first == "W&B is offline: tracking.mode is offline. Upload later:"
+        assert second == f"  {runlog.wandb.how_to_sync}"
         folder = runlog.wandb.how_to_sync.removeprefix("wandb sync ")
     assert (tmp_path / folder / "run-abc.wandb").is_file()
     assert "off from here" not in shown(screen)
@@ -192,7 +192,7 @@ def test_wandb_that_fails_later_costs_one_line(start, tmp_path, screen, monkeypa
     complaints = [line for line in shown(screen).splitlines() if "off from here" in line]
     assert len(complaints) == 1
     assert "log failed (OSError: no space left on device)" in complaints[0]
-    assert complaints[0].endswith(runlog.wandb.how_to_sync)
+    assert f"\n  {runlog.wandb.how_to_sync}\n" in shown(screen)
     # What W&B had got before is finished and readable.
     assert [row["item"]["trainer/global_step"] for row in records(tmp_path)["history"]] == [2]
 
