@@ -31,11 +31,12 @@ from sam2train.machine import cell as table_cell
 from sam2train.machine import count_bar, say
 from sam2train.metrics import BASE, COPY, TRAINED
 from sam2train.model import SAM2Model
+from sam2train.overlays import OverlayDrawer
 from sam2train.prompts import PROMPTS, PromptGenerator, mask_to_box, move_point, type_of
 from sam2train.run_folder import RunFolder
 from sam2train.run_scores import Contender, score_beside, score_contender, weak_base
 from sam2train.runlog import RunLog
-from sam2train.score_pictures import OverlayDrawer, horizon_figure, horizon_table, matrix_figure
+from sam2train.score_pictures import horizon_figure, horizon_table, matrix_figure
 from sam2train.scores import (
     FRAME_COLUMNS,
     HORIZON_COLUMNS,
@@ -127,32 +128,38 @@ class Evaluation:
         """
         masks = save_masks and distributed.from_main(partial(MaskFolder, save_masks))
         most = self.experiment.evaluation.num_overlays
-        drawer = OverlayDrawer(self.data, self.folder.overlays, self.split, most)
-
-        def see(index: int, seen: SeenFrame) -> None:
-            if masks:
-                masks.write(seen)
-            drawer.see_frame(index, seen)
+        drawers = [
+            OverlayDrawer(self.data, self.folder.overlays, name, most)
+            for name, _ in zip((self.split, BASE), self.contenders, strict=False)
+        ]
 
         with self.record() as summary:
             with self.progress(len(self.contenders) + 1) as advance:
 
                 def watch(contender: Contender) -> dict[str, Any]:
-                    if contender is not self.contenders[0]:
+                    if contender not in self.contenders:
                         return {"on_video": lambda index, tracked: advance(contender.label)}
+                    drawer = drawers[self.contenders.index(contender)]
+                    first = contender is self.contenders[0]
+
+                    def see(index: int, seen: SeenFrame) -> None:
+                        if masks and first:
+                            masks.write(seen)
+                        drawer.see_frame(index, seen)
 
                     def see_video(index: int, tracked: TrackedVideo) -> None:
                         drawer.see_video(index, tracked)
                         advance(contender.label)
 
-                    own = len(self.data.videos) if masks else drawer.most
+                    own = len(self.data.videos) if masks and first else 0
                     return {"on_frame": see, "on_video": see_video, "num_of_main": own}
 
                 rows = score_beside(self.contenders, self.data, self.experiment, self.split, watch)
+                drawers[0].draw(*drawers[1:])
             if distributed.is_main():
                 self._write(rows)
                 self._summarise(rows, summary)
-                self.runlog.overlays(rows[0].step, drawer.overlays)
+                self.runlog.overlays(rows[0].step, drawers[0].overlays)
                 self._show(rows)
         if masks:
             self._say(f"  {save_masks!s:<48} masks as palette PNGs")

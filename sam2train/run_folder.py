@@ -48,6 +48,7 @@ class RunFolder:
     previous = _place("checkpoints/previous.pt", "the one before, if that is damaged")
     damaged = _place("checkpoints/damaged.pt", "a last checkpoint that is damaged")
     wandb = _place("wandb", "what W&B writes")
+    tensorboard = _place("tensorboard", "what TensorBoard reads")
     # An evaluation has its settings here and no `config`: it is no run to be resumed or compared.
     evaluation = _place("evaluation.yaml", "the settings of an evaluation")
     matrix = _place("prompt_matrix.csv", "a row for each prompt and noise")

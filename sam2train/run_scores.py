@@ -38,10 +38,10 @@ from sam2train.files import REPOSITORY, write_text
 from sam2train.machine import StopRequests
 from sam2train.metrics import BASE, COPY, TRAINED
 from sam2train.model import SAM2Model
+from sam2train.overlays import OverlayDrawer
 from sam2train.pretrained import resolve_config
 from sam2train.run_folder import BASE_SCORES, RunFolder
 from sam2train.runlog import RunLog
-from sam2train.score_pictures import OverlayDrawer
 from sam2train.scores import (
     HORIZON_COLUMNS,
     LABELS,
@@ -167,13 +167,13 @@ class KeptScores:
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
-    def read(self, name: str, drawer: OverlayDrawer | None) -> Scores | None:
+    def read(self, name: str, drawer: OverlayDrawer | None, data: ClipDataset) -> Scores | None:
         """The scores of an entry; its pictures are put where the drawer draws them."""
         place = self.folder / name
         try:
             content = json.loads((place / "scores.json").read_text())
             if drawer is not None:
-                drawer.restore(place)
+                drawer.restore(place, data.videos)
             return Scores(**content)
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -224,12 +224,6 @@ def weak_base(experiment: Experiment, base: Scores, copied: Scores) -> str | Non
     )
 
 
-def gain_text(before: Scores, after: Scores) -> str:
-    """`0.441 -> 0.513 (+0.072, 95 % -0.076..+0.241: not shown on 12 videos)`."""
-    values = f"{before.means['J_and_F']:.3f} -> {after.means['J_and_F']:.3f}"
-    return f"{values} ({difference(before, after).verdict()})"
-
-
 class TrainerScores:
     """Which step was scored last, which one is the best, and the rows of all of them on disk.
 
@@ -270,7 +264,8 @@ class TrainerScores:
             # due.
             self.scored = before.get("scored", before["step"])
             self.best_step = before.get("best_step")
-        self._pace: dict[bool, float] = {}  # of the copied mask or not -> seconds a frame
+        self.first_drawer: OverlayDrawer | None = None  # of step 0, if this process has drawn it
+        self._pace: dict[bool, float] = {}  # of the copied mask or not -> seconds a video
         self.tested: tuple[Scores, Scores, int] | None = None  # base, checkpoint, its step
         self.score_rows = RowsFile(folder.scores, SCORE_COLUMNS, self.scored, say=runlog.say)
         self.horizon_rows = RowsFile(folder.horizon, HORIZON_COLUMNS, self.scored, say=runlog.say)
@@ -306,6 +301,7 @@ class TrainerScores:
             f"step_{step:06d}",
             self.experiment.evaluation.num_overlays,
         )
+        drawn = len(self.first_drawer.overlays) if self.first_drawer else 0
         scores = self._score(self._contender(TRAINED, step), data, "val", drawer)
         # Before anything is written: a signal in here leaves the step without a score.
         copied = None
@@ -317,6 +313,10 @@ class TrainerScores:
         values = {f"val/{name}": value for name, value in self.latest.items()}
         self.runlog.record(step, values | numbers(scores.horizon))
         self.runlog.summary(numbers(scores.horizon))
+        if self.first_drawer is not None:  # the videos that changed most, as they were
+            self.runlog.overlays(0, self.first_drawer.overlays[drawn:])
+        elif step == 0:
+            self.first_drawer = drawer
         self.runlog.overlays(step, drawer.overlays)
         if copied:
             self.baseline = self.latest
@@ -372,39 +372,47 @@ class TrainerScores:
         policy = self.experiment.evaluation.frame_policy
         self.runlog.console.print(scores_table(f"{split} videos, frames: {policy}", rows))
 
+    def send_tables(self, step: int) -> None:
+        """Send W&B all rows of scores and curves, and what they come to."""
+        tables = {"scores": self.score_rows.rows, "horizon": self.horizon_rows.rows}
+        self.runlog.report(step, tables, [])
+        self.runlog.summary({"conclusion": self.conclusion(step)})
+
     def conclusion(self, last_step: int) -> list[str]:
         """What a run came to, a line each: the gain on each split with its interval over videos,
         and which step the best checkpoint is."""
         if not distributed.is_main():
             return []
-        lines = []
-        best = self.best_step
-        first, last = self._scores_of("val", TRAINED, 0), self._scores_of("val", TRAINED, last_step)
-        if best:
-            chosen = self._scores_of("val", TRAINED, best)
-            if first and chosen:
-                lines.append(f"val J&F {gain_text(first, chosen)}")
+
+        def gain(before: Scores, after: Scores) -> str:
+            values = f"{before.means['J_and_F']:.3f} -> {after.means['J_and_F']:.3f}"
+            return f"J&F {values} ({difference(before, after).verdict()})"
+
+        lines, best = [], self.best_step
+        steps = 0, best or 0, last_step
+        first, chosen, last = (self._scores_of("val", TRAINED, step) for step in steps)
+        if best and first and chosen:
+            lines.append(f"val {gain(first, chosen)}")
         if self.tested and self.tested[2]:
-            lines.append(f"test J&F {gain_text(*self.tested[:2])}")
+            lines.append(f"test {gain(*self.tested[:2])}")
         if best:
             lines.append(f"best.pt is step {best}, the highest val J&F")
         elif best == 0:
-            text = "nothing gained: best.pt is the untouched base"
+            lines.append("nothing gained: best.pt is the untouched base")
             if first and last and last_step:
-                text += f"; val J&F {gain_text(first, last)} at step {last_step}"
-            lines.append(text)
+                lines[-1] += f"; val {gain(first, last)} at step {last_step}"
         return lines
 
     def seconds_for(self, val: ClipDataset | None, times: int, test: ClipDataset | None) -> float:
-        """Seconds that so many validations and the report on the test videos will take, as far as
-        earlier ones tell; 0 before."""
-
-        def frames(data: ClipDataset | None) -> int:
-            videos = data.videos[: self.experiment.evaluation.max_videos] if data else ()
-            return sum(len(video.frames) for video in videos)
-
+        """Seconds of so many validations and the report on the test videos, as far as known."""
         model, copied = (self._pace.get(key, 0.0) for key in (False, True))
-        return times * model * frames(val) + (2 * model + copied) * frames(test)
+        counts = [self._num_videos(data) if data else 0 for data in (val, test)]
+        return times * model * counts[0] + (2 * model + copied) * counts[1]
+
+    def _num_videos(self, data: ClipDataset) -> int:
+        """How many are scored in this process, which sees its own only."""
+        number = len(data.videos[: self.experiment.evaluation.max_videos])
+        return -(-number // distributed.num_processes())
 
     def _scores_of(self, split: str, model: str, step: int) -> Scores | None:
         """Scores from the rows; None where they lack it, as after a file was deleted."""
@@ -431,12 +439,10 @@ class TrainerScores:
         """Its scores; what no training has changed, one trial of a sweep computes for all."""
         kept = self.kept if contender.step == 0 else None
         name = kept and kept.name_of(contender, data, self.experiment, split, self.bf16)
-        found = kept and kept.read(name, drawer)
+        found = kept and kept.read(name, drawer, data)
         if found:
             return found
-        number = len(data.videos[: self.experiment.evaluation.max_videos])
-        number = -(-number // distributed.num_processes())  # this process sees its own only
-        begin = time.perf_counter()
+        number, begin = self._num_videos(data), time.perf_counter()
         with self.runlog.counting(f"{split} videos, {contender.label}", number) as count:
 
             def see_video(index: int, tracked: TrackedVideo) -> None:
@@ -444,17 +450,12 @@ class TrainerScores:
                     drawer.see_video(index, tracked)
                 count()
 
-            found = score_contender(
-                contender,
-                data,
-                self.experiment,
-                split,
-                on_frame=self._heed_signal(drawer and drawer.see_frame),
-                on_video=see_video,
-                num_of_main=drawer.most if drawer else 0,
-            )
-        frames = sum(len(video.frames) for video in data.videos[:number])
-        self._pace[contender.key == COPY] = (time.perf_counter() - begin) / max(frames, 1)
+            on_frame = self._heed_signal(drawer and drawer.see_frame)
+            watch = {"on_frame": on_frame, "on_video": see_video}
+            found = score_contender(contender, data, self.experiment, split, **watch)
+            if drawer is not None:
+                drawer.draw(self.first_drawer)
+        self._pace[contender.key == COPY] = (time.perf_counter() - begin) / max(number, 1)
         if kept:
             kept.write(name, found, drawer)
         return found

@@ -22,10 +22,13 @@ from sam2train import distributed
 from sam2train.errors import UserError
 from sam2train.files import naming, printable, write_text
 from sam2train.machine import count_bar, describe_environment, say
+from sam2train.pictures import read_picture
 from sam2train.run_folder import RunFolder, parse_row, read_lines, read_summary
 from sam2train.runlog_wandb import (
+    BEST_METRIC,
     FLUSH_INTERVAL,
     STEP_AXIS,
+    TensorBoardRun,
     TrackingConfig,
     WandbRun,
     first_line,
@@ -35,7 +38,7 @@ from sam2train.runlog_wandb import (
 if TYPE_CHECKING:
     import torch
 
-    from sam2train.score_pictures import Overlay
+    from sam2train.overlays import Overlay
 
 
 _UNSURE = 30 * FLUSH_INTERVAL  # seconds of rows before a kill that W&B may not have on disk
@@ -64,7 +67,9 @@ class RunLog:
         resume: Mapping[str, Any] | None = None,
         console: Console | None = None,
         job_type: str = "train",
+        tags: Sequence[str] = (),
     ) -> None:
+        self._config = config
         self.folder, self.console = folder, console or Console()
         self.wandb = WandbRun(
             config,
@@ -74,7 +79,10 @@ class RunLog:
             settings=settings,
             job_type=job_type,
             say=self.say,
+            tags=tags,
         )
+        self._board: TensorBoardRun | None = None
+        self._saved: dict[Path, tuple[int, Mapping[str, str]]] = {}  # checkpoint -> step, data
         self._log_every, self._num_steps, self._first_step = log_every, num_steps, first_step
         self._progress: Progress | None = None
         self._printed_step, self._shown = first_step, -math.inf
@@ -104,6 +112,8 @@ class RunLog:
                 f"{self.folder.path}: cannot be the folder of the run ({problem.strerror}); name "
                 "another with --run-dir"
             ) from None
+        if "tensorboard" in self._config.also:
+            self._board = TensorBoardRun(self.folder.tensorboard, self._first_step, self.say)
         self._seconds_before = self._trim_metrics()
         summary = read_summary(self.folder.summary, self.folder.metrics, lambda line: None)
         self.wandb.start()
@@ -127,6 +137,12 @@ class RunLog:
             with contextlib.suppress(OSError):
                 self.say(f"the steps since the last line are lost: {first_line(failure)}")
         finally:
+            if error is None:
+                self._send_model()
+            elif not isinstance(error, SystemExit | KeyboardInterrupt):
+                self.wandb.alert(error)
+            if self._board is not None:
+                self._board.close()
             self.wandb.finish(_exit_code(error))
 
     @property
@@ -219,10 +235,13 @@ class RunLog:
         sizes = {f"params/{module}": size for module, (_, size) in report.items()}
         trainable, total = (sum(row[part] for row in report.values()) for part in (0, 1))
         learning = {f"trainable/{module}": count for module, (count, _) in report.items()}
-        self.summary({"params/total": total, "params/trainable": trainable, **sizes, **learning})
+        counts = {"params/total": total, "params/trainable": trainable, **sizes, **learning}
+        self.summary(counts)
+        self.wandb.report("config", lambda run: run.config.update(counts, allow_val_change=True))
 
     def overlays(self, step: int, pictures: "Sequence[Overlay]") -> None:
-        """Send each picture to W&B twice: as composed, and as a frame whose masks can be toggled.
+        """Send W&B films, and each picture twice: as composed, and as a frame whose masks can be
+        toggled.
 
         W&B's terminal view shows no toggled masks, hence the composed one.
         """
@@ -239,10 +258,18 @@ class RunLog:
                     if name in ("prediction", "ground_truth")
                 }
                 images[f"overlays/{picture.name}"] = wandb.Image(str(picture.path))
-                images[f"masks/{picture.name}"] = wandb.Image(picture.frame, masks=masks)
+                toggled = wandb.Image(picture.frame, masks=masks, file_type="jpg")
+                images[f"masks/{picture.name}"] = toggled
+                if picture.film is not None:
+                    caption = "prediction | ground truth"
+                    film = wandb.Video(str(picture.film), caption)
+                    images[f"films/{picture.name}"] = film
             run.log({STEP_AXIS: step, **images})
 
-        self.wandb.report("overlays", send)
+        if pictures:
+            self.wandb.report("overlays", send)
+        for picture in pictures if self._board is not None else ():
+            self._board.picture(step, f"overlays/{picture.name}", read_picture(picture.path))
         self._mark = time.perf_counter()
 
     def report(
@@ -257,11 +284,26 @@ class RunLog:
             for name, rows in tables.items():
                 if rows:
                     columns = list(rows[0])
-                    cells = [[plain_values(row[column]) for column in columns] for row in rows]
+                    cells = [[plain_values(row.get(name)) for name in columns] for row in rows]
                     sent[f"tables/{name}"] = wandb.Table(columns, cells, allow_mixed_types=True)
             run.log({STEP_AXIS: step, **sent})
 
         self.wandb.report("report", send)
+
+    def saved(self, path: Path, step: int, data: Mapping[str, str]) -> None:
+        """A checkpoint was written, of a training on data with these fingerprints by split."""
+        self._saved[path] = step, data
+        if self._config.log_model == "all":
+            self.wandb.log_model(path, [path.stem, f"step_{step}"], data, copy=True)
+
+    def _send_model(self) -> None:
+        """Send the best checkpoint at the end of the run, the last where none is the best."""
+        path = self.folder.checkpoint
+        if self._config.log_model is None or path is None or not self._saved:
+            return
+        steps = [f"step_{self._saved[path][0]}"] if path in self._saved else []  # else before
+        _, data = next(iter(self._saved.values()))
+        self.wandb.log_model(path, [path.stem, *steps], data, copy=False)
 
     def say(self, text: str) -> None:
         """One line on the console, above the live progress; paths are neither styled nor cut."""
@@ -275,6 +317,8 @@ class RunLog:
         known = read_summary(path, self.folder.metrics, self.say)
         text = json.dumps({**known, **plain_values(values, finite=True)}, indent=2, allow_nan=False)
         write_text(path, text + "\n")
+        if self.wandb.shows_best:
+            values = {name: value for name, value in values.items() if name != BEST_METRIC}
         self.wandb.report("summary", lambda run: run.summary.update(plain_values(values)))
 
     def _trim_metrics(self) -> float:
@@ -307,6 +351,8 @@ class RunLog:
         with naming(self.folder.metrics), self.folder.metrics.open("a") as file:
             file.write(row + "\n")
         self._lines += 1
+        if self._board is not None:
+            self._board.log(step, scalars)
         if to_wandb:
             self._send(step, scalars)
 
@@ -363,7 +409,9 @@ class RunLog:
         # One text, so that a narrow terminal shortens the bar and not the numbers.
         text = TextColumn("{task.completed}/{task.total}  {task.fields[status]}", markup=False)
         bar = BarColumn(bar_width=None)
-        self._progress = Progress(bar, text, console=self.console, expand=True)
+        # Rarely, as W&B keeps all that is printed.
+        how = {"console": self.console, "expand": True, "refresh_per_second": 2}
+        self._progress = Progress(bar, text, **how)
         self._task = self._progress.add_task("", total=self._num_steps, status="")
         self._progress.start()
 

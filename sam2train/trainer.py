@@ -47,6 +47,8 @@ from sam2train.trainer_step import (
     rng_of_all,
     row_warnings,
     rows_left,
+    run_name,
+    run_tags,
     sum_step,
 )
 
@@ -101,10 +103,9 @@ class Trainer:
         sections = experiment.dataset, experiment.augment, experiment.clips_seed
         known: dict = {}  # a path that two splits name is read once
         self.train_data = build_dataset(*sections, data, training=True, say=warn, known=known)
-        self.val_data = val and build_dataset(*sections, val, training=False, say=warn, known=known)
-        self.test_data = test and build_dataset(
-            *sections, test, training=False, say=warn, known=known
-        )
+        scored = {"training": False, "say": warn, "known": known}
+        self.val_data = val and build_dataset(*sections, val, **scored)
+        self.test_data = test and build_dataset(*sections, test, **scored)
         splits = {"train": self.train_data, "val": self.val_data, "test": self.test_data}
         self.splits = {name: part for name, part in splits.items() if part}
         self.fingerprints = {name: part.fingerprint for name, part in self.splits.items()}
@@ -138,8 +139,9 @@ class Trainer:
             experiment.tracking,
             self.folder,
             run_id=run_id,
-            name=name,
-            settings=experiment.model_dump(mode="json"),
+            name=run_name(experiment, name),
+            settings=experiment.model_dump(mode="json") | {"text/experiment": name},
+            tags=run_tags(experiment, self.device),
             log_every=self.config.log_every,
             num_steps=self.config.num_steps,
             first_step=self.step,
@@ -233,6 +235,7 @@ class Trainer:
                 if self.test_data:
                     chosen = self.folder.best if self.val_data else self.folder.last
                     self.scores.report_on_test(chosen, self.test_data)
+                self.scores.send_tables(self.step)
             except BaseException as error:
                 status = "interrupted" if isinstance(error, Interrupted) else "failed"
                 try:
@@ -450,6 +453,7 @@ class Trainer:
             },
             previous=self.folder.previous if path == self.folder.last else None,
         )
+        self.runlog.saved(path, self.step, self.fingerprints)
 
     def _restore(self, content: Mapping[str, Any], path: Path) -> str:
         if content["optimizer"] is None:

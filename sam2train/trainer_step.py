@@ -451,3 +451,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
+
+
+def run_name(experiment: Experiment, name: str) -> str:
+    """What W&B calls a run: the experiment, the prompts and the seed tell most runs apart."""
+    prompts = "+".join(experiment.dataset.prompt_types)
+    return f"{name} {prompts} s{experiment.trainer.seed}"
+
+
+def run_tags(experiment: Experiment, device: torch.device) -> list[str]:
+    """What W&B's runs can be filtered by."""
+    dataset = experiment.dataset
+    return [dataset.dataset_type, *dataset.prompt_types, device.type]
