@@ -7,13 +7,13 @@ tables and the pictures are made from it again.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sam2train.errors import UserError
-from sam2train.metrics import BASE, JANDF, TRAINED
+from sam2train.metrics import BASE, TRAINED
 from sam2train.results import load_metrics, load_scores, read_csv, varied
 from sam2train.run_folder import RunFolder
 from sam2train.stats import (
@@ -38,6 +38,7 @@ SPLIT_NAMES = {"val": "validation", "test": "test"}
 LEVEL = 0.05  # a p value up to this, after Holm's correction, shows a difference
 
 _RESULT_COLUMNS = ("split", "step", "metric", "video_id", "object_id", "at", "value", "count")
+PROMPT = "prompt"  # the column of the prompt that an object was scored with
 _HORIZON_COLUMNS = ("step", "split", "model", "metric", "at", "value", "count")
 
 
@@ -47,12 +48,13 @@ class Question:
 
     by: str  # the setting
     reference: Any  # its value that the others are compared with
-    within: str | None = None  # another setting: the question is asked at each of its values
+    # Another setting, or PROMPT: the question is asked at each of its values.
+    within: str | None = None
 
 
 # By the name of the table. One memory is that of the prompted frame alone.
 QUESTIONS = {
-    "prompts": (Question(PROMPT_TYPES, "point"),),
+    "prompts": (Question(PROMPT_TYPES, "point"), Question(PROMPT_TYPES, "point", PROMPT)),
     "num_maskmem": (Question(MASKMEM, 1, POINTERS), Question(POINTERS, 0, MASKMEM)),
     "memory_stride3": (Question(MASKMEM, 1),),
 }
@@ -61,7 +63,12 @@ QUESTIONS = {
 def questions(name: str, results: pd.DataFrame) -> list[Question]:
     """What is asked of the table of this name; of a table of one's own, what its prompt types or
     numbers of memories do, against the first of them."""
-    known = [question for question in QUESTIONS.get(name, ()) if question.by in results]
+    known = [
+        question
+        for question in QUESTIONS.get(name, ())
+        if question.by in results
+        and not (question.within == PROMPT and len(set(results.get(PROMPT, ())) - {""}) < 2)
+    ]
     for setting, within in ((PROMPT_TYPES, None), (MASKMEM, POINTERS)):
         if not known and setting in results:
             known.append(Question(setting, settings_in_order(results[setting])[0], within))
@@ -75,7 +82,8 @@ def compact_results(runs: pd.DataFrame) -> pd.DataFrame:
         split, step: what was scored, when; the test videos score the checkpoint that validation
             chose, and the weights of step 0.
         metric, value, count: J, F or J_and_F and the number of objects in the mean.
-        video_id, object_id: set in the rows of single objects, kept for step 0 and the last.
+        video_id, object_id, prompt: set in the rows of single objects, kept for step 0 and the
+            last; tables from before 2026-11-30 have no prompt.
         at: where a metric is a curve of its own, as those of `horizon.csv` are: frames since the
             prompt, or the length of an absence. The last step only.
 
@@ -95,7 +103,9 @@ def compact_results(runs: pd.DataFrame) -> pd.DataFrame:
         _compact_run(Path(row["path"])).assign(**{name: row[name] for name in settings})
         for row in runs.to_dict("records")
     ]
-    return pd.concat(parts, ignore_index=True)[[*settings, *_RESULT_COLUMNS]]
+    results = pd.concat(parts, ignore_index=True)
+    results[PROMPT] = results[PROMPT].astype(object).where(results[PROMPT].notna(), "")
+    return results[[*settings, *_RESULT_COLUMNS, PROMPT]]
 
 
 def is_result(runs: pd.DataFrame) -> pd.Series:
@@ -180,12 +190,12 @@ def differences(results: pd.DataFrame, question: Question, *, gain: bool = False
         if gain:
             scores = scores.dropna(subset=["first"])
             scores = scores.assign(value=scores["value"] - scores["first"])
-        for outer, part in _within(scores, question):
-            first = _one_setting(part, question.by, question.reference)
+        for outer, part in within(scores, question):
+            first = one_setting(part, question.by, question.reference)
             for value in settings_in_order(part[question.by]):
-                second = _one_setting(part, question.by, value)
+                second = one_setting(part, question.by, value)
                 row = {"split": split, **outer, question.by: value}
-                row |= _mean(second) | {"seeds": [*_by_seed(second).values()]}
+                row |= _mean(second) | {"seeds": [*by_seed(second).values()]}
                 start = second.dropna(subset=["first"])
                 row["start"] = _objects_or_whole(start)["first"].mean()
                 if value != question.reference:
@@ -198,156 +208,14 @@ def differences(results: pd.DataFrame, question: Question, *, gain: bool = False
     return table.assign(corrected=holm(table["p"]))
 
 
-def readable(table: pd.DataFrame, question: Question, what: str = JANDF) -> pd.DataFrame:
-    """`differences` with the headings of a reader, every cell a text. `what` names the score."""
-    against = f"against {question.reference}"
-    names = {"J_and_F": what, "over_both": against, "corrected": f"p, Holm of {_num(table)}"}
-    names |= {"over_seeds": f"{against}, over seeds", "over_videos": f"{against}, over videos"}
-    kept = [name for name in (question.within, question.by) if name in table]
-    table = table.assign(
-        split=table["split"].map(SPLIT_NAMES), corrected=table["corrected"].map(_p)
-    )
-    shown = table[["split", *kept, *names]].map(
-        lambda cell: "" if cell != cell else str(cell)  # NaN is not itself
-    )
-    return shown.rename(columns=lambda name: names.get(name, name.split(".")[-1]))
-
-
-def brief(table: pd.DataFrame, question: Question, what: str = JANDF) -> pd.DataFrame:
-    """`differences` as a small table of texts: a row for each value, J&F and the difference side
-    by side for each split and each value of `question.within`. Intervals are over seeds and videos
-    but where the cell says how many seeds."""
-    import pandas as pd
-
-    word = question.by.split(".")[-1]
-    several = table["split"].nunique() > 1 or what != JANDF
-    columns: dict[str, dict[str, str]] = {}
-    for row in table.to_dict("records"):
-        name = question.within
-        where = f", {SPLIT_NAMES[row['split']]}" if several else ""
-        where += f", {name.split('.')[-1]} {row[name]}" if name in row else ""
-        value = str(row[question.by])
-        mean, apart = row["J_and_F"], ""
-        if row["mean_low"] == row["mean_low"]:  # not NaN
-            mean = mean.split(" (")[0]
-        if row["difference"] == row["difference"]:
-            known = row["low"] == row["low"]
-            apart = row["over_both"].split(" (")[0] if known else row["over_seeds"]
-        columns.setdefault(f"{what}{where}", {})[value] = mean
-        columns.setdefault(f"against {question.reference}{where}", {})[value] = apart
-    return pd.DataFrame(columns).rename_axis(word).reset_index()
-
-
-def sentences(table: pd.DataFrame, question: Question) -> str:
-    """What `differences` says, in Markdown: a line for each value that is not the reference, and
-    what can be concluded."""
-    word = question.by.split(".")[-1]
-    lines = []
-    for outer, value, pair in _comparisons(table, question):
-        told = [
-            f"{row['over_both']} on {SPLIT_NAMES[row['split']]}"
-            + (f", p {_p(row['corrected'])}" if row["p"] == row["p"] else "")
-            for row in pair
-        ]
-        start = f"{_within_what(question, outer)}**{word} {value}** against {question.reference}"
-        lines.append(f"- {start}: J&F {'; '.join(told)}{verdict(pair)}.")
-    return "\n".join([*lines, "", conclusion(table, question)]).strip()
-
-
-def conclusion(table: pd.DataFrame, question: Question, what: str = JANDF) -> str:
-    """What the differences together allow to say; made of their p values, after Holm's correction.
-
-    A difference is shown where it is on the test videos, or on the validation videos if there are
-    no others, and where both splits agree in its sign.
-    """
-    word = question.by.split(".")[-1]
-    pairs = [*_comparisons(table, question)]
-    if not pairs:
-        return f"Only one value of {word} is finished: nothing to compare yet."
-    num = _num(table)
-    if not num:
-        reason = pairs[0][2][-1]["over_both"]
-        return f"No claim about the {what} by {word}: an interval over seeds and videos {reason}."
-    said = [
-        f"{_within_what(question, outer)}{word} {value} is {words.removeprefix(', ')} than "
-        f"{question.reference}"
-        for outer, value, pair in pairs
-        if (words := verdict(pair)) in (", higher", ", lower")
-    ]
-    compared = f"{num} comparisons, corrected by Holm" if num > 1 else "1 comparison"
-    if said:
-        text = f"Shown in {what}: {'; '.join(said)}"
-        text += f" (over seeds and videos; {compared}; p up to {LEVEL})."
-        text += " No other difference is shown." * (len(said) < len(pairs))
-    else:
-        text = f"No difference in {what} is shown between the values of {word} (over seeds and "
-        text += f"videos; {compared}; smallest p {_p(table['corrected'].min())})."
-    return f"{text} {_scored_at(table)}"
-
-
-def _scored_at(table: pd.DataFrame) -> str:
-    """Which checkpoint `differences` scored on which videos."""
-    splits = set(table["split"])
-    if splits == {"val", "test"}:
-        return (
-            "Validation scores are those of the last step; test scores are those of the checkpoint "
-            "that was best on validation."
-        )
-    names = SPLIT_NAMES[splits.pop()]
-    return f"The scores are those of the last step on {names} videos, which chose no checkpoint."
-
-
-def horizon_sentences(results: pd.DataFrame, question: Question, metric: str = "horizon/J") -> str:
-    """What a curve of `horizon.csv` says at its far end: the highest value against the reference,
-    in Markdown. The curves have no rows by video: their intervals are over seeds, and no claim."""
-    lines = []
-    for outer, part in _within(last_step(results, metric), question):
-        highest = settings_in_order(part[question.by])[-1]
-        pair = [_one_setting(part, question.by, v) for v in (question.reference, highest)]
-        shared = set(pair[0]["at"]) & set(pair[1]["at"])
-        if highest == question.reference or not shared:
-            continue
-        at = max(shared)
-        scores = [_by_seed(side[side["at"] == at]) for side in pair]
-        found = seed_difference(*scores)
-        means = [mean_interval([*score.values()]).value for score in scores]
-        word = question.by.split(".")[-1]
-        lines.append(
-            f"- {_within_what(question, outer)}{metric.removeprefix('horizon/')} at "
-            f"{at / 2 + 1:.0f} to {at:.0f} frames: {means[0]:.3f} with {word} "
-            f"{question.reference}, {means[1]:.3f} with {highest}; {found.text(sign=True)}, "
-            "these videos only."
-        )
-    return "\n".join(lines) or f"These videos say nothing about {metric}."
-
-
-def verdict(pair: Sequence[Mapping[str, Any]]) -> str:
-    """What the rows of one comparison, one a split, allow to say, in words behind it; nothing
-    where the last of them has no p value."""
-    last = pair[-1]  # test, where it was scored
-    if last["p"] != last["p"]:  # NaN
-        return ""
-    agree = len({row["difference"] > 0 for row in pair}) == 1
-    if last["corrected"] <= LEVEL and agree:
-        return ", higher" if last["difference"] > 0 else ", lower"
-    return ", no difference shown"
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """A table as Markdown, for the README."""
-    rows = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
-
-
-def _within(
-    part: pd.DataFrame, question: Question
-) -> Iterable[tuple[dict[str, Any], pd.DataFrame]]:
+def within(part: pd.DataFrame, question: Question) -> Iterable[tuple[dict[str, Any], pd.DataFrame]]:
     """The rows at each value of `question.within`, or all of them where that was not varied."""
     if part.empty:
         return
     if question.by not in part:
         raise UserError(f"{question.by}: the runs of these results do not differ in it")
     outer = question.within if question.within in part else None
+    part = part[part[outer] != ""] if outer == PROMPT else part  # not the rows of whole runs
     for value in settings_in_order(part[outer]) if outer else [None]:
         inner = part[part[outer] == value] if outer else part
         if not (inner[question.by] == question.reference).any():
@@ -360,7 +228,7 @@ def _within(
         yield ({outer: value} if outer else {}), inner
 
 
-def _one_setting(part: pd.DataFrame, by: str, value: Any) -> pd.DataFrame:
+def one_setting(part: pd.DataFrame, by: str, value: Any) -> pd.DataFrame:
     """The rows with this value, of one run a seed."""
     chosen = part[part[by] == value]
     if (chosen.groupby("seed")["run"].nunique() > 1).any():
@@ -383,7 +251,7 @@ def _last_and_first(results: pd.DataFrame, split: str) -> pd.DataFrame:
     return both
 
 
-def _by_seed(part: pd.DataFrame) -> dict[int, float]:
+def by_seed(part: pd.DataFrame) -> dict[int, float]:
     """The mean over the objects by seed; where there are none, the score of all videos."""
     return _objects_or_whole(part).groupby("seed")["value"].mean().to_dict()
 
@@ -397,15 +265,15 @@ def _mean(part: pd.DataFrame) -> dict[str, Any]:
     """The mean with its interval over seeds and videos, or over seeds where there are no objects,
     which is no interval for a claim."""
     found = _over_both(part)
-    row = {"mean": mean_interval([*_by_seed(part).values()]).value}
+    row = {"mean": mean_interval([*by_seed(part).values()]).value}
     if found is None or not found.known:
-        return row | {"J_and_F": mean_interval([*_by_seed(part).values()]).text()}
+        return row | {"J_and_F": mean_interval([*by_seed(part).values()]).text()}
     return row | {"mean_low": found.low, "mean_high": found.high, "J_and_F": found.text()}
 
 
 def _difference(first: pd.DataFrame, second: pd.DataFrame) -> dict[str, Any]:
     """`second` minus `first` with its intervals, as `differences` has them."""
-    seeds = seed_difference(_by_seed(first), _by_seed(second))
+    seeds = seed_difference(by_seed(first), by_seed(second))
     found, missing = _over_both(first, second), "needs scores by object"
     row: dict[str, Any] = {"difference": seeds.value, "over_seeds": seeds.text(sign=True)}
     if found is None:
@@ -422,31 +290,6 @@ def _over_both(*parts: pd.DataFrame) -> Interval | None:
         return None
     objects = [_objects_or_whole(part) for part in parts]
     return (crossed_mean if len(parts) == 1 else crossed_difference)(*objects, "value")
-
-
-def _comparisons(
-    table: pd.DataFrame, question: Question
-) -> Iterable[tuple[dict[str, Any], Any, list[dict[str, Any]]]]:
-    """The settings of each comparison: `question.within`'s, the value, its rows by split."""
-    found: dict[tuple, list[dict[str, Any]]] = {}
-    for row in table[table["difference"].notna()].to_dict("records"):
-        found.setdefault((row.get(question.within), row[question.by]), []).append(row)
-    for (within, value), rows in found.items():
-        yield ({question.within: within} if question.within in table else {}), value, rows
-
-
-def _num(table: pd.DataFrame) -> int:
-    """How many comparisons Holm's correction is for."""
-    return int(table["p"].notna().sum())
-
-
-def _p(value: float) -> str:
-    return "" if value != value else "below 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _within_what(question: Question, row: dict[str, Any]) -> str:
-    name = question.within
-    return f"{name.split('.')[-1]} {row[name]}: " if name in row else ""
 
 
 def _compact_run(path: Path) -> pd.DataFrame:
@@ -472,7 +315,7 @@ def _compact_run(path: Path) -> pd.DataFrame:
     if RunFolder(path).horizon.is_file():
         horizon = read_csv(RunFolder(path).horizon, _HORIZON_COLUMNS)
         parts.append(_at_the_end(horizon[horizon["model"] == TRAINED]))
-    parts = [part.reindex(columns=list(_RESULT_COLUMNS)) for part in parts if len(part)]
+    parts = [part.reindex(columns=[*_RESULT_COLUMNS, PROMPT]) for part in parts if len(part)]
     return pd.concat(parts, ignore_index=True).round({"value": 5})
 
 

@@ -21,15 +21,17 @@ from sam2train.ablation import (
     HORIZON,
     MASKMEM,
     Question,
-    brief,
     compact_results,
-    conclusion,
     differences,
-    horizon_sentences,
     is_result,
-    markdown,
     questions,
     read_results,
+)
+from sam2train.ablation_text import (
+    brief,
+    conclusion,
+    horizon_sentences,
+    markdown,
 )
 from sam2train.errors import UserError
 from sam2train.figures import draw_results

@@ -67,7 +67,6 @@ class RunLog:
         resume: Mapping[str, Any] | None = None,
         console: Console | None = None,
         job_type: str = "train",
-        tags: Sequence[str] = (),
     ) -> None:
         self._config = config
         self.folder, self.console = folder, console or Console()
@@ -79,7 +78,6 @@ class RunLog:
             settings=settings,
             job_type=job_type,
             say=self.say,
-            tags=tags,
         )
         self._board: TensorBoardRun | None = None
         self._saved: dict[Path, tuple[int, Mapping[str, str]]] = {}  # checkpoint -> step, data

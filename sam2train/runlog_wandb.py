@@ -49,7 +49,7 @@ class TrackingConfig(Section):
     group: str | None = Field(None, description="of runs that W&B shows together")
     notes: str | None = Field(None, description="a text of yours beside the run in W&B")
     tags: tuple[str, ...] = Field(
-        (), description="of the run in W&B, besides its data format, prompts and device"
+        (), description="of the run in W&B, besides its data format and prompts"
     )
     log_model: Literal["best", "all"] | None = Field(
         None,
@@ -112,14 +112,13 @@ class WandbRun:
         settings: dict[str, Any],
         job_type: str,
         say: Callable[[str], None],
-        tags: Sequence[str] = (),
     ) -> None:
         self.mode: Mode = "disabled"
         self.how_to_sync: str | None = None  # the command that uploads what lies on disk only
         self.reporting = False  # from a start that worked to the first exception
         self._config, self._folder, self._say = config, folder, say
-        self._run_id, self._name, self._settings = run_id, config.name or name, settings
-        self._job_type, self._tags = job_type, tags
+        self._run_id, self._settings, self._job_type = run_id, settings, job_type
+        self._experiment, self._name = name, config.name or run_name(name, settings)
         # The best value of a run is what W&B's tables show. A sweep steers by the last one.
         self.shows_best = "WANDB_SWEEP_ID" not in os.environ
         self._run: Any = None  # wandb.Run
@@ -163,12 +162,14 @@ class WandbRun:
             project=self._config.project,
             entity=self._config.entity,
             group=self._config.group,
-            tags=[*dict.fromkeys(printable(t)[:64] for t in (*self._config.tags, *self._tags))],
+            tags=run_tags(self._config.tags, self._settings),
             notes=self._config.notes,
             name=printable(self._name),
             id=self._run_id,
             dir=str(self._folder.path),
-            config=self._settings | list_texts(self._settings),
+            config=self._settings
+            | list_texts(self._settings)
+            | {"text/experiment": printable(self._experiment)},
             job_type=self._job_type,
             resume="allow",
             reinit="create_new",  # never a run of other code that was left open
@@ -300,6 +301,21 @@ class TensorBoardRun:
         except Exception as error:
             self._writer = None
             self._say(f"TensorBoard is off from here, {self._folder}: {first_line(error)}")
+
+
+def run_name(name: str, settings: Mapping[str, Any]) -> str:
+    """`coco_point_bbox point+bbox s0`: the experiment, the prompts and the seed."""
+    dataset, trainer = settings.get("dataset", {}), settings.get("trainer", {})
+    parts = [name, "+".join(dataset.get("prompt_types", ()))]
+    parts += [f"s{trainer['seed']}"] if "seed" in trainer else []
+    return " ".join(filter(None, parts))
+
+
+def run_tags(own: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
+    """The user's tags, then the data format and the prompts; W&B takes 64 characters of each."""
+    dataset = settings.get("dataset", {})
+    found = [*own, dataset.get("dataset_type"), *dataset.get("prompt_types", ())]
+    return [*dict.fromkeys(printable(tag)[:64] for tag in found if tag)]
 
 
 def list_texts(settings: Mapping[str, Any]) -> dict[str, str]:

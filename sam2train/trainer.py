@@ -25,7 +25,6 @@ from sam2train.experiment import (
     as_begun,
     base_hash,
     build_model,
-    feature_cache_note,
     uses_bf16,
 )
 from sam2train.files import sweep_partials, write_text
@@ -38,17 +37,17 @@ from sam2train.run_scores import TrainerScores
 from sam2train.runlog import RunLog
 from sam2train.trainer_step import (
     audit_step,
+    bf16_note,
     check_same_everywhere,
     clips_before,
     dropout_seed,
+    feature_cache_note,
     has_tracked_frame,
     not_finite,
     restore_rng_of_all,
     rng_of_all,
     row_warnings,
     rows_left,
-    run_name,
-    run_tags,
     sum_step,
 )
 
@@ -139,9 +138,8 @@ class Trainer:
             experiment.tracking,
             self.folder,
             run_id=run_id,
-            name=run_name(experiment, name),
-            settings=experiment.model_dump(mode="json") | {"text/experiment": name},
-            tags=run_tags(experiment, self.device),
+            name=name,
+            settings=experiment.model_dump(mode="json"),
             log_every=self.config.log_every,
             num_steps=self.config.num_steps,
             first_step=self.step,
@@ -182,6 +180,8 @@ class Trainer:
             for text in row_warnings(self.model, self.experiment):
                 runlog.say(f"warning: {text}")
             if note := feature_cache_note(self.experiment, self.model):
+                runlog.say(note)
+            if note := bf16_note(self.experiment, self.device):
                 runlog.say(note)
             warnings = shared_video_warnings(self.splits)
             warnings += self._warnings

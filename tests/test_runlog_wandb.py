@@ -119,11 +119,12 @@ def test_config_takes_a_yaml_list_and_refuses_names_that_wandb_refuses():
 
 def test_offline_data_arrives(start, tmp_path, screen):
     config = TrackingConfig(
-        mode="offline", project="p", group="g", tags=("t", "cpu"), notes="a note", log_model="best"
+        mode="offline", project="p", group="g", tags=("t", "bbox"), notes="a note", log_model="best"
     )
     best = tmp_path / "run/checkpoints/best.pt"
-    settings = {"model": {"num_maskmem": 7}, "dataset": {"prompt_types": ["point", "bbox"]}}
-    with start(config, num_steps=2, settings=settings, tags=["coco", "cpu"]) as runlog:
+    settings = {"model": {"num_maskmem": 7}, "trainer": {"seed": 3}}
+    settings["dataset"] = {"dataset_type": "coco", "prompt_types": ["point", "bbox"]}
+    with start(config, num_steps=2, settings=settings) as runlog:
         runlog.record(0, {"val/J": 0.5, "val/J_and_F": 0.75})
         runlog.record(0, {"val/J_and_F": 0.25})
         best.parent.mkdir()
@@ -146,8 +147,11 @@ def test_offline_data_arrives(start, tmp_path, screen):
 
     found = records(tmp_path)
     (run,) = found["run"]
-    assert (run["run_id"], run["display_name"], run["project"]) == ("abc", "night", "p")
-    assert (run["tags"], run["run_group"], run["job_type"]) == (["t", "cpu", "coco"], "g", "train")
+    assert (run["run_id"], run["project"]) == ("abc", "p")
+    assert run["display_name"] == "night point+bbox s3"
+    assert (run["tags"], run["run_group"], run["job_type"]) == (
+        *(["t", "bbox", "coco", "point"], "g", "train"),
+    )
     assert run["notes"] == "a note"
     assert run["config"]["update"]["model"] == {"num_maskmem": 7}
     assert run["config"]["update"]["text/dataset.prompt_types"] == "point+bbox"

@@ -31,7 +31,7 @@ GROUPS = {
     },
     "model": {
         *("features", "memory", "model", "model_inputs", "corrections"),
-        *("pretrained", "pretrained_download", "losses", "optimizer"),
+        *("pretrained", "pretrained_download", "lora", "losses", "optimizer"),
     },
     "scores": {
         *("metrics", "evaluate", "scores", "pictures", "score_pictures", "video_files"),
@@ -44,7 +44,7 @@ GROUPS = {
         *("trainer", "trainer_step", "run_scores", "training_run", "eval_checkpoint", "predict"),
     },
     "reports": {
-        *("results", "ablation", "compare", "figures"),
+        *("results", "ablation", "ablation_text", "compare", "figures"),
         *("sweep", "sweep_trials", "sweep_file", "sweep_search", "sweep_processes"),
     },
     "speed": {
