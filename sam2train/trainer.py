@@ -20,6 +20,7 @@ from sam2train.data_loader import LeftOut, load_batches
 from sam2train.data_report import shared_video_warnings
 from sam2train.datasets import build_dataset
 from sam2train.errors import UserError
+from sam2train.evaluate import why_not_scored
 from sam2train.experiment import (
     Experiment,
     as_begun,
@@ -105,6 +106,13 @@ class Trainer:
         self.test_data = test and build_dataset(
             *sections, test, training=False, say=warn, known=known
         )
+        policy = experiment.evaluation.frame_policy
+        for name, part in (("val", self.val_data), ("test", self.test_data)):
+            if part and (fault := why_not_scored(part.videos, policy)):
+                raise UserError(
+                    f"dataset.{name}_path: {fault}; name videos with all masks, or null, and track "
+                    "these with --evaluate RUN --save-masks MASKS.zip"
+                )
         splits = {"train": self.train_data, "val": self.val_data, "test": self.test_data}
         self.splits = {name: part for name, part in splits.items() if part}
         self.fingerprints = {name: part.fingerprint for name, part in self.splits.items()}

@@ -1,8 +1,11 @@
 """`--evaluate` from the command line to the files."""
 
 import csv
+import io
 import json
 import re
+import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -10,20 +13,17 @@ import torch
 import yaml
 from conftest import make_coco
 from PIL import Image
+from test_data_vos import keep_masks, make_vos, save_ids, write_meta
 
 from sam2train import checkpoint, cli, eval_checkpoint
+from sam2train.data_pictures import read_id_mask
+from sam2train.data_videos import list_pictures
 from sam2train.datasets import COCODataset
-from sam2train.eval_checkpoint import (
-    NOISE,
-    Cell,
-    CellPrompts,
-    all_cells,
-    next_click,
-    segment_frame,
-)
+from sam2train.eval_checkpoint import CellPrompts, segment_frame
 from sam2train.files import REPOSITORY, file_hash
+from sam2train.metrics import mean_scores, score_video
 from sam2train.model import SAM2Model
-from sam2train.prompts import mask_center, mask_to_box
+from sam2train.prompts import NOISE, Cell, all_cells, mask_center, mask_to_box, next_click
 
 
 def write_small(root):
@@ -424,3 +424,134 @@ def test_the_prompt_matrix(tmp_path, capsys):
         float(next(r for r in rows if r["prompt"] == "bbox")["J_and_F"])
     )
     assert "3 clicks" in capsys.readouterr().out
+
+
+# What people publish, on small folders of the same layout
+
+
+def publish(trained, root, *words):
+    """`--evaluate` of the base with masks as prompts, at 64 px. Returns its exit code."""
+    mine = (
+        "dataset.dataset_type=vos",
+        f"dataset.val_path={root}",
+        "evaluation.prompt_types=[mask]",
+    )
+    return call(trained, "--evaluate", "base", "--no-base", *mine, *words)
+
+
+def read_ids(folder, object_ids):
+    """Object id -> (T, H, W) bool of the PNGs in a folder."""
+    ids = np.stack([read_id_mask(path) for path in list_pictures(folder)])
+    return {o: ids == o for o in object_ids}
+
+
+def read_apart(folder, names):
+    """The same where each object has a folder of its own."""
+    stacks = {o: list_pictures(folder / name) for o, name in names.items()}
+    return {o: np.stack([read_id_mask(path) > 0 for path in s]) for o, s in stacks.items()}
+
+
+def score_again(out, predicted, truth, policy):
+    """Mean J&F of saved masks against those of the data set, by video; scores.csv has the same."""
+    rows = [row for row in table(out / "scores.csv") if row["model"] == "base"]
+    again = [score_video(predicted[v], truth[v], policy) for v in sorted(truth)]
+    for row, scores in zip(rows, [o for video in again for o in video.objects], strict=True):
+        assert float(row["J_and_F"]) == pytest.approx(scores.J_and_F)
+        assert (row["object_id"], row["frame_policy"]) == (str(scores.object_id), policy)
+        assert int(row["num_frames"]) == len(scores.frames)
+    return mean_scores(again)["J_and_F"]
+
+
+def test_davis_2017(trained, tmp_path, capsys):
+    """A list of ImageSets, 480p, the first and the last frame left out, void is background."""
+    davis, out = make_vos(tmp_path / "DAVIS", below="480p"), tmp_path / "out"
+    listed = davis / "ImageSets" / "2017" / "val.txt"
+    listed.parent.mkdir(parents=True)
+    listed.write_text("swan\n")
+    words = ("evaluation.frame_policy=davis", "evaluation.void=background", "--run-dir", out)
+    assert publish(trained, listed, *words, "--save-masks", tmp_path / "masks") == 0
+    masks = {"swan": read_ids(tmp_path / "masks" / "swan", [1, 2])}
+    truth = {"swan": read_ids(davis / "Annotations" / "480p" / "swan", [1, 2])}
+    mean = score_again(out, masks, truth, "davis")
+    assert json.loads((out / "summary.json").read_text())["val/J_and_F"] == pytest.approx(mean)
+    assert all((masks["swan"][o][0] == truth["swan"][o][0]).mean() > 0.9 for o in (1, 2))
+    assert "VIDEO/FRAME.png, as DAVIS and MOSE have it" in capsys.readouterr().out
+
+
+def test_mose(trained, tmp_path, capsys):
+    """The first masks alone: all frames of both videos, at the top of the zip, and no score."""
+    mose, out, place = make_vos(tmp_path / "valid"), tmp_path / "out", tmp_path / "mose.zip"
+    keep_masks(mose, {"00000": [1, 2]})
+    capsys.readouterr()
+    assert publish(trained, mose, "--run-dir", out) == 2
+    message = capsys.readouterr().err
+    assert "nothing can be scored" in message
+    assert "--save-masks MASKS.zip" in message
+    assert publish(trained, mose, "--run-dir", out, "--save-masks", place) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"upload to its evaluation server: {place}" in printed
+    assert "J&F" not in printed
+    assert "nothing to track" not in printed
+    with zipfile.ZipFile(place) as archive:
+        names = [f"{video}/0000{t}.png" for video in ("bear", "swan") for t in range(6)]
+        assert archive.namelist() == names
+        first = np.array(Image.open(io.BytesIO(archive.read("swan/00000.png"))))
+    given = read_id_mask(mose / "Annotations" / "swan" / "00000.png")
+    assert (first == given).mean() > 0.9
+    assert not (out / "scores.csv").exists()
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert not [key for key in summary if "J_and_F" in key]
+
+
+def test_youtube_vos(trained, tmp_path, capsys):
+    """The frames that are asked for, below Annotations; object 2 has its mask on frame 2."""
+    valid, place = make_vos(tmp_path / "valid", names=["003234408d"]), tmp_path / "youtube.zip"
+    keep_masks(valid, {"00000": [1], "00002": [2]})
+    write_meta(valid, {"1": ["00000", "00002", "00004"], "2": ["00002", "00004"]})
+    words = ("--run-dir", tmp_path / "davis", "--save-masks", tmp_path / "davis" / "masks")
+    assert publish(trained, valid, *words) == 0
+    assert "--save-masks-as youtube_vos" in capsys.readouterr().out
+    words = ("--run-dir", tmp_path / "out", "--save-masks", place, "--save-masks-as", "youtube_vos")
+    assert publish(trained, valid, *words) == 0
+    assert "--save-masks-as" not in capsys.readouterr().out
+    with zipfile.ZipFile(place) as archive:
+        names = [f"Annotations/003234408d/0000{t}.png" for t in (0, 2, 4)]
+        assert archive.namelist() == names
+        ids = [np.array(Image.open(io.BytesIO(archive.read(name)))) for name in names]
+    late = read_id_mask(valid / "Annotations" / "003234408d" / "00002.png") == 2
+    assert 2 not in ids[0]
+    assert (ids[1] == 2)[late].mean() > 0.9
+
+
+def test_sav(trained, tmp_path):
+    """Folders of objects that overlap, every second frame labelled, objects scored apart."""
+    sav, out = make_vos(tmp_path / "sav_val", names=["sav_000001"]), tmp_path / "out"
+    (sav / "JPEGImages").rename(sav / "JPEGImages_24fps")
+    for t in (0, 2, 4):
+        ids = read_id_mask(sav / "Annotations" / "sav_000001" / f"0000{t}.png")
+        for name, mask in (("000", ids > 0), ("001", ids == 2)):  # a whole and a part of it
+            save_ids(sav / "Annotations_6fps" / "sav_000001" / name / f"0000{t}.png", 255 * mask)
+    shutil.rmtree(sav / "Annotations")
+    (sav / "sav_val.txt").write_text("sav_000001\n")
+    words = ["evaluation.frame_policy=sav", "evaluation.overlap=true", "--save-masks-as", "sav"]
+    words += ["--run-dir", out, "--save-masks", tmp_path / "masks", "dataset.dataset_type=sav"]
+    assert publish(trained, sav / "sav_val.txt", *words) == 0
+    folders = {0: "000", 1: "001"}
+    masks = read_apart(tmp_path / "masks" / "sav_000001", folders)
+    assert [mask.shape[0] for mask in masks.values()] == [6, 6]
+    assert (masks[0] & masks[1]).any()
+    truth = read_apart(sav / "Annotations_6fps" / "sav_000001", folders)
+    labelled = {o: mask[::2] for o, mask in masks.items()}
+    score_again(out, {"sav_000001": labelled}, {"sav_000001": truth}, "sav")
+
+
+def test_a_run_is_not_validated_on_a_test_set(trained, tmp_path, capsys):
+    mose = make_vos(tmp_path / "valid")
+    keep_masks(mose, {"00000": [1, 2]})
+    words = ["dataset.dataset_type=vos", f"dataset.data_path={make_vos(tmp_path / 'train')}"]
+    words.append(f"dataset.val_path={tmp_path / 'train'}")
+    message = fails(capsys, trained, *words, f"dataset.test_path={mose}")
+    assert "dataset.test_path: each object has a mask on one frame only" in message
+    words[-1] = f"dataset.val_path={mose}"
+    assert "nothing can be scored" in fails(capsys, trained, *words, "--prompt-matrix", "base")
