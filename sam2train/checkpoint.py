@@ -15,10 +15,12 @@ from typing import Any, BinaryIO
 import torch
 
 from sam2train import distributed
+from sam2train.config import build
 from sam2train.config_yaml import read_yaml
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment, base_hash
 from sam2train.files import check_unpacked_size, file_hash, read_end, replacing
+from sam2train.lora import merge_lora
 from sam2train.model import SAM2Model
 from sam2train.pretrained import is_safetensors, load_weights
 from sam2train.run_folder import RunFolder
@@ -332,15 +334,15 @@ def restore_optimizer(
     Raises:
         UserError: the state belongs to other parameters.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     try:
-        optimizer.load_state_dict(dict(state))
+        groups = [{**g, "fused": optimizer.defaults["fused"]} for g in state["param_groups"]]
+        optimizer.load_state_dict({**state, "param_groups": groups})  # fused as this device can
     except Exception as problem:  # torch looks at no type before it computes with a value
         raise UserError(
             f"{path}: optimizer does not fit the trained parameters ({problem}); give the settings "
             "of the run"
         ) from None
-    for place, parameter in enumerate(parameters):
+    for place, parameter in enumerate(p for g in optimizer.param_groups for p in g["params"]):
         for name, value in optimizer.state[parameter].items():
             if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape:
                 raise UserError(
@@ -401,7 +403,7 @@ def apply_weights(
     wrong = [name for name, value in weights.items() if expected.get(name) != value.shape]
     if wrong:
         raise UserError(
-            f"{path}: {len(wrong)} tensors do not fit model.config_path and model.num_maskmem, "
+            f"{path}: {len(wrong)} tensors do not fit model.config_path, num_maskmem and lora, "
             f"the first is {wrong[0]} {tuple(weights[wrong[0]].shape)}"
         )
     model.load_state_dict(weights, strict=False)  # names and shapes were checked above
@@ -425,16 +427,21 @@ class Loaded:
 
 
 # What a run may have changed in the model without changing the shape of most weights.
-_SHAPING = ("image_size", "num_maskmem", "max_obj_ptrs_in_encoder")
+_SHAPING = ("image_size", "num_maskmem", "max_obj_ptrs_in_encoder", "lora")
 
 
 def as_trained(experiment: Experiment, source: Path) -> Experiment:
     """The experiment with the model as the run of a checkpoint had it; as it is for other files."""
     if not is_checkpoint(source):
         return experiment
-    trained = read_yaml(load(source)["config"], f"{source}, its settings")["model"]
-    model = experiment.model.model_copy(update={name: trained[name] for name in _SHAPING})
-    return experiment.model_copy(update={"model": model})
+    trained = _trained_model(source, load(source))
+    raw = experiment.model.model_dump() | {name: trained[name] for name in _SHAPING}
+    return experiment.model_copy(update={"model": build(type(experiment.model), raw, str(source))})
+
+
+def _trained_model(source: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """The `model:` section of a checkpoint; those from before `lora` had none."""
+    return {"lora": None, **read_yaml(content["config"], f"{source}, its settings")["model"]}
 
 
 def load_checkpoint(model: SAM2Model, experiment: Experiment, source: Path) -> Loaded:
@@ -445,6 +452,7 @@ def load_checkpoint(model: SAM2Model, experiment: Experiment, source: Path) -> L
         UserError: a missing or damaged file, another base, another architecture.
     """
     if not is_checkpoint(source):
+        merge_lora(model.sam2)  # such a file holds sums
         try:
             untrained = load_weights(model.sam2, source)
         except UserError as problem:
@@ -452,7 +460,7 @@ def load_checkpoint(model: SAM2Model, experiment: Experiment, source: Path) -> L
         return Loaded(str(source), file_hash(source), None, (), tuple(untrained))
     content = load(source)
     apply_weights(model.sam2, content, base_hash(experiment), source)
-    trained = read_yaml(content["config"], f"{source}, its settings")["model"]
+    trained = _trained_model(source, content)
     now = experiment.model.model_dump(mode="json")
     notes = [
         f"model.{name} is {now[name]!r}; {source} was trained with {trained[name]!r}"

@@ -104,8 +104,8 @@ class BatchedVideoMetaData:
 class BatchedVideoDatapoint:
     """Clips stacked for the model, with the field names and axes of SAM 2's class of this name.
 
-    `prompts`, `frame_valid`, `object_valid`, `names`, `ignore` and `image_keys` are ours; SAM 2's
-    training model ignores them.
+    Ours are `prompts`, `frame_valid`, `object_valid`, `names`, `ignore`, `image_keys` and
+    `lengths`; SAM 2's training model ignores them.
     """
 
     img_batch: torch.Tensor  # (T, B, 3, H, W) float32; uint8: not yet normalised, `to` does it
@@ -122,6 +122,8 @@ class BatchedVideoDatapoint:
     left_out: tuple[str, ...] = ()  # of all its clips
     # (B * T,) keys of `flat_img_batch`; None where a clip has none
     image_keys: list[str] | None = None
+    # Real frames of each clip, as `frame_valid` has them: known here, no device is waited for.
+    lengths: list[int] | None = None
 
     @property
     def num_frames(self) -> int:
@@ -165,13 +167,15 @@ class BatchedVideoDatapoint:
 
     def to(self, device: torch.device | str) -> BatchedVideoDatapoint:
         """The batch on a device. Frames that arrive as uint8 are normalised there, so that a
-        quarter of their bytes travels."""
+        quarter of their bytes travels. `object_valid` stays: which objects there are decides what
+        is computed, and reading it from a device would wait for all that was started there."""
         import torch
 
         moved = {
             field.name: value.to(device, non_blocking=True)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), torch.Tensor)
+            and field.name != "object_valid"
         }
         moved["img_batch"] = normalise_pixels(moved["img_batch"])
         return replace(self, **moved)
@@ -306,6 +310,7 @@ def collate_fn(clips: Sequence[Clip | Mapping[str, Any]]) -> BatchedVideoDatapoi
         ],
         ignore=ignore,
         image_keys=image_keys,
+        lengths=torch.stack(valid, dim=1).sum(0).tolist(),
     )
 
 

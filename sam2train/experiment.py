@@ -55,6 +55,15 @@ SMOKE = {
 }
 
 
+class LoraConfig(Section):
+    """The `model.lora:` section. Weights that it stands beside stay frozen."""
+
+    rank: int = Field(8, ge=1, description="of the product that is added to a weight")
+    modules: tuple[str, ...] = Field(
+        ("memory_attention",), min_length=1, description="whose attention layers get one"
+    )
+
+
 class ModelConfig(Section):
     """The `model:` section of an experiment."""
 
@@ -93,6 +102,10 @@ class ModelConfig(Section):
         le=1,
         description="in training: chance that a memory is made from a wrong mask (moved, another "
         "object's, empty), so that the model learns to distrust its memories",
+    )
+    lora: LoraConfig | None = Field(
+        None,
+        description="train small matrices beside frozen attention weights (LoRA), merged on export",
     )
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="of random initial weights; null: trainer.seed"
@@ -419,6 +432,9 @@ def build_model(experiment: Experiment, say: Callable[[str], None] = print) -> S
     if device.type == "cuda" and device.index is not None:
         check_available(device)
         torch.cuda.set_device(device)  # what torch measures and draws from by default
+    if device.type == "cuda" and experiment.trainer.bf16 is not False:
+        # TF32 has more digits than bfloat16. `trainer.bf16: false` asks for float32, which stays.
+        torch.set_float32_matmul_precision("high")
     model = SAM2Model(
         config.checkpoint_path,
         config.config_path,
@@ -432,23 +448,10 @@ def build_model(experiment: Experiment, say: Callable[[str], None] = print) -> S
         dropout=config.dropout,
         memory_noise=config.memory_noise,
         activation_checkpointing=experiment.trainer.activation_checkpointing,
+        lora=config.lora and (config.lora.rank, config.lora.modules),
     ).load()
     model.use_feature_cache(experiment.features, say)
     return model
-
-
-def feature_cache_note(experiment: Experiment, model: SAM2Model) -> str | None:
-    """Why the feature cache is off although it is wanted, for all images or for training clips."""
-    if not experiment.features.cache:
-        return None
-    if model.trains_encoder:
-        return "feature cache: off, as the image encoder is trained and its features change"
-    if not experiment.augment.repeats_images:
-        return (
-            "feature cache: not for training clips, whose pixels are changed anew each time; "
-            "augment.num_views=8 changes each video in 8 ways only, which the cache can keep"
-        )
-    return None
 
 
 def base_hash(experiment: Experiment) -> str | None:

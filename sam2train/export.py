@@ -29,6 +29,7 @@ from sam2train.export_transformers import (
     transformers_weights,
 )
 from sam2train.files import file_hash, replacing, write_text
+from sam2train.lora import merge_lora
 from sam2train.machine import say
 from sam2train.memory import track_clip
 from sam2train.metrics import BASE, COPY, TRAINED
@@ -83,6 +84,8 @@ def export_checkpoint(
     _make_room(target)
     model = build_model(experiment)
     loaded = load_checkpoint(model, experiment, source)
+    merge_lora(model.sam2)
+    experiment = _changed(experiment, lora=None)
     weights = {
         name: value.detach().cpu().to(torch.float16 if half else value.dtype)
         for name, value in model.sam2.state_dict().items()
@@ -126,7 +129,7 @@ def _read_back(
     half: bool,
 ) -> str:
     """What a strict load of the file shows; UserError where the masks are others."""
-    again = build_model(_with_weights(experiment, path))
+    again = build_model(_changed(experiment, checkpoint_path=str(path)))
     _compare_weights(again, weights)
     apart, pixels = compare_masks(model, again)
     if apart > (_HALF_TOLERANCE if half else 0):
@@ -388,8 +391,9 @@ def _test_clip(side: int) -> tuple[torch.Tensor, Prompt]:
     return torch.from_numpy(clip), {**empty_prompt(1, 0), **box_fields(box)}
 
 
-def _with_weights(experiment: Experiment, path: Path) -> Experiment:
-    model = experiment.model.model_copy(update={"checkpoint_path": str(path)})
+def _changed(experiment: Experiment, **of_model: Any) -> Experiment:
+    """The experiment with other settings of the model."""
+    model = experiment.model.model_copy(update=of_model)
     return experiment.model_copy(update={"model": model})
 
 

@@ -78,6 +78,22 @@ def check_available(device: torch.device) -> None:
         )
 
 
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 matrices faster than float32 ones, in hardware: of CPUs
+    those with AMX or AVX512-BF16."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:  # another system than Linux
+        return False
+    return not {"amx_bf16", "avx512_bf16"}.isdisjoint(text.split())
+
+
 def num_cores() -> int:
     """CPU cores this process may use."""
     if hasattr(os, "sched_getaffinity"):

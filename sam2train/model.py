@@ -21,6 +21,7 @@ from sam2train.clips import (
 from sam2train.corrections import SimulatedUser
 from sam2train.errors import UserError
 from sam2train.features import FeatureCaches, FeaturesConfig
+from sam2train.lora import add_lora, beside_lora, is_lora
 from sam2train.machine import check_available, read_device
 from sam2train.memory import FrameOutput, ImageFeatures, MemoryGradient, track_clip
 from sam2train.model_inputs import (
@@ -61,6 +62,7 @@ class SAM2Model(nn.Module):
             `memory.perturb_masks`.
         activation_checkpointing: the backward computes the steps of each frame again, which takes
             less memory and more time.
+        lora: rank, and the modules whose attention layers are trained by LoRA; see `add_lora`.
         **kwargs: further keys of the SAM 2 config's `model:` node.
     """
 
@@ -79,6 +81,7 @@ class SAM2Model(nn.Module):
         dropout: float | None = None,
         memory_noise: float = 0.0,
         activation_checkpointing: bool = False,
+        lora: tuple[int, Sequence[str]] | None = None,
         **kwargs: Any,
     ):
         super().__init__()
@@ -114,6 +117,7 @@ class SAM2Model(nn.Module):
         self.dropout = dropout
         self.memory_noise = memory_noise
         self.activation_checkpointing = activation_checkpointing
+        self.lora = lora
         self.sam2_options = kwargs
         self.sam2: nn.Module | None = None
         # Temporal rows that hold what no training has reached -> where their values come from.
@@ -163,6 +167,8 @@ class SAM2Model(nn.Module):
         if self.max_obj_ptrs_in_encoder == 0:
             # SAM 2 reads the pointers of conditioning frames whatever the limit: switch them off.
             sam2.use_obj_ptrs_in_encoder = False
+        if self.lora is not None:
+            add_lora(sam2, *self.lora)
         self.sam2 = sam2.to(self.device)
         self.configure_for_training(self.trainable_modules)
         return self
@@ -173,6 +179,8 @@ class SAM2Model(nn.Module):
         self, trainable_modules: Sequence[str]
     ) -> dict[str, tuple[int, int]]:
         """Freeze everything, unfreeze what is listed, and report (trainable, total) per module.
+
+        Weights with LoRA stay frozen, and its matrices are trained, whatever is listed.
 
         Args:
             trainable_modules: names of modules (`memory_attention`, `memory_encoder`,
@@ -186,8 +194,9 @@ class SAM2Model(nn.Module):
         sam2 = self._loaded()
         trainable_modules = check_names(trainable_modules)
         trained = match_parameters(sam2, trainable_modules, MODULES)
+        trained -= {*beside_lora(sam2)}
         for name, parameter in sam2.named_parameters():
-            parameter.requires_grad_(name in trained)
+            parameter.requires_grad_(name in trained or is_lora(name))
         self.trainable_modules = trainable_modules
         self.train(self.training)
         return self.parameter_report()
@@ -198,7 +207,7 @@ class SAM2Model(nn.Module):
         report: dict[str, tuple[int, int]] = {}
         for name, parameter in self._loaded().named_parameters():
             module = name.split(".")[0]
-            module = short.get(module, module)
+            module = short.get(module, module) + (" (LoRA)" if is_lora(name) else "")
             trained, total = report.get(module, (0, 0))
             count = parameter.numel()
             report[module] = (trained + count * parameter.requires_grad, total + count)
@@ -379,9 +388,12 @@ class SAM2Model(nn.Module):
     ) -> dict[str, Any]:
         """The forward pass after the image encoder: groups of objects, one after the other."""
         image_index = inputs.image_index.to(self.device)
-        object_valid = inputs.object_valid.to(self.device)
+        object_valid = inputs.object_valid
         num_frames = len(image_index)
-        clip_of_object, slot_of_object = object_valid.nonzero().unbind(1)  # (O,)
+        if not only_frames:
+            clip_of_object, slot_of_object = (
+                object_valid.nonzero().to(self.device).unbind(1)
+            )  # (O,)
         frames: list[list[FramePrediction]] = [[] for _ in range(num_frames)]
         places: list[torch.Tensor] = []  # each (3, n): where the objects of an output belong
         outputs: list[FrameOutput] = []

@@ -60,7 +60,9 @@ def read_datapoint(
     if object_valid is None:
         object_valid = _object_slots(batch.obj_to_frame_idx[0, :, 1], num_clips)
     _check_objects(clip_prompts, object_valid.sum(1).tolist())
-    frame_valid = getattr(batch, "frame_valid", None)
+    frame_valid, lengths = getattr(batch, "frame_valid", None), getattr(batch, "lengths", None)
+    if lengths is None:
+        lengths = [num_frames] * num_clips if frame_valid is None else frame_valid.sum(0).tolist()
     return TrackingInput(
         images=batch.flat_img_batch,
         image_index=batch.flat_obj_to_img_idx.long(),
@@ -69,7 +71,7 @@ def read_datapoint(
         image_keys=getattr(batch, "image_keys", None),
         prompts=clip_prompts,
         object_valid=object_valid,
-        lengths=[num_frames] * num_clips if frame_valid is None else frame_valid.sum(0).tolist(),
+        lengths=lengths,
     )
 
 

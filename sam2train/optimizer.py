@@ -84,6 +84,7 @@ def build_optimizer(
         peak, ratio = _peak_and_final_ratio(name, config)
         decay = 0.0 if name in undecayed else config.weight_decay
         groups.setdefault((peak * scales.get(name, 1.0), ratio, decay), []).append(parameter)
+    on_cuda = bool(parameters) and all(p.is_cuda for p in parameters.values())
     return torch.optim.AdamW(
         [
             {
@@ -96,6 +97,8 @@ def build_optimizer(
             for (peak, ratio, decay), members in groups.items()
         ],
         betas=config.betas,
+        # One kernel for all parameters, where torch has it for the device.
+        fused=True if on_cuda else None,
     )
 
 

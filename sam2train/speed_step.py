@@ -24,7 +24,7 @@ from sam2train.datasets import COCODataset
 from sam2train.evaluate import first_prompts, track_video
 from sam2train.features import FeaturesConfig
 from sam2train.losses import LossConfig, compute_losses
-from sam2train.machine import choose_device
+from sam2train.machine import choose_device, has_fast_bf16
 from sam2train.model import SAM2Model
 from sam2train.optimizer import OptimizerConfig, build_optimizer
 from sam2train.speed_clock import (
@@ -130,13 +130,6 @@ def _measure_step(size: StepSize, device: torch.device, folder: Path, rounds: in
         for name in runs
         if name != "theirs"
     ]
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 matrices faster than float32 ones, in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def make_batch(size: StepSize, seed: int = 0) -> BatchedVideoDatapoint:

@@ -26,7 +26,6 @@ from sam2train.experiment import (
     as_begun,
     base_hash,
     build_model,
-    feature_cache_note,
     uses_bf16,
 )
 from sam2train.files import sweep_partials, write_text
@@ -39,9 +38,11 @@ from sam2train.run_scores import TrainerScores
 from sam2train.runlog import RunLog
 from sam2train.trainer_step import (
     audit_step,
+    bf16_note,
     check_same_everywhere,
     clips_before,
     dropout_seed,
+    feature_cache_note,
     has_tracked_frame,
     not_finite,
     restore_rng_of_all,
@@ -187,6 +188,8 @@ class Trainer:
             for text in row_warnings(self.model, self.experiment):
                 runlog.say(f"warning: {text}")
             if note := feature_cache_note(self.experiment, self.model):
+                runlog.say(note)
+            if note := bf16_note(self.experiment, self.device):
                 runlog.say(note)
             warnings = shared_video_warnings(self.splits)
             warnings += self._warnings

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from guide_blocks import COCO, MODEL
 
+from sam2train import machine
 from sam2train.config import to_yaml
 from sam2train.errors import UserError
 from sam2train.experiment import (
@@ -20,6 +22,7 @@ from sam2train.experiment import (
     untrained_rows,
 )
 from sam2train.files import REPOSITORY
+from sam2train.trainer_step import bf16_note
 
 
 @pytest.fixture
@@ -199,3 +202,27 @@ def test_smoke_shrinks_what_takes_memory():
     assert (kept.trainer.num_steps, kept.dataset.video_clip_length) == (7, 4)
     demo = REPOSITORY / "experiments" / "coco_point_bbox.yaml"
     assert prepare_experiment(demo, {}, smoke=True).model.image_size == 128  # never more
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes", "expected"),
+    [
+        ("flags : fpu avx512_bf16", {}, True),
+        ("flags : fpu amx_bf16", {}, True),
+        ("flags : fpu avx512f", {}, False),
+        ("flags : fpu amx_bf16", {"trainer.bf16": False}, False),
+        (
+            "flags : fpu amx_bf16",
+            {"model.image_size": 128, "dataset.image_size": [128, 128]},
+            False,
+        ),
+    ],
+)
+def test_bf16_is_recommended_where_it_was_measured(
+    write, tmp_path, monkeypatch, flags, changes, expected
+):
+    experiment = load_experiment(write("dataset: {data_path: a.json}"), changes)
+    (tmp_path / "cpuinfo").write_text(flags)
+    monkeypatch.setattr(machine, "Path", lambda _: tmp_path / "cpuinfo")
+    assert bool(bf16_note(experiment, torch.device("cpu"))) == expected
+    assert bf16_note(experiment, torch.device("cuda")) is None

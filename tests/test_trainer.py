@@ -5,7 +5,10 @@ import io
 import json
 import os
 import signal
+import traceback
+from collections import Counter
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from small_run import (
     weights,
 )
 from test_trainer_step import late_object
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sam2train import checkpoint, demo
 from sam2train.config_yaml import load_yaml
@@ -419,3 +423,67 @@ def test_bad_clips_are_left_out_counted_and_told_also_after_a_stop(experiment, t
     config = experiment(dataset={"val_path": None, "on_bad_sample": "skip"})
     with pytest.raises(UserError, match=r"max_bad_fraction=0\.01.*\n.*video_002"):
         train(tmp_path / "few")
+
+
+class _Waits(TorchDispatchMode):
+    """Counts what would make a program wait for its GPU: values that are read, and shapes that
+    depend on values; by the line of ours or of SAM 2's that asks."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.__name__
+        masked = name.startswith(("index.", "index_put")) and any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in args[1]
+        )
+        reads = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+        if masked or name.startswith(reads):
+            places = [f for f in traceback.extract_stack() if "/sam2" in f.filename]
+            self.found[Path(places[-1].filename).stem, places[-1].line] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("clicks", [0, 1])
+def test_a_healthy_step_waits_for_the_device_once(experiment, tmp_path, monkeypatch, clicks):
+    prompts = {"prompt_types": ["point", "bbox"]}
+    clicking = {"num_correction_pt_per_frame": clicks}
+    settings = experiment(features={"cache": False}, interaction=clicking, dataset=prompts)
+    trainer = make_trainer(settings, tmp_path / "run")
+    tolist, read = torch.Tensor.tolist, []
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: read.append(t.shape) or tolist(t))
+    with trainer.runlog:
+        trainer.model.train()
+        batches = trainer.batches()
+        trainer.train_step(batches)  # positions and the audit are of the first step alone
+        trainer.step += 1
+        collected = trainer._next_batches(batches)
+        monkeypatch.setattr(trainer, "_next_batches", lambda _: collected)
+        # On CUDA one kernel steps all parameters; on a CPU each count of steps is read.
+        monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
+        read.clear()
+        with _Waits() as waits:
+            trainer.train_step(batches)
+    ((module, line), count), *others = waits.found.items()
+    assert (module, "isfinite" in line, count, others) == ("trainer", True, 1, [])
+    assert read == [
+        torch.Size([trainer.experiment.dataset.batch_size])
+    ]  # `object_valid`, on the CPU
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-3), (True, 2e-2)])
+def test_the_first_step_on_cuda_has_the_loss_of_the_cpu(experiment, tmp_path, bf16, tolerance):
+    losses = []
+    for device in ("cpu", "cuda"):
+        settings = experiment(
+            trainer={"device": device, "bf16": bf16 and device == "cuda"}, model={"dropout": 0.0}
+        )
+        trainer = make_trainer(settings, tmp_path / device)
+        with trainer.runlog:
+            trainer.model.train()
+            losses.append(trainer.train_step(trainer.batches())["loss"].item())
+        assert bool(trainer.optimizer.defaults["fused"]) == (device == "cuda")
+    assert losses[1] == pytest.approx(losses[0], rel=tolerance)
