@@ -138,27 +138,31 @@ class Evaluation:
             job_type="evaluate",
         )
 
-    def evaluate(self, save_masks: Path | None = None, as_: MaskLayout = "davis") -> list[Scores]:
+    def evaluate(
+        self, save_masks: Path | None = None, layout: MaskLayout = "davis"
+    ) -> list[Scores]:
         """Score the checkpoint and its baselines. Returns the checkpoint's scores first; none where
         the videos cannot be scored, of which the masks are written all the same.
 
         Args:
             save_masks: a new folder or .zip for its masks.
-            as_: how they lie there.
+            layout: how they lie there.
 
         Raises:
-            UserError: videos that cannot be scored, and no place for their masks.
+            UserError: a layout, or videos that cannot be scored, and no place for masks.
         """
+        if save_masks is None and layout != "davis":
+            raise UserError(f"--save-masks-as {layout}: add --save-masks, where they go")
         if self.fault and save_masks is None:
             raise UserError(f"{self.fault}; --save-masks MASKS.zip writes what its server scores")
-        masks = save_masks and distributed.from_main(partial(MaskFolder, save_masks, as_))
+        masks = save_masks and distributed.from_main(partial(MaskFolder, save_masks, layout))
         with self.record() as summary, masks or nullcontext():
             rows = self._track(masks) if self.fault else self._score(masks, summary)
         if self.fault:
             self._say(f"{self.fault}; upload to its evaluation server:")
         if masks:
             self._say(f"  {save_masks!s:<48} {masks.what()}")
-            if as_ != "youtube_vos" and any(video.asked for video in self.data.videos):
+            if layout != "youtube_vos" and any(video.asked for video in self.data.videos):
                 self._say("its meta.json asks for some frames: --save-masks-as youtube_vos")
         return rows
 
