@@ -11,7 +11,6 @@ import math
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -83,7 +82,10 @@ class Contender:
             self.model.sam2.load_state_dict(kept, strict=False)
 
 
-COPIED = Contender(COPY, LABELS[COPY], 0, copy_first_mask)
+def first_mask_copied(experiment: Experiment) -> Contender:
+    """The baseline without a model."""
+    track = partial(copy_first_mask, overlap=experiment.evaluation.overlap)
+    return Contender(COPY, LABELS[COPY], 0, track)
 
 
 def score_contender(
@@ -122,7 +124,7 @@ def score_beside(
     """
     return [
         score_contender(contender, data, experiment, split, **watch(contender))
-        for contender in (*contenders, COPIED)
+        for contender in (*contenders, first_mask_copied(experiment))
     ]
 
 
@@ -265,7 +267,6 @@ class TrainerScores:
             self.scored = before.get("scored", before["step"])
             self.best_step = before.get("best_step")
         self.first_drawer: OverlayDrawer | None = None  # of step 0, if this process has drawn it
-        self._pace: dict[bool, float] = {}  # of the copied mask or not -> seconds a video
         self.tested: tuple[Scores, Scores, int] | None = None  # base, checkpoint, its step
         self.score_rows = RowsFile(folder.scores, SCORE_COLUMNS, self.scored, say=runlog.say)
         self.horizon_rows = RowsFile(folder.horizon, HORIZON_COLUMNS, self.scored, say=runlog.say)
@@ -306,7 +307,7 @@ class TrainerScores:
         # Before anything is written: a signal in here leaves the step without a score.
         copied = None
         if not self.baseline:
-            copied = self._score(COPIED, data, "val")
+            copied = self._score(first_mask_copied(self.experiment), data, "val")
         for found in filter(None, (scores, copied)):
             self._keep(found)
         self.latest, self.scored = scores.means, step
@@ -344,7 +345,7 @@ class TrainerScores:
         contenders = [
             self._contender(TRAINED, step, content["model"]),
             self._contender(BASE, 0, self.base_weights),
-            COPIED,
+            first_mask_copied(self.experiment),
         ]
         scores, base, copied = [
             self._keep(self._score(contender, data, "test")) for contender in contenders
@@ -403,15 +404,9 @@ class TrainerScores:
                 lines[-1] += f"; val {gain(first, last)} at step {last_step}"
         return lines
 
-    def seconds_for(self, val: ClipDataset | None, times: int, test: ClipDataset | None) -> float:
-        """Seconds of so many validations and the report on the test videos, as far as known."""
-        model, copied = (self._pace.get(key, 0.0) for key in (False, True))
-        counts = [self._num_videos(data) if data else 0 for data in (val, test)]
-        return times * model * counts[0] + (2 * model + copied) * counts[1]
-
-    def _num_videos(self, data: ClipDataset) -> int:
+    def num_videos(self, data: ClipDataset | None) -> int:
         """How many are scored in this process, which sees its own only."""
-        number = len(data.videos[: self.experiment.evaluation.max_videos])
+        number = len(data.videos[: self.experiment.evaluation.max_videos]) if data else 0
         return -(-number // distributed.num_processes())
 
     def _scores_of(self, split: str, model: str, step: int) -> Scores | None:
@@ -442,8 +437,8 @@ class TrainerScores:
         found = kept and kept.read(name, drawer, data)
         if found:
             return found
-        number, begin = self._num_videos(data), time.perf_counter()
-        with self.runlog.counting(f"{split} videos, {contender.label}", number) as count:
+        what, number = f"{split} videos, {contender.label}", self.num_videos(data)
+        with self.runlog.counting(what, number, contender.key) as count:
 
             def see_video(index: int, tracked: TrackedVideo) -> None:
                 if drawer is not None:
@@ -455,7 +450,6 @@ class TrainerScores:
             found = score_contender(contender, data, self.experiment, split, **watch)
             if drawer is not None:
                 drawer.draw(self.first_drawer)
-        self._pace[contender.key == COPY] = (time.perf_counter() - begin) / max(number, 1)
         if kept:
             kept.write(name, found, drawer)
         return found

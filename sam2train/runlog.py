@@ -22,6 +22,7 @@ from sam2train import distributed
 from sam2train.errors import UserError
 from sam2train.files import naming, printable, write_text
 from sam2train.machine import count_bar, describe_environment, say
+from sam2train.metrics import COPY, TRAINED
 from sam2train.pictures import read_picture
 from sam2train.run_folder import RunFolder, parse_row, read_lines, read_summary
 from sam2train.runlog_wandb import (
@@ -85,8 +86,9 @@ class RunLog:
         self._progress: Progress | None = None
         self._printed_step, self._shown = first_step, -math.inf
         self._steps, self._training_seconds = 0, 0.0  # of this process, without validation
-        # Seconds that all scoring after a step will take, for the time left.
-        self.scoring_to_come: Callable[[int], float] = lambda step: 0.0
+        # For the time left: steps between validations, their videos and those of the test.
+        self.scoring: tuple[int, int, int] = 1, 0, 0
+        self._pace: dict[str, float] = {}  # model or baseline -> seconds a video
         self._clear_window()
         self._lines: int | None = None  # of the file, all of them the run's own
         if resume is not None:
@@ -195,12 +197,15 @@ class RunLog:
         self._mark = time.perf_counter()
 
     @contextlib.contextmanager
-    def counting(self, what: str, number: int) -> Iterator[Callable[[], None]]:
-        """Show how many are done of a number; the function it gives counts one."""
+    def counting(self, what: str, number: int, model: str) -> Iterator[Callable[[], None]]:
+        """Show how many videos of a number are done, scored for a model or baseline; the function
+        it gives counts one."""
+        begin = time.perf_counter()
         if self._progress is None:
             with count_bar(self.console) as bar:
                 task = bar.add_task(what, total=number)
                 yield lambda: bar.advance(task)
+            self._pace[model] = (time.perf_counter() - begin) / max(number, 1)
             return
         bar = self._progress  # rich shows one at a time
         task = bar.add_task(what, total=number, status=what)
@@ -216,6 +221,14 @@ class RunLog:
             yield count
         finally:
             bar.remove_task(task)
+        self._pace[model] = (time.perf_counter() - begin) / max(number, 1)
+
+    def _scoring_to_come(self, step: int) -> float:
+        """Seconds that scores after a step will take, as far as earlier ones tell; 0 before."""
+        every, num_val, num_test = self.scoring
+        times = self._num_steps // every - step // every + (self._num_steps % every > 0)
+        model, copied = (self._pace.get(key, 0.0) for key in (TRAINED, COPY))
+        return times * num_val * model + num_test * (2 * model + copied)
 
     def environment(self, device: "torch.device") -> None:
         """Write what the run computes with: code, versions, machine."""
@@ -387,7 +400,7 @@ class RunLog:
     def _status(self, step: int, row: Mapping[str, Any]) -> str:
         """The text of the progress line."""
         left = (self._num_steps - step) * self._training_seconds / self._steps
-        left = timedelta(seconds=round(left + self.scoring_to_come(step)))
+        left = timedelta(seconds=round(left + self._scoring_to_come(step)))
         row = {**row, "left": left}
         formats = {"loss": "loss {:.4g}", "lr": "lr {:.1e}", "clips_per_second": "{:.2g} clips/s"}
         formats |= {"left": "{} left", "memory_gb": "{:.1f} GB"}

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from sam2train.machine import cell
 from sam2train.metrics import JANDF
+from sam2train.prompts import NOISE, Cell
 from sam2train.scores import (
     ABSENCE_RECALL,
     FALSE_ABSENCES,
@@ -193,4 +194,20 @@ def horizon_table(rows: Sequence[Scores]) -> Table:
                 f"{part[key][0]:.3f} (n={part[key][1]})" if key in part else "" for part in cells
             ]
             table.add_row(text.format(key[1] and bin_name(key[1])), *values)
+    return table
+
+
+def matrix_table(label: str, rows: Sequence[dict[str, Any]]) -> Table:
+    """J&F of each prompt at each strength of noise, and the change from clean with its interval."""
+    table = Table("prompt", title=cell(f"J&F: {label}", "table.title"), title_justify="left")
+    for noise in NOISE:
+        table.add_column(f"noise {noise:g}" if noise else "clean", justify="right")
+    lines: dict[str, list[str]] = {}
+    for row in rows:
+        text = f"{row['J_and_F']:.3f}"
+        if row["change"] is not None:
+            text += f" ({row['change']:+.3f} [{row['change_low']:+.3f}, {row['change_high']:+.3f}])"
+        lines.setdefault(Cell(row["prompt"], row["clicks"], 0.0).name, []).append(text)
+    for name, cells in lines.items():
+        table.add_row(name, *cells)
     return table

@@ -20,6 +20,7 @@ from sam2train.data_loader import LeftOut, load_batches
 from sam2train.data_report import shared_video_warnings
 from sam2train.datasets import build_dataset
 from sam2train.errors import UserError
+from sam2train.evaluate import why_not_scored
 from sam2train.experiment import (
     Experiment,
     as_begun,
@@ -92,19 +93,24 @@ class Trainer:
         self.settings = to_yaml(experiment)
         self.config = experiment.trainer
         self.folder = RunFolder(run_dir)
-        self.step = 0
+        self.step, self.audited = 0, False
         self._start = 0, 0  # steps and clips of the processes that this one resumes
         self.audit: dict[str, float] = {}  # until it is logged
-        self.audited = False
         self.stop = StopRequests()
-        data, val = experiment.dataset.data_path, experiment.dataset.val_path
-        test = experiment.dataset.test_path
+        named = ("data_path", "val_path", "test_path")
+        data, val, test = (getattr(experiment.dataset, name) for name in named)
         sections = experiment.dataset, experiment.augment, experiment.clips_seed
-        known: dict = {}  # a path that two splits name is read once
-        self.train_data = build_dataset(*sections, data, training=True, say=warn, known=known)
-        scored = {"training": False, "say": warn, "known": known}
-        self.val_data = val and build_dataset(*sections, val, **scored)
-        self.test_data = test and build_dataset(*sections, test, **scored)
+        read = partial(build_dataset, *sections, say=warn, known={})  # a shared path is read once
+        self.train_data = read(data, training=True)
+        self.val_data = val and read(val, training=False)
+        self.test_data = test and read(test, training=False)
+        policy = experiment.evaluation.frame_policy
+        for name, part in (("val", self.val_data), ("test", self.test_data)):
+            if part and (fault := why_not_scored(part.videos, policy)):
+                raise UserError(
+                    f"dataset.{name}_path: {fault}; name videos with all masks, or null, and track "
+                    "these with --evaluate RUN --save-masks MASKS.zip"
+                )
         splits = {"train": self.train_data, "val": self.val_data, "test": self.test_data}
         self.splits = {name: part for name, part in splits.items() if part}
         self.fingerprints = {name: part.fingerprint for name, part in self.splits.items()}
@@ -118,9 +124,8 @@ class Trainer:
         if not self.parameters and self.config.num_steps:
             raise UserError("model.trainable_modules: nothing is trained; name at least one module")
         self.optimizer = build_optimizer(self.parameters, experiment.optimizer, self.model.sam2)
-        self.interaction: SimulatedUser | None = None
-        if experiment.interaction.enabled:
-            self.interaction = SimulatedUser(experiment.interaction, experiment.clips_seed)
+        user = partial(SimulatedUser, experiment.interaction, experiment.clips_seed)
+        self.interaction = user() if experiment.interaction.enabled else None
         self.bf16 = uses_bf16(experiment, self.device)
         self.base_hash = base_hash(experiment)
         check_same_everywhere(
@@ -158,7 +163,8 @@ class Trainer:
             base_weights=base_weights,
             before=content,
         )
-        self.runlog.scoring_to_come = self._scoring_to_come
+        counts = map(self.scores.num_videos, (self.val_data, self.test_data))
+        self.runlog.scoring = self.config.val_every, *counts
         # (steps done, last step scored) as `last.pt` has them
         self._saved: tuple[int, int | None] | None = None
         if resume == self.folder.last:
@@ -392,12 +398,6 @@ class Trainer:
     def evaluate(self) -> None:
         """Score the validation videos; keep the weights whose score is the highest so far."""
         self.scores.validate(self.step, self.val_data, partial(self.save, self.folder.best))
-
-    def _scoring_to_come(self, step: int) -> float:
-        """Seconds that scores after a step will take, from those so far."""
-        every, end = self.config.val_every, self.config.num_steps
-        times = end // every - step // every + (end % every > 0) if self.val_data else 0
-        return self.scores.seconds_for(self.val_data, times, self.test_data)
 
     # -- what is kept ---------------------------------------------------------------------------
 

@@ -56,15 +56,6 @@ def test_the_last_lines_tell_the_gain_and_which_step_is_best(experiment, tmp_pat
     assert nothing.endswith("a loss is shown on 6 videos) at step 4")
 
 
-def test_time_to_come_is_that_of_videos_left_to_score(experiment, tmp_path):
-    trainer = make_trainer(experiment(evaluation={"max_videos": 2}), tmp_path / "run")
-    assert trainer._scoring_to_come(0) == 0.0  # nothing is known yet
-    trainer.scores._pace = {False: 2.0, True: 1.0}  # seconds a video, of two
-    trainer.test_data = trainer.val_data
-    test = (2 * 2.0 + 1.0) * 2
-    assert [trainer._scoring_to_come(s) - test for s in (1, 2, 3, 4)] == [8.0, 4.0, 4.0, 0.0]
-
-
 def test_no_validation_videos_is_no_scores(experiment, tmp_path):
     run_dir = tmp_path / "run"
     settings = experiment(dataset={"val_path": None}, trainer={"num_steps": 2})

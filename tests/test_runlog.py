@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import math
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -289,17 +290,24 @@ def test_plain_lines_without_a_terminal(start, screen):
 
 
 def test_the_time_left_knows_what_scoring_costs(start, screen, monkeypatch):
+    """Of 4 steps and a validation of 5 videos after every second; then 3 test videos, scored for
+    checkpoint, base and copy."""
     clock = SimpleNamespace(now=0.0)
     clock.perf_counter = lambda: clock.now
     monkeypatch.setattr(runlog_room, "time", clock)
     with start(log_every=1, num_steps=4) as runlog:
-        runlog.scoring_to_come = lambda step: 100.0 * (4 - step)
+        runlog.scoring = 2, 5, 3
         for step in (1, 2, 3, 4):
             clock.now += 10.0
             runlog.log(step, {"loss": 1.0}, clips=2)
+            for model, seconds in (("trained", 100.0), ("copy_first_mask", 10.0)):
+                with runlog.counting("val videos", 5, model):
+                    clock.now += seconds
+            runlog.record(step, {})
     lines = [line for line in shown(screen).splitlines() if line.startswith("step ")]
+    left = [30, 20 + 100 + 126, 10 + 100 + 126, 126]
     assert [line.split("  ")[3] for line in lines] == [
-        *("0:05:30 left", "0:03:40 left", "0:01:50 left", "0:00:00 left")
+        f"{timedelta(seconds=seconds)} left" for seconds in left
     ]
     assert "loss 1  0.2 clips/s" in lines[0]
 
@@ -310,7 +318,7 @@ def test_videos_are_counted_beside_the_steps(start):
     )
     with start(console=terminal) as runlog:
         for _ in range(2):  # before the first step, and after it
-            with runlog.counting("val videos, step 3", 5) as count:
+            with runlog.counting("val videos, step 3", 5, "trained") as count:
                 count()
                 count()
                 bar = runlog._progress
