@@ -89,6 +89,11 @@ class EvaluationConfig(Section):
         default_factory=MemoryAdmission,
         description="which tracked frames may enter the memory; all, as in SAM 2, by default",
     )
+    overlap: bool = Field(
+        False,
+        description="objects may share pixels, as in SAM 2's evaluation on SA-V; false: the pixel "
+        "is of the object with the highest logit",
+    )
     max_videos: int | None = Field(None, ge=1, description="the first so many; null scores all")
     max_frames: int | None = Field(
         None, ge=2, description="labelled ones of each video, the first so many"
@@ -104,7 +109,7 @@ class EvaluationConfig(Section):
         description="a CSV of video, object, attribute, by which --evaluate prints J&F as well; "
         "null: attributes.csv beside the data, where it is",
     )
-    num_overlays: int = Field(3, ge=0, description="videos drawn at each evaluation")
+    num_overlays: int = Field(3, ge=0, description="videos drawn: best, median and worst change")
 
 
 # Whose masks are scored, in the column `model` of the files.
