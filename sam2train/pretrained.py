@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib
 import json
 import shlex
@@ -51,12 +50,6 @@ MEMORY = (
     "obj_ptr_proj",
     "obj_ptr_tpos_proj",
 )
-# sha256 of the float16 values of `maskmem_tpos_enc` -> its untrained rows, for files that were
-# written before they said so themselves. These are the demo's: experiments/demo_base_2.yaml had
-# clips of 3 frames, so that rows 1 to 5 are the first draw of experiments/demo_base_1.yaml.
-_KNOWN_UNTRAINED = {
-    "46444f89849ceabc54d02c71d56d05e406edc5c0427656099f21c7e19aef95c9": (1, 2, 3, 4, 5),
-}
 
 
 @cache
@@ -337,14 +330,9 @@ def _check_pinned(path: Path) -> None:
 
 
 def _read_untrained_rows(content: Mapping[str, Any], path: Path) -> tuple[int, ...]:
-    import torch
-
     rows = content["model"].get("maskmem_tpos_enc")
-    if rows is None:
+    if rows is None or "untrained_rows" not in content:
         return ()
-    if "untrained_rows" not in content:
-        values = rows.to(torch.float16).contiguous().numpy().tobytes()
-        return _KNOWN_UNTRAINED.get(hashlib.sha256(values).hexdigest(), ())
     listed = content["untrained_rows"]
     known = range(len(rows))
     if not isinstance(listed, list | tuple) or any(row not in known for row in listed):

@@ -343,15 +343,14 @@ def test_a_list_of_untrained_rows_that_is_none(tmp_path, weights, listed):
         load_weights(build_demo(), tmp_path / "w.pt")
 
 
-def test_the_untrained_rows_of_the_demo_are_its_first_draw():
-    """The shipped file lists none; half precision and weight decay keep the direction of a row."""
+def test_the_demo_trained_all_of_its_rows():
+    """No row of the shipped file is that of the first draw, which decay alone would have shrunk."""
     sam2 = build_demo()
-    untrained = load_weights(sam2, REPOSITORY / "sam2train" / "weights" / "demo_base.pt")
+    assert load_weights(sam2, REPOSITORY / "sam2train" / "weights" / "demo_base.pt") == {}
     torch.manual_seed(0)  # trainer.seed of experiments/demo_base_1.yaml
     first = build_demo().maskmem_tpos_enc.flatten(1)
     alike = torch.cosine_similarity(sam2.maskmem_tpos_enc.flatten(1), first)
-    assert list(untrained) == (alike > 0.9999).nonzero()[:, 0].tolist() == [1, 2, 3, 4, 5]
-    assert set(untrained.values()) == {"random values of the base"}
+    assert alike.max() < 0.7
 
 
 # -- names of what is trained ---------------------------------------------------------------------
