@@ -97,9 +97,8 @@ class FileCommand(Command):
         from sam2train.config import parse_overrides
         from sam2train.experiment import prepare_experiment
 
-        if not distributed.is_main():
-            say = _say_nothing
-        return prepare_experiment(self.path, parse_overrides(self.words), smoke=self.smoke, say=say)
+        how = {"smoke": self.smoke, "say": say if distributed.is_main() else lambda line: None}
+        return prepare_experiment(self.path, parse_overrides(self.words), **how)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +151,7 @@ class RunSweep(FileCommand):
 
     group = "Train"
     takes = "sweep"
-    run_dir: Path | None = option(
-        "--run-dir", "the folder of this sweep", type=Path, metavar="PATH"
-    )
+    run_dir: Path | None = option("--run-dir", "folder of this sweep", type=Path, metavar="PATH")
     count: int | None = option(
         "--count", "trials in all, earlier ones included", type=at_least_one, metavar="N"
     )
@@ -320,13 +317,20 @@ class Evaluate(_Scoring):
     checkpoint: str = operand(metavar="CHECKPOINT")
     save_masks: Path | None = option(
         "--save-masks",
-        "write the masks as palette PNGs, as the DAVIS evaluation reads them",
+        "write the masks as palette PNGs into a new folder, or FILE.zip for a server",
         type=Path,
         metavar="DIR",
     )
+    save_masks_as: Literal["davis", "youtube_vos", "sav"] = option(
+        "--save-masks-as",
+        "how they lie: davis (the default; MOSE), youtube_vos (LVOS) or sav",
+        "davis",
+        choices=("davis", "youtube_vos", "sav"),
+        metavar="LAYOUT",
+    )
 
     def run(self) -> int:
-        self.open(self.checkpoint).evaluate(self.save_masks)
+        self.open(self.checkpoint).evaluate(self.save_masks, self.save_masks_as)
         return 0
 
 
@@ -474,7 +478,3 @@ def _console() -> Console:
     from sam2train.machine import plain_console
 
     return plain_console(quiet=not distributed.is_main())
-
-
-def _say_nothing(text: str) -> None:
-    """For the processes beside the main one."""

@@ -50,6 +50,8 @@ class Video:
     size: tuple[int, int]  # (H, W)
     frames: list[Frame]
     object_ids: list[int | str]  # in order of appearance
+    # frames that an evaluation server wants masks of; None: all
+    asked: frozenset[int] | None = None
 
     @property
     def labelled(self) -> list[int]:
@@ -358,6 +360,25 @@ def files_outside(videos: Sequence[Video], roots: Sequence[Path], *, every: bool
     return list(found)
 
 
+NOTHING_TO_TRACK = "no object is on more than one frame: nothing to track"
+
+
+def only_prompts(videos: Sequence[Video]) -> bool:
+    """Whether each object has a mask on one frame and other frames are unlabelled, as in a test set
+    that gives out the prompts alone."""
+    prompted = unlabelled = False
+    for video in videos:
+        seen: set[int | str] = set()
+        for frame in video.frames:
+            shown = {o for o, annotation in frame.annotations.items() if annotation.area > 0}
+            if seen & shown:
+                return False
+            seen |= shown
+            unlabelled |= not frame.is_labelled
+        prompted |= bool(seen)
+    return prompted and unlabelled
+
+
 def tracking_warnings(videos: Sequence[Video]) -> list[str]:
     """Warnings about videos from which no tracking can be learned."""
     most = [
@@ -370,7 +391,7 @@ def tracking_warnings(videos: Sequence[Video]) -> list[str]:
 def video_warnings(video_ids: Sequence[int | str], most: Sequence[int]) -> list[str]:
     """`tracking_warnings`, from the labelled frames that show the object which shows most often."""
     told = {"no object, so no clip for training": 0}
-    told["no object is on more than one frame: nothing to track"] = 1
+    told[NOTHING_TO_TRACK] = 1
     named = {
         what: [f"video {v!r}" for v, number in zip(video_ids, most, strict=True) if number == bad]
         for what, bad in told.items()

@@ -11,6 +11,7 @@ from dataclasses import replace
 from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from sam2train.data_pictures import (
 from sam2train.data_source import ClipPixels, Frame, Video, VideoSource, listed, shared_pictures
 from sam2train.data_synthetic import Scene, SyntheticConfig, sample_num_objects, sample_scene
 from sam2train.errors import UserError
-from sam2train.files import natural_key
+from sam2train.files import natural_key, read_json
 from sam2train.transforms import resize_frame
 
 # Suffixes of pictures that Pillow reads and that are usual for frames.
@@ -109,6 +110,43 @@ def _as_number(name: str) -> tuple:
 def frame_names(frame: Frame) -> list[str]:
     """The names that the mask of a frame may have: its picture's, or its number in a stack."""
     return [frame.path.stem] if frame.page is None else [f"{frame.page:05d}", str(frame.page)]
+
+
+def ask_for_frames(videos: Sequence[Video], meta: Path, warnings: list[str]) -> list[Video]:
+    """The videos with `Video.asked` as YouTube-VOS' `meta.json` has it; unchanged without the file.
+
+    It is {"videos": {<video>: {"objects": {<object>: {"frames": ["00000", "00005", ...]}}}}} and
+    asks for each frame that an object names, as Cutie's `VOSTestDataset` reads it. LVOS' file of
+    that name has `frame_range` in place of `frames`; it asks for all frames.
+
+    Args:
+        warnings: get a line on a file that is another, and on frames without a picture.
+    """
+    try:
+        content = read_json(meta, "expected YouTube-VOS' JSON with `videos`", optional=True)
+    except UserError as problem:
+        warnings.append(f"{problem}; all frames are asked for")
+        return list(videos)
+    marked, missing = [], []
+    for video in videos:
+        names = _asked_names(content, str(video.video_id))
+        places = {n: t for t, frame in enumerate(video.frames) for n in frame_names(frame)}
+        missing += [f"{video.video_id}/{name}" for name in sorted(names - places.keys())]
+        asked = frozenset(places[name] for name in names & places.keys())
+        marked.append(replace(video, asked=asked) if names else video)
+    if missing:
+        warnings.append(f"{meta}: asks for frames without a picture: {listed(missing)}")
+    return marked
+
+
+def _asked_names(content: Any, video: str) -> set[str]:
+    """The frames that the objects of a video name; empty where the file is another."""
+    for key in ("videos", video, "objects"):
+        content = content.get(key) if isinstance(content, dict) else None
+    entries = content.values() if isinstance(content, dict) else ()
+    named = [entry.get("frames") for entry in entries if isinstance(entry, dict)]
+    lists = [names for names in named if isinstance(names, list)]
+    return {name for names in lists for name in names if isinstance(name, str)}
 
 
 def index_frames(

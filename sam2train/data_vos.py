@@ -25,6 +25,7 @@ from sam2train.data_source import (
 )
 from sam2train.data_videos import (
     PICTURE_SUFFIXES,
+    ask_for_frames,
     frame_names,
     index_frames,
     list_pictures,
@@ -69,7 +70,8 @@ class VosVideos(VideoSource):
     scored. A PNG holds the ids of all objects; where a video's masks lie in folders of their own,
     each folder is an object, and objects may overlap. What the pixel values of a video mean is
     decided from all its masks: see `data_mask_values`. Void pixels (255 beside other ids) belong to
-    no object, and `read_ignore` has them.
+    no object, and `read_ignore` has them. Where `meta.json` beside the masks names frames, as that
+    of YouTube-VOS does, these alone are asked for: see `ask_for_frames`.
 
     Args:
         mask_values: how pixel values are read, where `auto` decides wrongly.
@@ -128,6 +130,7 @@ class VosVideos(VideoSource):
             raise UserError(f"{path}: no video with masks in {frames_root}")
         warnings += tracking_warnings(videos)
         problems += shared_pictures(videos)
+        videos = ask_for_frames(videos, found[1].parent / "meta.json", warnings)
         super().__init__(path, videos, warnings, problems, report.notes())
 
     def read_masks(
@@ -156,11 +159,20 @@ def find_masks(path: Path) -> tuple[Path, Path] | None:
     """The folders of frames and of masks at or above a path; None where there are none."""
     for root in [path, *path.parents]:
         for frames, masks in LAYOUTS:
-            if (root / frames).is_dir() and (root / masks).is_dir():
-                return root / frames, root / masks
+            homes = [root, *_split_of(root)] if (root / frames).is_dir() else []
+            if home := next((home for home in homes if (home / masks).is_dir()), None):
+                return root / frames, home / masks
         if path.is_dir():
             break  # a list of videos may lie deeper; a data folder may not
     return None
+
+
+def _split_of(root: Path) -> list[Path]:
+    """Where the masks of a folder of YouTube-VOS may lie that has all frames and no masks: `valid`
+    of `valid_all_frames`, beside it or beside `all_frames`, in which it comes."""
+    name, above = root.absolute().name, root.absolute().parent
+    split = name.removesuffix("_all_frames")
+    return [] if split in (name, "") else [above / split, above.parent / split]
 
 
 def read_list(path: Path, root: Path | None = None) -> list[str]:

@@ -19,7 +19,15 @@ from sam2train.data_cvat import cvat_file
 from sam2train.data_layouts import read_layout
 from sam2train.data_mask_values import MaskValues
 from sam2train.data_sav import MevisVideos, read_sav
-from sam2train.data_source import DataError, Mixture, VideoSource, files_outside, listed
+from sam2train.data_source import (
+    NOTHING_TO_TRACK,
+    DataError,
+    Mixture,
+    VideoSource,
+    files_outside,
+    listed,
+    only_prompts,
+)
 from sam2train.data_synthetic import SyntheticConfig
 from sam2train.data_videos import MadeUpVideos
 from sam2train.data_vos import MotsVideos, VosVideos, find_masks
@@ -350,6 +358,13 @@ def _read_source(
     if key not in known:
         source = FORMATS[kind].read(path, config)
         _check_root(source, path, config)
+        if not training and only_prompts(source.videos):
+            source.notes.append(
+                "each object has a mask on one frame only, its prompt, as in a test set: the "
+                "objects can be tracked, not scored"
+            )
+            told = source.warnings
+            source.warnings = [warning for warning in told if NOTHING_TO_TRACK not in warning]
         known[key] = source
     return known[key]
 

@@ -4,8 +4,7 @@ prompt type, clean and moved, and 1, 3 and 5 clicks."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,21 +16,38 @@ from rich.table import Table
 from sam2train import distributed
 from sam2train.attributes import ATTRIBUTE_COLUMNS, find_attributes, scores_by_attribute
 from sam2train.checkpoint import Loaded, load_checkpoint
-from sam2train.clips import Prompt, boundary_distance
+from sam2train.clips import Prompt
 from sam2train.config import to_yaml
 from sam2train.data_clips import ClipDataset
 from sam2train.data_report import shared_split_warning
 from sam2train.data_source import Video
 from sam2train.datasets import build_dataset
 from sam2train.errors import UserError
-from sam2train.evaluate import SeenFrame, TrackedVideo, first_views, segment_frame, track_video
+from sam2train.evaluate import (
+    SeenFrame,
+    TrackedVideo,
+    first_views,
+    segment_frame,
+    track_video,
+    track_videos,
+    why_not_scored,
+)
 from sam2train.experiment import Experiment, base_hash, build_model, uses_bf16
 from sam2train.files import replacing, write_rows, write_text
 from sam2train.machine import cell as table_cell
 from sam2train.machine import count_bar, say
 from sam2train.metrics import BASE, COPY, TRAINED
 from sam2train.model import SAM2Model
-from sam2train.prompts import PROMPTS, PromptGenerator, mask_to_box, move_point, type_of
+from sam2train.prompts import (
+    NOISE,
+    Cell,
+    PromptGenerator,
+    all_cells,
+    mask_to_box,
+    move_point,
+    next_click,
+    type_of,
+)
 from sam2train.run_folder import RunFolder
 from sam2train.run_scores import Contender, score_beside, score_contender, weak_base
 from sam2train.runlog import RunLog
@@ -46,7 +62,7 @@ from sam2train.scores import (
     numbers,
     scores_table,
 )
-from sam2train.video_files import MaskFolder
+from sam2train.video_files import MaskFolder, MaskLayout
 
 SplitName = Literal["val", "test"]
 MEANS = ("J", "F", "J_and_F", "J_recall", "J_decay", "F_recall", "F_decay", "mIoU")
@@ -92,6 +108,9 @@ class Evaluation:
         self.attributes = find_attributes(experiment.evaluation.attributes, path)
         sections = experiment.dataset, experiment.augment, experiment.clips_seed
         self.data: ClipDataset = build_dataset(*sections, path, training=False, say=self._say)
+        # Why these videos can be tracked only; None where they can be scored.
+        self.fault = why_not_scored(self.data.videos, experiment.evaluation.frame_policy)
+        self.fault = self.fault and f"dataset.{split}_path: {self.fault}"
         model = build_model(experiment, self._say)
         self.bf16 = uses_bf16(experiment, model.device)
         self.loaded: Loaded | None = None
@@ -103,7 +122,7 @@ class Evaluation:
             if self.loaded.step is not None:
                 label += f", step {self.loaded.step}"
             self.contenders = [self._contender(TRAINED, label, self.loaded.step or 0, model)]
-            if with_base:
+            if with_base and not self.fault:
                 # Random weights come from the experiment's seed: these are the same again.
                 base = build_model(experiment, self._say)
                 self.contenders.append(self._contender(BASE, LABELS[BASE], 0, base))
@@ -119,13 +138,48 @@ class Evaluation:
             job_type="evaluate",
         )
 
-    def evaluate(self, save_masks: Path | None = None) -> list[Scores]:
-        """Score the checkpoint and its baselines. Returns the checkpoint's scores first.
+    def evaluate(
+        self, save_masks: Path | None = None, layout: MaskLayout = "davis"
+    ) -> list[Scores]:
+        """Score the checkpoint and its baselines. Returns the checkpoint's scores first; none where
+        the videos cannot be scored, of which the masks are written all the same.
 
         Args:
-            save_masks: a new folder for its masks, as palette PNGs.
+            save_masks: a new folder or .zip for its masks.
+            layout: how they lie there.
+
+        Raises:
+            UserError: a layout, or videos that cannot be scored, and no place for masks.
         """
-        masks = save_masks and distributed.from_main(partial(MaskFolder, save_masks))
+        if save_masks is None and layout != "davis":
+            raise UserError(f"--save-masks-as {layout}: add --save-masks, where they go")
+        if self.fault and save_masks is None:
+            raise UserError(f"{self.fault}; --save-masks MASKS.zip writes what its server scores")
+        masks = save_masks and distributed.from_main(partial(MaskFolder, save_masks, layout))
+        with self.record() as summary, masks or nullcontext():
+            rows = self._track(masks) if self.fault else self._score(masks, summary)
+        if self.fault:
+            self._say(f"{self.fault}; upload to its evaluation server:")
+        if masks:
+            self._say(f"  {save_masks!s:<48} {masks.what()}")
+            if layout != "youtube_vos" and any(video.asked for video in self.data.videos):
+                self._say("its meta.json asks for some frames: --save-masks-as youtube_vos")
+        return rows
+
+    # -- parts ----------------------------------------------------------------------------------
+
+    def _track(self, masks: MaskFolder) -> list[Scores]:
+        """Write the masks of videos that cannot be scored, in the main process. Returns []."""
+        how = {"seed": self.experiment.prompts_seed, "on_frame": lambda _, seen: masks.write(seen)}
+        track, rules = self.contenders[0].track, self.experiment.evaluation
+        videos = track_videos(track, self.data, rules, **how) if distributed.is_main() else ()
+        with self.progress(1) as advance:
+            for _ in videos:
+                advance(self.contenders[0].label)
+        return []
+
+    def _score(self, masks: MaskFolder | None, summary: dict[str, Any]) -> list[Scores]:
+        """Score all contenders; pictures and masks are those of the first one."""
         most = self.experiment.evaluation.num_overlays
         drawer = OverlayDrawer(self.data, self.folder.overlays, self.split, most)
 
@@ -134,44 +188,31 @@ class Evaluation:
                 masks.write(seen)
             drawer.see_frame(index, seen)
 
-        with self.record() as summary:
-            with self.progress(len(self.contenders) + 1) as advance:
+        with self.progress(len(self.contenders) + 1) as advance:
 
-                def watch(contender: Contender) -> dict[str, Any]:
-                    if contender is not self.contenders[0]:
-                        return {"on_video": lambda index, tracked: advance(contender.label)}
+            def watch(contender: Contender) -> dict[str, Any]:
+                if contender is not self.contenders[0]:
+                    return {"on_video": lambda index, tracked: advance(contender.label)}
 
-                    def see_video(index: int, tracked: TrackedVideo) -> None:
-                        drawer.see_video(index, tracked)
-                        advance(contender.label)
+                def see_video(index: int, tracked: TrackedVideo) -> None:
+                    drawer.see_video(index, tracked)
+                    advance(contender.label)
 
-                    own = len(self.data.videos) if masks else drawer.most
-                    return {"on_frame": see, "on_video": see_video, "num_of_main": own}
+                own = len(self.data.videos) if masks else drawer.most
+                return {"on_frame": see, "on_video": see_video, "num_of_main": own}
 
-                rows = score_beside(self.contenders, self.data, self.experiment, self.split, watch)
-            if distributed.is_main():
-                self._write(rows)
-                self._summarise(rows, summary)
-                self.runlog.overlays(rows[0].step, drawer.overlays)
-                self._show(rows)
-        if masks:
-            self._say(f"  {save_masks!s:<48} masks as palette PNGs")
+            rows = score_beside(self.contenders, self.data, self.experiment, self.split, watch)
+        if distributed.is_main():
+            self._write(rows)
+            self._summarise(rows, summary)
+            self.runlog.overlays(rows[0].step, drawer.overlays)
+            self._show(rows)
         return rows
 
-    # -- parts ----------------------------------------------------------------------------------
-
     def _contender(self, key: str, label: str, step: int, model: SAM2Model) -> Contender:
+        rules = self.experiment.evaluation
         return Contender(
-            key,
-            label,
-            step,
-            partial(
-                track_video,
-                model,
-                bf16=self.bf16,
-                rules=self.experiment.evaluation,
-            ),
-            model,
+            key, label, step, partial(track_video, model, bf16=self.bf16, rules=rules), model
         )
 
     @contextmanager
@@ -194,6 +235,7 @@ class Evaluation:
                 "void": rules.void,
                 "memory_admission": rules.memory_admission.name,
                 "predictor_defaults": rules.predictor_defaults,
+                "overlap": rules.overlap,
                 "prompt_types": list(rules.prompt_types or self.experiment.dataset.prompt_types),
                 "seed": self.experiment.trainer.seed,
                 "evaluation_seed": self.experiment.prompts_seed,
@@ -299,33 +341,6 @@ MATRIX_COLUMNS = (
     # J&F minus that of the same prompt without noise, with its interval over videos
     *("change", "change_low", "change_high"),
 )
-CLICKS = (1, 3, 5)
-NOISE = (0.0, 0.1, 0.2, 0.4)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One kind of prompt at one strength of noise."""
-
-    prompt: str  # a name of `PROMPTS`
-    clicks: int  # of a prompt that is clicked; 0 for the others
-    # The share of the sides of the object's box by which a click or a corner is moved at most,
-    # uniformly; a mask is stretched as its box is. 0 is clean.
-    noise: float
-
-    @property
-    def name(self) -> str:
-        return f"{self.clicks} click{'s' * (self.clicks > 1)}" if self.clicks else self.prompt
-
-
-def all_cells() -> list[Cell]:
-    """Row by row, a prompt type with so many clicks each; the clean one first."""
-    return [
-        Cell(name, clicks, noise)
-        for name, kind in PROMPTS.items()
-        for clicks in (CLICKS if kind.is_clicked else (0,))
-        for noise in NOISE
-    ]
 
 
 class CellPrompts:
@@ -376,22 +391,10 @@ class CellPrompts:
             prompt["labels"] = np.append(prompt["labels"], np.int32(click[1]))
 
 
-def next_click(mask: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, int] | None:
-    """(2,) float32 (x, y) and label: the pixel deepest inside an error; None if there is none.
-
-    1 where the object is missed, 0 where the prediction has something else, as SAM 2's
-    `sample_one_point_from_error_center` decides. Masks are (H, W) bool.
-    """
-    if np.array_equal(mask, predicted):
-        return None
-    missed, wrong = boundary_distance(mask & ~predicted), boundary_distance(predicted & ~mask)
-    label = int(missed.max() > wrong.max())
-    y, x = np.unravel_index(np.argmax(missed if label else wrong), mask.shape)
-    return np.array([x, y], np.float32), label
-
-
 def prompt_matrix(evaluation: Evaluation) -> list[dict[str, Any]]:
     """Score every prompt at every strength of noise. Returns the rows of prompt_matrix.csv."""
+    if evaluation.fault:
+        raise UserError(evaluation.fault)
     cells, rows, objects = all_cells(), [], []
     where = evaluation.data, evaluation.experiment, evaluation.split
     with evaluation.record() as summary:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from sam2train.clips import Prompt
 from sam2train.data_clips import ClipDataset
-from sam2train.data_source import FRAME_TIMEOUT, Video
+from sam2train.data_source import FRAME_TIMEOUT, Video, only_prompts
 from sam2train.machine import Aside
 from sam2train.memory import FrameOutput, ImageFeatures, track_clip
 from sam2train.metrics import (
@@ -203,6 +203,19 @@ def score_labelled(
     )
 
 
+def why_not_scored(videos: Sequence[Video], policy: FramePolicy) -> str | None:
+    """What is said of videos that have prompts and no ground truth; None where they can be scored:
+    all others, and under the policy `all` those with one labelled frame each."""
+    if not only_prompts(videos):
+        return None
+    if policy == "all" and all(len(video.labelled) < 2 for video in videos):
+        return None
+    return (
+        "each object has a mask on one frame only, its prompt, as in a test set: nothing can be "
+        "scored here"
+    )
+
+
 def first_prompts(
     dataset: ClipDataset,
     video: Video,
@@ -245,7 +258,7 @@ def track_video(
     rules: EvaluationConfig | None = None,
 ) -> Iterator[TrackedFrame]:
     """Masks at the video's own size, frame by frame; where objects overlap, the one of the highest
-    logit has the pixel.
+    logit has the pixel, unless `rules.overlap` says otherwise.
 
     Image features are kept for one frame, memories as long as memory attention can read them.
     """
@@ -256,28 +269,34 @@ def track_video(
     ):
         logits = current["low_res_logits"][:, None]
         resized = F.interpolate(logits, video.size, mode="bilinear", align_corners=False)
-        surest, winner = resized[:, 0].max(dim=0)  # (H, W)
-        winner = winner.where(surest > 0, -1).to(torch.int16).cpu().numpy()
+        if rules is not None and rules.overlap:
+            masks = list((resized[:, 0] > 0).cpu().numpy())
+        else:
+            surest, winner = resized[:, 0].max(dim=0)  # (H, W)
+            winner = winner.where(surest > 0, -1).to(torch.int16).cpu().numpy()
+            masks = [winner == place for place in range(len(object_ids))]
         scores = current["object_score_logits"][:, 0].tolist()
         ious = current["iou_predictions"].tolist()
         yield TrackedFrame(
-            {object_id: winner == place for place, object_id in enumerate(object_ids)},
+            dict(zip(object_ids, masks, strict=True)),
             dict(zip(object_ids, scores, strict=True)),
             dict(zip(object_ids, ious, strict=True)),
         )
 
 
 def copy_first_mask(
-    dataset: ClipDataset, video: Video, prompts: list[Prompt]
+    dataset: ClipDataset, video: Video, prompts: list[Prompt], *, overlap: bool = False
 ) -> Iterator[TrackedFrame]:
     """The baseline without a model: an object stays where the ground truth has it on its prompted
-    frame, whatever the prompt. Where objects overlap, the one prompted last has the pixel."""
+    frame, whatever the prompt. Where objects overlap, the one prompted last has the pixel, or each
+    of them."""
     masks: dict[int | str, np.ndarray] = {}
     for t in range(len(video.frames)):
         for object_id in [p["object_id"] for p in prompts if p["frame_index"] == t]:
             mask = dataset.read_mask(video, t, object_id)
-            masks = {other: of_other & ~mask for other, of_other in masks.items()}
-            masks[object_id] = mask
+            if not overlap:
+                masks = {other: of_other & ~mask for other, of_other in masks.items()}
+            masks = {**masks, object_id: mask}
         yield TrackedFrame(masks, {})
 
 

@@ -89,6 +89,11 @@ class EvaluationConfig(Section):
         default_factory=MemoryAdmission,
         description="which tracked frames may enter the memory; all, as in SAM 2, by default",
     )
+    overlap: bool = Field(
+        False,
+        description="objects may share pixels, as in SAM 2's evaluation on SA-V; false: the pixel "
+        "is of the object with the highest logit",
+    )
     max_videos: int | None = Field(None, ge=1, description="the first so many; null scores all")
     max_frames: int | None = Field(
         None, ge=2, description="labelled ones of each video, the first so many"

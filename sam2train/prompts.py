@@ -7,6 +7,7 @@ decoder gets is what the class puts into the fields of a `Prompt`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
 import cv2
@@ -374,3 +375,48 @@ def stretch_mask(mask: np.ndarray, box: np.ndarray, target: np.ndarray) -> np.nd
         mask.astype(np.uint8), matrix, (mask.shape[1], mask.shape[0]), flags=cv2.INTER_NEAREST
     ).astype(bool)
     return moved if moved.any() else mask
+
+
+def next_click(mask: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, int] | None:
+    """(2,) float32 (x, y) and label: the pixel deepest inside an error; None if there is none.
+
+    1 where the object is missed, 0 where the prediction has something else, as SAM 2's
+    `sample_one_point_from_error_center` decides. Masks are (H, W) bool.
+    """
+    if np.array_equal(mask, predicted):
+        return None
+    missed, wrong = boundary_distance(mask & ~predicted), boundary_distance(predicted & ~mask)
+    label = int(missed.max() > wrong.max())
+    y, x = np.unravel_index(np.argmax(missed if label else wrong), mask.shape)
+    return np.array([x, y], np.float32), label
+
+
+# The kinds of prompts that a model is scored with
+
+CLICKS = (1, 3, 5)
+NOISE = (0.0, 0.1, 0.2, 0.4)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One kind of prompt at one strength of noise."""
+
+    prompt: str  # a name of `PROMPTS`
+    clicks: int  # of a prompt that is clicked; 0 for the others
+    # The share of the sides of the object's box by which a click or a corner is moved at most,
+    # uniformly; a mask is stretched as its box is. 0 is clean.
+    noise: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.clicks} click{'s' * (self.clicks > 1)}" if self.clicks else self.prompt
+
+
+def all_cells() -> list[Cell]:
+    """Row by row, a prompt type with so many clicks each; the clean one first."""
+    return [
+        Cell(name, clicks, noise)
+        for name, kind in PROMPTS.items()
+        for clicks in (CLICKS if kind.is_clicked else (0,))
+        for noise in NOISE
+    ]

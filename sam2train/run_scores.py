@@ -79,7 +79,10 @@ class Contender:
                 copy_into(parameters, kept)
 
 
-COPIED = Contender(COPY, LABELS[COPY], 0, copy_first_mask)
+def first_mask_copied(experiment: Experiment) -> Contender:
+    """The baseline without a model."""
+    track = partial(copy_first_mask, overlap=experiment.evaluation.overlap)
+    return Contender(COPY, LABELS[COPY], 0, track)
 
 
 def score_contender(
@@ -118,7 +121,7 @@ def score_beside(
     """
     return [
         score_contender(contender, data, experiment, split, **watch(contender))
-        for contender in (*contenders, COPIED)
+        for contender in (*contenders, first_mask_copied(experiment))
     ]
 
 
@@ -295,7 +298,7 @@ class TrainerScores:
         # Before anything is written: a signal in here leaves the step without a score.
         copied = None
         if not self.baseline:
-            copied = self._score(COPIED, data, "val")
+            copied = self._score(first_mask_copied(self.experiment), data, "val")
         for found in filter(None, (scores, copied)):
             self._keep(found)
         self.latest, self.scored = scores.means, step
@@ -329,7 +332,7 @@ class TrainerScores:
         contenders = [
             self._contender(TRAINED, step, content["model"]),
             self._contender(BASE, 0, self.base_weights),
-            COPIED,
+            first_mask_copied(self.experiment),
         ]
         scores, base, copied = [
             self._keep(self._score(contender, data, "test")) for contender in contenders

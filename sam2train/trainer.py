@@ -32,6 +32,7 @@ from sam2train.runlog import RunLog
 from sam2train.trainer_step import (
     audit_step,
     bf16_note,
+    check_can_be_scored,
     check_same_everywhere,
     clips_before,
     feature_cache_note,
@@ -97,6 +98,7 @@ class Trainer:
         self.test_data = test and build_dataset(
             *sections, test, training=False, say=warn, known=known
         )
+        check_can_be_scored(experiment, {"val": self.val_data, "test": self.test_data})
         splits = {"train": self.train_data, "val": self.val_data, "test": self.test_data}
         self.splits = {name: part for name, part in splits.items() if part}
         self.fingerprints = {name: part.fingerprint for name, part in self.splits.items()}

@@ -20,7 +20,9 @@ from sam2train import distributed
 from sam2train.clips import BatchedVideoDatapoint, is_empty
 from sam2train.config_yaml import read_yaml
 from sam2train.corrections import SimulatedUser
+from sam2train.data_clips import ClipDataset
 from sam2train.errors import UserError
+from sam2train.evaluate import why_not_scored
 from sam2train.experiment import Experiment, read_rows, untrained_rows
 from sam2train.files import replacing
 from sam2train.losses import LossConfig, divide_losses
@@ -79,6 +81,17 @@ def check_same_everywhere(seen: Mapping[str, Any]) -> None:
             raise UserError(
                 f"process {number} has another content of {', '.join(wrong)} than process "
                 f"{distributed.rank()}; give all nodes the same files and the same command"
+            )
+
+
+def check_can_be_scored(experiment: Experiment, splits: Mapping[str, ClipDataset | None]) -> None:
+    """Raise UserError where videos of `val` or `test` have not the masks that scores need."""
+    for name, part in splits.items():
+        fault = part and why_not_scored(part.videos, experiment.evaluation.frame_policy)
+        if fault:
+            raise UserError(
+                f"dataset.{name}_path: {fault}; name videos with all masks, or null, and track "
+                "these with --evaluate RUN --save-masks MASKS.zip"
             )
 
 

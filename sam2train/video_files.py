@@ -1,6 +1,6 @@
 """A tracked video as files, written frame by frame, so that it may be of any length.
 
-Palette PNGs in the layout that the DAVIS evaluation reads, a COCO video JSON, and a film.
+Palette PNGs as those who score them want them, a COCO video JSON, and a film.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, TextIO
+from contextlib import ExitStack
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, TextIO
+from zipfile import ZipFile
 
 import cv2
 import numpy as np
@@ -23,7 +26,7 @@ from sam2train.data_source import Video
 from sam2train.data_videos import PICTURE_SUFFIXES
 from sam2train.errors import UserError
 from sam2train.evaluate import SeenFrame
-from sam2train.files import file_name, write_text
+from sam2train.files import file_name, replacing, write_text
 from sam2train.pictures import draw_masks, object_colours, paint_prompts, prompt_in_video
 from sam2train.transforms import resize_mask_to_paint
 
@@ -31,25 +34,43 @@ _FILM_SIDE = (320, 640)  # px: the longer side of a film lies between these
 _CODECS = ("vp09", "mp4v")  # browsers play the first one; OpenCV's wheels cannot write H.264
 
 
+# How masks lie for those who score them.
+#   davis        <video>/<frame>.png, the pixel is the object's number. DAVIS' program, and MOSE's
+#                server, which wants the videos at the top of the zip (`make_zip` in Cutie's
+#                cutie/inference/utils/results_utils.py).
+#   youtube_vos  the same below Annotations/, of the frames that are asked for alone. The servers of
+#                YouTube-VOS (`make_zip`) and of LVOS (evaluation_codalab.py of lvos-evaluation).
+#   sav          <video>/<object in 3 digits>/<frame>.png of 0 and 1, so that objects may overlap.
+#                SA-V's program (sav_dataset/README.md of SAM 2; `save_masks_to_dir` in its
+#                tools/vos_inference.py).
+MaskLayout = Literal["davis", "youtube_vos", "sav"]
+
+
 class MaskFolder:
-    """Writes `<folder>/<video>/<frame>.png`: one picture a frame, the pixel is the object's number.
+    """Writes the masks of videos as palette PNGs into a folder, or into a zip where that is the
+    path's suffix; see `MaskLayout`. A zip is whole at the end of the `with` block; without an end,
+    or after an error, there is none.
 
     A folder has the name of its video; where that is not a safe or free file name, `videos.json`
     says which video it is.
 
-    A number is the object's id where all ids of the video are 1 to 255; else objects count from 1
-    in their order of appearance, and `objects.json` in the folder says which is which. Frames are
-    named as their pictures are, or by position where these names repeat (a film).
+    In one PNG of all objects, a number is the object's id where all ids of the video are 1 to 255;
+    else objects count from 1 in their order of appearance, and `objects.json` in the folder says
+    which is which. Where objects overlap there, the later one has the pixel. Frames are named as
+    their pictures are, or by position where these names repeat (a film).
 
     Raises:
-        UserError: the folder holds something already.
+        UserError: the folder holds something already, or the zip exists.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+    def __init__(self, path: Path, layout: MaskLayout = "davis"):
+        self.path, self.layout = Path(path), layout
+        self.is_zip = self.path.suffix.lower() == ".zip"
+        free_folder = not self.is_zip and self.path.is_dir() and not any(self.path.iterdir())
+        if self.path.exists() and not free_folder:
             raise UserError(
-                f"--save-masks {folder}: there is something already; name a new or empty folder"
+                f"--save-masks {path}: there is something already; name a new or empty folder, or "
+                "a new zip"
             )
         self.colours = [0, 0, 0, *object_colours(256)[1:].ravel().tolist()]
         self.renamed: dict[str, dict[int, str]] = {}
@@ -58,34 +79,70 @@ class MaskFolder:
         # Of the video that is being written.
         self.name = ""
         self.numbers: dict[int | str, int] = {}
+        self.folders: dict[int | str, str] = {}  # of its objects
         self.names: list[str] = []
+        # Of the zip.
+        self._open = ExitStack()
+        self._zip: ZipFile | None = None
+
+    def __enter__(self) -> MaskFolder:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is not None:
+            self._open.__exit__(*error)
+            return
+        with self._open:
+            for name, content in (("videos.json", self.videos), ("objects.json", self.renamed)):
+                if content and self._zip is not None:
+                    self._zip.writestr(name, json.dumps(content, indent=2) + "\n")
 
     def write(self, seen: SeenFrame) -> None:
         """Write one frame's prediction; the frames of a video come in order.
 
         Raises:
-            UserError: more than 255 objects.
+            UserError: more than 255 objects for one PNG.
         """
         video = seen.video
         if seen.frame_idx == 0:
-            self.name = file_name(video.video_id, self.taken)
-            self.numbers, self.names = self._number(video, self.name), _frame_names(video)
-            (self.folder / self.name).mkdir(parents=True)
-            if self.name != str(video.video_id):
-                self.videos[self.name] = str(video.video_id)
-                self._write_json("videos.json", self.videos)
-        ids = np.zeros(video.size, np.uint8)
-        for object_id, mask in seen.prediction.items():
-            ids[mask] = self.numbers[object_id]
-        picture = Image.fromarray(ids)
-        picture.putpalette(self.colours)
-        picture.save(self.folder / self.name / f"{self.names[seen.frame_idx]}.png")
+            self._begin(video)
+        if self.layout == "sav":
+            for object_id, mask in seen.prediction.items():
+                self._write_png(mask.astype(np.uint8), seen.frame_idx, self.folders[object_id])
+        elif self.layout == "davis" or video.asked is None or seen.frame_idx in video.asked:
+            ids = np.zeros(video.size, np.uint8)
+            for object_id, mask in seen.prediction.items():
+                ids[mask] = self.numbers[object_id]
+            self._write_png(ids, seen.frame_idx)
+
+    def what(self) -> str:
+        """What lies at the path, for people."""
+        frame = {
+            "davis": "VIDEO/FRAME.png, as DAVIS and MOSE have it",
+            "youtube_vos": "Annotations/VIDEO/FRAME.png, as YouTube-VOS and LVOS have it",
+            "sav": "VIDEO/OBJECT/FRAME.png, as SA-V has it",
+        }
+        return f"masks as palette PNGs: {frame[self.layout]}"
+
+    def _begin(self, video: Video) -> None:
+        self.name = file_name(video.video_id, self.taken)
+        self.names = _frame_names(video)
+        if self.name != str(video.video_id):
+            self.videos[self.name] = str(video.video_id)
+            self._write_json("videos.json", self.videos)
+        if self.layout == "sav":
+            taken: set[str] = set()
+            ids = [f"{o:03d}" if isinstance(o, int) else o for o in video.object_ids]
+            names = [file_name(o, taken) for o in ids]
+            self.folders = dict(zip(video.object_ids, names, strict=True))
+        else:
+            self.numbers = self._number(video, self.name)
 
     def _number(self, video: Video, name: str) -> dict[int | str, int]:
         if len(video.object_ids) > 255:
             raise UserError(
                 f"--save-masks: video {video.video_id!r} has {len(video.object_ids)} objects; a "
-                "palette PNG holds 255"
+                "palette PNG holds 255; --save-masks-as sav writes one for each object"
             )
         if all(isinstance(o, int) and 1 <= o <= 255 for o in video.object_ids):
             return {o: o for o in video.object_ids}
@@ -94,8 +151,28 @@ class MaskFolder:
         self._write_json("objects.json", self.renamed)
         return numbers
 
+    def _write_png(self, pixels: np.ndarray, t: int, *below: str) -> None:
+        picture = Image.fromarray(pixels)
+        picture.putpalette(self.colours)
+        top = ["Annotations"] if self.layout == "youtube_vos" else []
+        place = PurePosixPath(*top, self.name, *below, f"{self.names[t]}.png")
+        if not self.is_zip:
+            path = self.path / place
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
+            return
+        if self._zip is None:
+            self._zip = self._open.enter_context(
+                ZipFile(self._open.enter_context(replacing(self.path)), "w")
+            )
+        content = BytesIO()
+        picture.save(content, "PNG")
+        self._zip.writestr(str(place), content.getvalue())
+
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        write_text(self.folder / name, json.dumps(content, indent=2) + "\n")
+        """Anew with each video, in case the process is killed; into a zip at its end."""
+        if not self.is_zip:
+            write_text(self.path / name, json.dumps(content, indent=2) + "\n")
 
 
 def _frame_names(video: Video) -> list[str]:

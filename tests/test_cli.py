@@ -57,7 +57,10 @@ FIXED = {
     "--check-data": {"--smoke", "--json"},
     "--probe": {"--smoke"},
     "--download": {"--smoke"},
-    "--evaluate": {"--smoke", "--split", "--no-base", "--run-dir", "--save-masks"},
+    "--evaluate": {
+        *("--smoke", "--split", "--no-base", "--run-dir"),
+        *("--save-masks", "--save-masks-as"),
+    },
     "--prompt-matrix": {"--smoke", "--split", "--no-base", "--run-dir"},
     "--predict": {"--smoke", "--run-dir", "--prompt", "--prompts", "--weights"},
     "--export": {"--smoke", "--half", "--push"},
@@ -67,6 +70,7 @@ FIXED = {
 }
 FIXED = {command: options | {"--traceback"} for command, options in FIXED.items()}
 OPERANDS = {
+    "--save-masks-as": ["sav"],
     "--run-dir": ["place"],
     "--resume": ["place"],
     "--count": ["2"],

@@ -1,4 +1,6 @@
+import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from sam2train import data_vos
 from sam2train.config import build
 from sam2train.data_clips import ClipDataset, clip_settings
 from sam2train.data_pictures import read_id_mask
+from sam2train.data_source import only_prompts
 from sam2train.data_vos import MotsVideos, VosVideos
 from sam2train.datasets import DatasetConfig, build_dataset
 from sam2train.errors import UserError
@@ -252,6 +255,65 @@ def test_frames_named_by_seconds_are_in_the_order_of_time(tmp_path):
     dataset = dataset_of(tmp_path)
     for t in range(6):
         np.testing.assert_array_equal(dataset.read_mask(dataset.videos[0], t, 1), MASKS[t, 0])
+
+
+def keep_masks(root, kept):
+    """Leave the first masks only, as test sets have them: name of a frame -> ids on it."""
+    for path in (root / "Annotations").rglob("*.png"):
+        if path.stem in kept:
+            ids = read_id_mask(path)
+            save_ids(path, np.where(np.isin(ids, kept[path.stem]), ids, 0))
+        else:
+            path.unlink()
+
+
+def write_meta(root, frames):
+    """YouTube-VOS' meta.json for all videos: object id -> names of frames."""
+    objects = {o: {"category": "bear", "frames": names} for o, names in frames.items()}
+    names = [path.name for path in (root / "Annotations").iterdir()]
+    content = {"videos": {name: {"objects": objects} for name in names}}
+    (root / "meta.json").write_text(json.dumps(content))
+
+
+def test_youtube_vos_asks_for_some_frames(tmp_path):
+    """All frames lie in a folder of their own, as they come: all_frames/valid_all_frames."""
+    valid, every = make_vos(tmp_path / "valid"), tmp_path / "all_frames" / "valid_all_frames"
+    keep_masks(valid, {"00000": [1], "00002": [2]})
+    write_meta(valid, {"1": ["00000", "00002", "00004"], "2": ["00002", "00004"]})
+    every.mkdir(parents=True)
+    (valid / "JPEGImages").rename(every / "JPEGImages")
+    source = VosVideos(every)
+    assert only_prompts(source.videos)
+    for video in source.videos:
+        assert len(video.frames) == 6
+        assert video.asked == {0, 2, 4}
+        assert [video.visible(t) for t in range(6)] == [[1], [], [2], [], [], []]
+    (every / "JPEGImages" / "bear" / "00004.png").unlink()
+    (told,) = [text for text in VosVideos(every).warnings if "meta.json" in text]
+    assert told.endswith("asks for frames without a picture: bear/00004")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"videos": {"bear": {"objects": {"1": {"frame_range": {}}}}}}', "[]", "{", '{"a": 1}'],
+)
+def test_another_meta_json_asks_for_all_frames(tmp_path, content):
+    root = make_vos(tmp_path)
+    (root / "meta.json").write_text(content)
+    source = VosVideos(root)
+    assert [video.asked for video in source.videos] == [None, None]
+    assert ("meta.json" in "".join(source.warnings)) == (content in ("[]", "{"))
+
+
+def test_prompts_alone_are_told_from_labels(tmp_path):
+    assert not only_prompts(VosVideos(make_vos(tmp_path / "all")).videos)
+    assert not only_prompts(VosVideos(make_vos(tmp_path / "some", every=3)).videos)
+    mose = make_vos(tmp_path / "mose")
+    keep_masks(mose, {"00000": [1, 2]})
+    videos = VosVideos(mose).videos
+    assert only_prompts(videos)
+    pictures = [replace(video, frames=video.frames[:1]) for video in videos]
+    assert not only_prompts(pictures)  # pictures with all their masks
 
 
 def test_two_videos_that_are_one_folder_are_an_error(tmp_path):

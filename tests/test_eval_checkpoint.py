@@ -1,8 +1,13 @@
 """`--evaluate` from the command line to the files."""
 
 import csv
+import io
 import json
 import re
+import shlex
+import shutil
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,20 +15,17 @@ import torch
 import yaml
 from conftest import make_coco
 from PIL import Image
+from test_data_vos import keep_masks, make_vos, save_ids, write_meta
 
 from sam2train import checkpoint, cli, eval_checkpoint
+from sam2train.data_pictures import read_id_mask
+from sam2train.data_videos import list_pictures
 from sam2train.datasets import COCODataset
-from sam2train.eval_checkpoint import (
-    NOISE,
-    Cell,
-    CellPrompts,
-    all_cells,
-    next_click,
-    segment_frame,
-)
+from sam2train.eval_checkpoint import CellPrompts, segment_frame
 from sam2train.files import REPOSITORY, file_hash
+from sam2train.metrics import mean_scores, score_video
 from sam2train.model import SAM2Model
-from sam2train.prompts import mask_center, mask_to_box
+from sam2train.prompts import NOISE, Cell, all_cells, mask_center, mask_to_box, next_click
 
 
 def write_small(root):
@@ -255,6 +257,8 @@ class TestMistakes:
 
     def test_options_that_do_not_go_together(self, capsys, trained, tmp_path):
         assert "--evaluate" in fails(capsys, trained, "--save-masks", tmp_path)
+        words = ("--evaluate", "base", "--save-masks-as", "sav", "--run-dir", tmp_path / "out")
+        assert "add --save-masks" in fails(capsys, trained, *words)
         assert "give one" in fails(capsys, trained, "--evaluate", "base", "--prompt-matrix", "base")
 
     def test_another_base(self, capsys, trained, tmp_path):
@@ -267,6 +271,25 @@ class TestMistakes:
         message = fails(capsys, trained, "--evaluate", run / "checkpoints" / "last.pt")
         assert "w.pt" in message
         assert "model.checkpoint_path has random weights" in message
+
+    def test_a_checkpoint_of_trained_parameters_is_no_base(
+        self, capsys, trained, tmp_path, monkeypatch
+    ):
+        """The line that the message gives writes a file which is one."""
+        source, run = trained / "run" / "checkpoints" / "last.pt", tmp_path / "run"
+        assert call(trained, "--export", source, tmp_path / "w.pt") == 0
+        words = (f"model.checkpoint_path={tmp_path / 'w.pt'}", "dataset.val_path=null")
+        assert call(trained, *words, "trainer.num_steps=1", "--run-dir", run) == 0
+        partial = run / "checkpoints" / "last.pt"
+        message = fails(capsys, trained, f"model.checkpoint_path={partial}", "--evaluate", "base")
+        assert "holds only what that run trained" in message
+        assert "missing" not in message
+        line = shlex.split(message.splitlines()[-1])
+        assert line[:2] == ["python", "run.py"]
+        monkeypatch.chdir(tmp_path)
+        assert cli.main(line[2:]) == 0
+        words = ("model.checkpoint_path=OUT.pt", "--evaluate", "base", "--run-dir", "out")
+        assert call(trained, *words, "evaluation.max_videos=1") == 0
 
 
 def test_the_demo_scores_as_it_did(tmp_path):
@@ -424,3 +447,156 @@ def test_the_prompt_matrix(tmp_path, capsys):
         float(next(r for r in rows if r["prompt"] == "bbox")["J_and_F"])
     )
     assert "3 clicks" in capsys.readouterr().out
+
+
+# What people publish: the commands of experiments/README.md on small folders of the same layout
+
+
+@pytest.fixture
+def publish(trained, tmp_path, monkeypatch):
+    """Runs the command that names a path, with the small experiment at its own size."""
+    blocks = re.findall(
+        r"```bash\n(.*?)```", (REPOSITORY / "experiments/README.md").read_text(), re.S
+    )
+    monkeypatch.chdir(tmp_path)
+
+    def run(path, *more) -> int:
+        (block,) = [block for block in blocks if f"dataset.val_path={path} " in block]
+        words = shlex.split(block.replace("\\\n", " "))
+        assert words[:3] == ["python", "run.py", "experiments/sam2.1_tiny.yaml"]
+        sized = [word for word in words[3:] if "image_size=" not in word]
+        assert len(sized) == len(words) - 5
+        return call(trained, *sized, "--run-dir", "out", *more)
+
+    return run
+
+
+def read_ids(folder, object_ids):
+    """Object id -> (T, H, W) bool of the PNGs in a folder."""
+    ids = np.stack([read_id_mask(path) for path in list_pictures(folder)])
+    return {o: ids == o for o in object_ids}
+
+
+def read_apart(folder, names):
+    """The same where each object has a folder of its own."""
+    stacks = {o: list_pictures(folder / name) for o, name in names.items()}
+    return {o: np.stack([read_id_mask(path) > 0 for path in s]) for o, s in stacks.items()}
+
+
+def score_again(out, predicted, truth, policy):
+    """Mean J&F of saved masks against those of the data set, by video; scores.csv has the same."""
+    rows = [row for row in table(out / "scores.csv") if row["model"] == "base"]
+    again = [score_video(predicted[v], truth[v], policy) for v in sorted(truth)]
+    for row, scores in zip(rows, [o for video in again for o in video.objects], strict=True):
+        assert float(row["J_and_F"]) == pytest.approx(scores.J_and_F)
+        assert (row["object_id"], row["frame_policy"]) == (str(scores.object_id), policy)
+        assert int(row["num_frames"]) == len(scores.frames)
+    return mean_scores(again)["J_and_F"]
+
+
+def inside(place):
+    """Name -> ids of the PNGs of a zip, in their order."""
+    with zipfile.ZipFile(place) as archive:
+        return {n: np.array(Image.open(io.BytesIO(archive.read(n)))) for n in archive.namelist()}
+
+
+def test_davis_2017(publish, capsys):
+    """A list of ImageSets, 480p, the first and the last frame left out, void is background."""
+    masks, out = Path("DAVIS/Annotations/480p"), Path("out")
+    make_vos(Path("DAVIS"), below="480p")
+    Path("DAVIS/ImageSets/2017").mkdir(parents=True)
+    Path("DAVIS/ImageSets/2017/val.txt").write_text("swan\n")
+    assert publish("DAVIS/ImageSets/2017/val.txt") == 0
+    found, truth = ({"swan": read_ids(m / "swan", [1, 2])} for m in (Path("davis_masks"), masks))
+    mean = score_again(out, found, truth, "davis")
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["val/J_and_F"] == pytest.approx(mean)
+    assert summary["void"] == "background"
+    assert all((found["swan"][o][0] == truth["swan"][o][0]).mean() > 0.9 for o in (1, 2))
+    assert "VIDEO/FRAME.png, as DAVIS and MOSE have it" in capsys.readouterr().out
+
+
+def test_mose(publish, trained, capsys):
+    """The first masks alone: all frames of both videos, at the top of the zip, and no score."""
+    mose = make_vos(Path("MOSE/valid"))
+    keep_masks(mose, {"00000": [1, 2]})
+    assert publish("MOSE/valid") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "nothing can be scored here; upload to its evaluation server: mose.zip" in printed
+    assert "J&F" not in printed
+    assert "nothing to track" not in printed
+    found = inside("mose.zip")
+    assert list(found) == [f"{video}/0000{t}.png" for video in ("bear", "swan") for t in range(6)]
+    given = read_id_mask(mose / "Annotations" / "swan" / "00000.png")
+    assert (found["swan/00000.png"] == given).mean() > 0.9
+    assert not Path("out/scores.csv").exists()
+    summary = json.loads(Path("out/summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert not [key for key in summary if "J_and_F" in key]
+    words = ("dataset.dataset_type=vos", "dataset.val_path=MOSE/valid", "--run-dir", "other")
+    message = fails(capsys, trained, *words, "--evaluate", "base")
+    assert "nothing can be scored here; --save-masks MASKS.zip" in message
+
+
+def test_youtube_vos(publish, capsys):
+    """The frames that are asked for, of all that there are; object 2 has its mask on frame 2."""
+    valid, every = make_vos(Path("YouTube/valid"), names=["003234408d"]), Path("YouTube/all_frames")
+    keep_masks(valid, {"00000": [1], "00002": [2]})
+    write_meta(valid, {"1": ["00000", "00002", "00004"], "2": ["00002", "00004"]})
+    (every / "valid_all_frames").mkdir(parents=True)
+    (valid / "JPEGImages").rename(every / "valid_all_frames" / "JPEGImages")
+    assert publish("YouTube/all_frames/valid_all_frames") == 0
+    assert "--save-masks-as" not in capsys.readouterr().out
+    found = inside("youtube.zip")
+    assert list(found) == [f"Annotations/003234408d/0000{t}.png" for t in (0, 2, 4)]
+    late = read_id_mask(valid / "Annotations" / "003234408d" / "00002.png") == 2
+    assert 2 not in found["Annotations/003234408d/00000.png"]
+    assert (found["Annotations/003234408d/00002.png"] == 2)[late].mean() > 0.9
+    words = ("--run-dir", "other", "--save-masks", "other.zip", "--save-masks-as", "davis")
+    assert publish("YouTube/all_frames/valid_all_frames", *words) == 0
+    assert "--save-masks-as youtube_vos" in capsys.readouterr().out
+    assert len(inside("other.zip")) == 6
+
+
+def test_lvos(publish):
+    """Every fifth frame by its number in the film; its meta.json asks for all of them."""
+    lvos = make_vos(Path("LVOS/test"), names=["0tCWPOrc"])
+    keep_masks(lvos, {"00000": [1], "00003": [2]})
+    for path in [*lvos.rglob("*.png")]:
+        path.rename(path.with_name(f"{5 * int(path.stem) + 1:08d}.png"))
+    objects = {o: {"frame_range": {"start": "1", "end": "26", "frame_nums": "6"}} for o in "12"}
+    (lvos / "meta.json").write_text(json.dumps({"videos": {"0tCWPOrc": {"objects": objects}}}))
+    assert publish("LVOS/test") == 0
+    found = inside("lvos.zip")
+    assert list(found) == [f"Annotations/0tCWPOrc/{t:08d}.png" for t in range(1, 27, 5)]
+    assert [2 in ids for ids in found.values()][:4] == [False, False, False, True]
+
+
+def test_sav(publish):
+    """Folders of objects that overlap, every second frame labelled, objects scored apart."""
+    sav, masks = make_vos(Path("sav_val"), names=["sav_000001"]), Path("sav_val/Annotations_6fps")
+    (sav / "JPEGImages").rename(sav / "JPEGImages_24fps")
+    for t in (0, 2, 4):
+        ids = read_id_mask(sav / "Annotations" / "sav_000001" / f"0000{t}.png")
+        for name, mask in (("000", ids > 0), ("001", ids == 2)):  # a whole and a part of it
+            save_ids(masks / "sav_000001" / name / f"0000{t}.png", 255 * mask)
+    shutil.rmtree(sav / "Annotations")
+    (sav / "sav_val.txt").write_text("sav_000001\n")
+    assert publish("sav_val/sav_val.txt") == 0
+    places = Path("sav_masks/sav_000001"), masks / "sav_000001"
+    found, truth = (read_apart(place, {0: "000", 1: "001"}) for place in places)
+    assert [mask.shape[0] for mask in found.values()] == [6, 6]
+    assert (found[0] & found[1]).any()
+    labelled = {o: mask[::2] for o, mask in found.items()}
+    score_again(Path("out"), {"sav_000001": labelled}, {"sav_000001": truth}, "sav")
+
+
+def test_a_run_is_not_validated_on_a_test_set(trained, tmp_path, capsys):
+    mose = make_vos(tmp_path / "valid")
+    keep_masks(mose, {"00000": [1, 2]})
+    words = ["dataset.dataset_type=vos", f"dataset.data_path={make_vos(tmp_path / 'train')}"]
+    words.append(f"dataset.val_path={tmp_path / 'train'}")
+    message = fails(capsys, trained, *words, f"dataset.test_path={mose}")
+    assert "dataset.test_path: each object has a mask on one frame only" in message
+    words[-1] = f"dataset.val_path={mose}"
+    assert "nothing can be scored" in fails(capsys, trained, *words, "--prompt-matrix", "base")

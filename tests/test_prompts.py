@@ -17,10 +17,10 @@ from sam2train import cli, prompts
 from sam2train.clips import is_empty
 from sam2train.config import ConfigError, build
 from sam2train.errors import UserError
-from sam2train.eval_checkpoint import NOISE
 from sam2train.experiment import Experiment
 from sam2train.prompts import (
     DEFAULT_TYPES,
+    NOISE,
     PROMPTS,
     PromptGenerator,
     PromptType,

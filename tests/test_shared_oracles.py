@@ -13,10 +13,9 @@ import torch
 from pycocotools import mask as coco_mask
 
 from sam2train.clips import FramePrediction
-from sam2train.eval_checkpoint import next_click
 from sam2train.losses import LossConfig, compute_losses, mask_iou, mask_losses
 from sam2train.metrics import ObjectScores, mean_scores, score_video
-from sam2train.prompts import mask_center, mask_to_box
+from sam2train.prompts import mask_center, mask_to_box, next_click
 
 ORACLES = Path(__file__).parents[2] / "shared" / "oracles"
 CASES = sorted(path.stem for path in (ORACLES / "oracle_inputs").glob("*.json"))

@@ -1,6 +1,9 @@
 """The files of a tracked video; `test_predict` has the COCO JSON and the film."""
 
+import contextlib
+import io
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +16,12 @@ from sam2train.evaluate import SeenFrame
 from sam2train.video_files import MaskFolder
 
 
-def write(folder, video_id, masks, *, names=None) -> None:
+def write(folder, video_id, masks, *, names=None, asked=None) -> None:
     """A video with the predictions `masks`, object id -> (T, H, W) bool, frame by frame."""
     shape = next(iter(masks.values())).shape
     names = names or [f"{t:05d}.jpg" for t in range(shape[0])]
     frames = [Frame(Path(name), {}) for name in names]
-    video = Video(video_id, shape[1:], frames, list(masks))
+    video = Video(video_id, shape[1:], frames, list(masks), asked)
     for t in range(shape[0]):
         folder.write(SeenFrame(video, [], t, {o: stack[t] for o, stack in masks.items()}, {}))
 
@@ -116,3 +119,68 @@ def test_frames_whose_names_differ_in_capitals_only_give_way_to_positions(tmp_pa
         "00001.png",
         "00002.png",
     ]
+
+
+def files(path) -> list[str]:
+    return sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+
+
+def zipped(path) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        return {n: np.array(Image.open(io.BytesIO(archive.read(n)))) for n in archive.namelist()}
+
+
+def test_the_zip_of_a_server_has_what_the_folder_has(tmp_path):
+    masks = two_objects(1, 2)
+    for place in (tmp_path / "out", tmp_path / "out.zip"):
+        with MaskFolder(place) as folder:
+            write(folder, "dog", masks)
+            assert place.is_dir() or not place.exists()  # a zip appears whole
+    inside = zipped(tmp_path / "out.zip")
+    assert sorted(inside) == files(tmp_path / "out") == [f"dog/0000{t}.png" for t in range(3)]
+    for name, ids in inside.items():
+        assert np.array_equal(ids, read(tmp_path / "out" / name))
+    with pytest.raises(UserError, match=r"out\.zip: there is something already"):
+        MaskFolder(tmp_path / "out.zip")
+
+
+def test_a_zip_that_was_not_finished_is_none(tmp_path):
+    folder = MaskFolder(tmp_path / "out.zip")
+    with contextlib.suppress(KeyError), folder:
+        write(folder, "dog", two_objects(1, 2))
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_youtube_vos_gets_the_frames_it_asks_for(tmp_path):
+    masks = two_objects(1, 2)
+    with MaskFolder(tmp_path / "out.zip", "youtube_vos") as folder:
+        write(folder, "0a8c467cc3", masks, asked=frozenset({0, 2}))
+        write(folder, "lvos", masks)  # nothing is said: all
+    inside = zipped(tmp_path / "out.zip")
+    names = [f"0a8c467cc3/0000{t}.png" for t in (0, 2)] + [f"lvos/0000{t}.png" for t in range(3)]
+    assert sorted(inside) == [f"Annotations/{name}" for name in names]
+    last = inside["Annotations/0a8c467cc3/00002.png"]
+    assert np.array_equal(last, masks[1][2] + 2 * masks[2][2])
+
+
+def test_sav_has_a_folder_for_each_object(tmp_path):
+    masks = two_objects(0, 12)
+    masks[12][:] |= masks[0]  # the whole and a part of it
+    write(MaskFolder(tmp_path, "sav"), "sav_000001", masks)
+    assert files(tmp_path) == [
+        f"sav_000001/{o}/0000{t}.png" for o in ("000", "012") for t in range(3)
+    ]
+    for object_id, name in ((0, "000"), (12, "012")):
+        for t in range(3):
+            pixels = read(tmp_path / "sav_000001" / name / f"0000{t}.png")
+            assert np.array_equal(pixels, masks[object_id][t].astype(np.uint8))
+
+
+def test_sav_takes_any_number_and_any_name_of_objects(tmp_path):
+    masks = {o: np.zeros((1, 2, 2), bool) for o in (*range(300), "a/b", "A_B")}
+    write(MaskFolder(tmp_path, "sav"), "many", masks)
+    names = [path.name for path in (tmp_path / "many").iterdir()]
+    assert len({name.casefold() for name in names}) == 302
+    assert {"000", "299"} <= set(names)
