@@ -108,7 +108,8 @@ def test_a_checkpoint_beside_its_baselines(trained, tmp_path, capsys):
     for text in ("object score AUC", "recall of absence", "false absences"):
         assert len(re.findall(rf"│ {text} +│", printed)) == 1
     assert {path.name for path in out.glob("*.png")} == {"horizon.png"}
-    assert len(list((out / "overlays").glob("*.png"))) == 2
+    assert len(list((out / "overlays").glob("val_*.jpg"))) == 2
+    assert len(list((out / "overlays").glob("base_*.webm"))) == 2
     assert {row["model"] for row in table(out / "horizon.csv")} == {
         "trained",
         "base",
