@@ -294,14 +294,14 @@ class TestMistakes:
 
 
 def test_the_demo_scores_as_it_did(tmp_path):
-    """The base on two demo videos, as the first versions scored it (prompts of seed 0, one thread).
+    """The base on two demo videos, as it scored when its weights were made (prompts of seed 0, one thread).
     Other builds of torch and OpenCV round differently: the last digits may move."""
     words = ["--evaluate", "base", "--run-dir", str(tmp_path / "run"), "evaluation.max_videos=2"]
     words += ["trainer.device=cpu", "tracking.mode=disabled", "evaluation.num_overlays=0"]
     assert cli.main([str(REPOSITORY / "experiments" / "coco_point_bbox.yaml"), *words]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["val/num_objects"] == 5
-    assert summary["val/J_and_F"] == pytest.approx(0.64506, abs=2e-3)
+    assert summary["val/num_objects"] == 11
+    assert summary["val/J_and_F"] == pytest.approx(0.50702, abs=2e-3)
 
 
 SIZE = (64, 64)

@@ -53,7 +53,7 @@ def test_the_blocks_train_a_step(block, weights, tmp_path):
 
 def test_the_python_lines_of_the_readme(tmp_path, monkeypatch):
     """They train the model on a COCO JSON: run as they stand, in a folder that has one."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[1] / "experiments/README.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     make_coco(tmp_path, num_videos=2).rename(tmp_path / "train.json")
     monkeypatch.chdir(tmp_path)
