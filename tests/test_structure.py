@@ -138,11 +138,28 @@ def test_settings_are_read_without_torch(tmp_path):
     assert (done.returncode, "did you mean `trainer.num_steps`" in done.stderr) == (2, True)
 
 
+# What Windows does not have; the libraries that we import know it, and are imported before.
+WITHOUT_POSIX = """
+import os, signal, socket, sys, cv2, torch, torchvision.transforms.v2, scipy.stats, pandas
+import hydra, matplotlib.pyplot, pydantic, rich.live, torch.utils.data, torch.distributed
+import concurrent.futures.process, multiprocessing.popen_spawn_posix
+for owner, names in (
+    (os, "fork setpgid setsid sched_getaffinity sysconf memfd_create waitpid getuid"),
+    (signal, "SIGHUP SIGUSR1 SIGKILL SIGALRM setitimer pthread_sigmask"),
+    (socket, "send_fds recv_fds"),
+):
+    for name in names.split():
+        delattr(owner, name)
+for name in ("fcntl", "resource", "termios", "pwd", "grp"):
+    sys.modules[name] = None
+"""
+
+
 def test_importing_the_modules_leaves_no_trace(tmp_path):
-    """No file, no environment variable, no CUDA, no W&B."""
+    """No file, no environment variable, no CUDA, no W&B; and nothing of POSIX is needed for it."""
     modules = ", ".join(f"sam2train.{path.stem}" for path in PACKAGE.glob("*.py"))
     code = (
-        "import os, sys, cv2; before = dict(os.environ)\n"  # OpenCV sets variables of its own
+        f"{WITHOUT_POSIX}\nbefore = dict(os.environ)\n"  # OpenCV sets variables of its own
         f"import {modules.replace('.__init__', '')}\n"
         "assert dict(os.environ) == before\n"
         "assert 'wandb' not in sys.modules\n"
