@@ -24,7 +24,7 @@ from sam2train import distributed
 from sam2train.commands import COMMANDS, Command, FileCommand
 from sam2train.errors import UserError, explain
 from sam2train.files import printable
-from sam2train.machine import Interrupted, interruptible
+from sam2train.machine import Interrupted, interruptible, wrap_lines
 
 HELP = ("-h", "--help")
 SHARED = tuple(FileCommand.options())  # options of every command on a FILE
@@ -101,7 +101,10 @@ def _show_error(text: str, words: Sequence[str]) -> None:
     if TRACEBACK in words:
         traceback.print_exc()
     number = "" if distributed.is_main() else f" in process {distributed.rank()}"
-    print(f"error{number}: {printable(text, lines=True)}", file=sys.stderr)
+    text = f"error{number}: {printable(text, lines=True)}"
+    if sys.stderr is not None and sys.stderr.isatty():
+        text = wrap_lines(text, os.get_terminal_size(sys.stderr.fileno()).columns or 80)
+    print(text, file=sys.stderr)
 
 
 def _settings_of(command: Command | None) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from sam2train import distributed
 from sam2train.attributes import ATTRIBUTE_COLUMNS, find_attributes, scores_by_attribute
@@ -34,10 +33,10 @@ from sam2train.evaluate import (
 )
 from sam2train.experiment import Experiment, base_hash, build_model, uses_bf16
 from sam2train.files import replacing, write_rows, write_text
-from sam2train.machine import cell as table_cell
 from sam2train.machine import count_bar, say
 from sam2train.metrics import BASE, COPY, TRAINED
 from sam2train.model import SAM2Model
+from sam2train.overlays import OverlayDrawer
 from sam2train.prompts import (
     NOISE,
     Cell,
@@ -51,7 +50,12 @@ from sam2train.prompts import (
 from sam2train.run_folder import RunFolder
 from sam2train.run_scores import Contender, score_beside, score_contender, weak_base
 from sam2train.runlog import RunLog
-from sam2train.score_pictures import OverlayDrawer, horizon_figure, horizon_table, matrix_figure
+from sam2train.score_pictures import (
+    horizon_figure,
+    horizon_table,
+    matrix_figure,
+    matrix_table,
+)
 from sam2train.scores import (
     FRAME_COLUMNS,
     HORIZON_COLUMNS,
@@ -181,31 +185,38 @@ class Evaluation:
     def _score(self, masks: MaskFolder | None, summary: dict[str, Any]) -> list[Scores]:
         """Score all contenders; pictures and masks are those of the first one."""
         most = self.experiment.evaluation.num_overlays
-        drawer = OverlayDrawer(self.data, self.folder.overlays, self.split, most)
-
-        def see(index: int, seen: SeenFrame) -> None:
-            if masks:
-                masks.write(seen)
-            drawer.see_frame(index, seen)
+        drawers = {
+            contender.key: OverlayDrawer(self.data, self.folder.overlays, name, most)
+            for name, contender in zip((self.split, BASE), self.contenders, strict=False)
+        }
 
         with self.progress(len(self.contenders) + 1) as advance:
 
             def watch(contender: Contender) -> dict[str, Any]:
-                if contender is not self.contenders[0]:
+                drawer = drawers.get(contender.key)
+                if drawer is None:  # the copied mask is not drawn
                     return {"on_video": lambda index, tracked: advance(contender.label)}
+                own = masks if contender is self.contenders[0] else None
+
+                def see(index: int, seen: SeenFrame) -> None:
+                    if own:
+                        own.write(seen)
+                    drawer.see_frame(index, seen)
 
                 def see_video(index: int, tracked: TrackedVideo) -> None:
                     drawer.see_video(index, tracked)
                     advance(contender.label)
 
-                own = len(self.data.videos) if masks else drawer.most
-                return {"on_frame": see, "on_video": see_video, "num_of_main": own}
+                num_of_main = len(self.data.videos) if own else 0
+                return {"on_frame": see, "on_video": see_video, "num_of_main": num_of_main}
 
             rows = score_beside(self.contenders, self.data, self.experiment, self.split, watch)
+            first, *others = drawers.values()
+            first.draw(*others)
         if distributed.is_main():
             self._write(rows)
             self._summarise(rows, summary)
-            self.runlog.overlays(rows[0].step, drawer.overlays)
+            self.runlog.overlays(rows[0].step, first.overlays)
             self._show(rows)
         return rows
 
@@ -326,7 +337,7 @@ class Evaluation:
         for line in self.folder.contents(*names, "summary"):
             self._say(line)
         if self.runlog.wandb.how_to_sync:
-            self._say(f"upload it: {self.runlog.wandb.how_to_sync}")
+            self._say(f"\nupload it:\n  {self.runlog.wandb.how_to_sync}")
 
     def _say(self, text: str) -> None:
         say(self.console, text)
@@ -458,19 +469,3 @@ def _matrix_figure(evaluation: Evaluation, rows: Sequence[dict[str, Any]]) -> An
         ]
     columns = [f"{noise:g}" if noise else "clean" for noise in NOISE]
     return matrix_figure(names, columns, panels, title=f"J&F on the {evaluation.split} videos")
-
-
-def matrix_table(label: str, rows: Sequence[dict[str, Any]]) -> Table:
-    """J&F of each prompt at each strength of noise, and the change from clean with its interval."""
-    table = Table("prompt", title=table_cell(f"J&F: {label}", "table.title"), title_justify="left")
-    for noise in NOISE:
-        table.add_column(f"noise {noise:g}" if noise else "clean", justify="right")
-    lines: dict[str, list[str]] = {}
-    for row in rows:
-        text = f"{row['J_and_F']:.3f}"
-        if row["change"] is not None:
-            text += f" ({row['change']:+.3f} [{row['change_low']:+.3f}, {row['change_high']:+.3f}])"
-        lines.setdefault(Cell(row["prompt"], row["clicks"], 0.0).name, []).append(text)
-    for name, cells in lines.items():
-        table.add_row(name, *cells)
-    return table

@@ -7,12 +7,15 @@ import os
 import platform
 import signal
 import subprocess
+import sys
+import textwrap
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent import futures
 from contextvars import ContextVar
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from queue import SimpleQueue
@@ -26,7 +29,7 @@ from sam2train.files import printable
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, Task
     from rich.text import Text
 
 Item = TypeVar("Item")
@@ -322,6 +325,9 @@ def leave_group(worker: int) -> None:
             signal.signal(number, signal.SIG_IGN)
 
 
+_PIPED_WIDTH = 200  # columns: nothing that is searched for is broken, as in rich's 80
+
+
 def plain_console(*, quiet: bool) -> Console:
     """A console that raises where its pipe is closed: rich would end the program."""
     from rich.console import Console
@@ -330,14 +336,31 @@ def plain_console(*, quiet: bool) -> Console:
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError
 
-    return PlainConsole(quiet=quiet)
+    told = (sys.stdout is not None and sys.stdout.isatty()) or "COLUMNS" in os.environ
+    return PlainConsole(quiet=quiet, width=None if told else _PIPED_WIDTH)
 
 
 def say(console: Console, text: str, style: str = "") -> None:
-    """Print a message of one line or more as it is: nothing in it is read as markup or cut."""
+    """Print a message of one line or more: nothing in it is read as markup or cut. On a terminal
+    its lines break between words."""
     from rich.text import Text  # not at the top: --help answers at once
 
-    console.print(Text(printable(text, lines=True), style), soft_wrap=True)
+    text = printable(text, lines=True)
+    if console.is_terminal:
+        text = wrap_lines(text, console.width)
+    console.print(Text(text, style), soft_wrap=True)
+
+
+def wrap_lines(text: str, width: int) -> str:
+    """The text with its lines broken between words where they are longer than `width`. Indented
+    lines stay whole: they are commands and paths, which are copied."""
+
+    def wrap(line: str) -> str:
+        if not line.strip() or line[0].isspace():
+            return line
+        return textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+
+    return "\n".join(wrap(line) for line in text.split("\n"))
 
 
 def cell(text: object, style: str = "") -> Text:
@@ -347,9 +370,12 @@ def cell(text: object, style: str = "") -> Text:
     return Text(printable(text), style)
 
 
+_BETWEEN_LINES = 30.0  # seconds between two lines of progress in a file
+
+
 def count_bar(console: Console) -> Progress:
-    """A bar with how many are done of how many; nothing of it on a console that is no terminal, or
-    after it has ended."""
+    """A bar with how many are done of how many, which goes away at its end; on a console that is no
+    terminal a line now and then."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -358,9 +384,34 @@ def count_bar(console: Console) -> Progress:
         TimeRemainingColumn,
     )
 
+    class CountBar(Progress):
+        told = time.monotonic()
+
+        def update(self, task_id: Any, **changes: Any) -> None:
+            super().update(task_id, **changes)
+            self._tell(task_id)
+
+        def advance(self, task_id: Any, advance: float = 1) -> None:
+            super().advance(task_id, advance)
+            self._tell(task_id)
+
+        def _tell(self, task_id: Any) -> None:
+            """A line of the task, where no bar shows it and enough time has passed."""
+            if self.disable and time.monotonic() - self.told >= _BETWEEN_LINES:
+                self.told = time.monotonic()
+                say(console, count_text(next(t for t in self.tasks if t.id == task_id)))
+
     columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=None))
     columns += (MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    return CountBar(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def count_text(task: Task) -> str:
+    """What is counted, how many are done of how many, and the time left where it is known."""
+    text = f"{task.description}: {task.completed:.0f}"
+    text += "" if task.total is None else f"/{task.total:.0f}"
+    left = task.time_remaining
+    return text if left is None else f"{text}  {timedelta(seconds=round(left))} left"
 
 
 _watcher: ContextVar[tuple[Progress, str] | None] = ContextVar("watcher", default=None)

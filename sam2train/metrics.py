@@ -109,7 +109,7 @@ class EvaluationConfig(Section):
         description="a CSV of video, object, attribute, by which --evaluate prints J&F as well; "
         "null: attributes.csv beside the data, where it is",
     )
-    num_overlays: int = Field(3, ge=0, description="videos drawn at each evaluation")
+    num_overlays: int = Field(3, ge=0, description="videos drawn: best, median and worst change")
 
 
 # Whose masks are scored, in the column `model` of the files.

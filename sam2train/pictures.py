@@ -29,16 +29,17 @@ if TYPE_CHECKING:
 OKABE_ITO = ((230, 159, 0), (86, 180, 233), (204, 121, 167), (240, 228, 66))
 OKABE_ITO += ((213, 94, 0), (0, 158, 115), (0, 114, 178))
 
+# Of these no object has one that is hard to tell from it: they are 25 or more apart in CIELAB.
 ERRORS = {
     "correct": (205, 205, 205),
-    "false positive": (255, 70, 50),
-    "missed": (60, 150, 255),
-    "wrong object": (255, 222, 60),
+    "false positive": (255, 0, 0),
+    "missed": (0, 0, 255),
+    "wrong object": (255, 0, 200),
 }
 WHITE, INK = (255, 255, 255), (25, 25, 25)
 POSITIVE, NEGATIVE = (0, 190, 70), (225, 0, 30)
 
-MAX_SHEET = (1700, 2000)  # (H, W) px: a sheet on one screen, text still readable
+MAX_SHEET = (1000, 1400)  # (H, W) px: a sheet on one screen, text still readable
 GUTTER, GAP, STRIP = 30, 6, 26  # px: row names at the left, space between cells, frame labels
 
 
@@ -93,8 +94,9 @@ def draw_masks(
 ) -> np.ndarray:
     """A copy of `frame` (H, W, 3) with each (H, W) bool mask tinted, and outlined if `contour`.
 
-    The outline lies inside the mask: no pixel outside of all masks changes, and an object cut by
-    the border stays open there. `alpha` is the weight of the tint, in [0, 1].
+    The outline and the dark line along it lie inside the mask: no pixel outside of all masks
+    changes, and an object cut by the border stays open there. `alpha` is the weight of the tint, in
+    [0, 1].
     """
     assert frame.dtype == np.uint8, frame.dtype
     picture = frame.copy()
@@ -102,8 +104,11 @@ def draw_masks(
         assert mask.shape == frame.shape[:2], (object_id, mask.shape, frame.shape)
         _blend(picture, mask, colour(object_id), alpha)
     if contour:
-        for object_id, mask in masks.items():
-            picture[_outline(mask)] = colour(object_id)
+        rims = {object_id: _outline(mask) for object_id, mask in masks.items()}
+        for object_id, rim in rims.items():
+            picture[_outline(masks[object_id] & ~rim, 1)] = INK
+        for object_id, rim in rims.items():
+            picture[rim] = colour(object_id)
     return picture
 
 
@@ -267,7 +272,7 @@ def comparison(
     names: Mapping[int, str] | None = None,
     ignore: np.ndarray | None = None,
 ) -> np.ndarray:
-    """A sheet, at most 2000 px wide: ground truth with prompts, prediction, errors; frame by frame.
+    """A sheet, at most 1400 px wide: ground truth with prompts, prediction, errors; frame by frame.
 
     Args:
         frames: (T, H, W, 3) uint8.
@@ -394,16 +399,22 @@ def as_jpeg(picture: np.ndarray, quality: int = 85) -> NotebookImage:
     return NotebookImage(data.getvalue(), format="jpeg")
 
 
-def read_png(path: str | Path) -> np.ndarray:
-    """(H, W, 3) uint8 of a picture that `save_png` wrote."""
+def read_picture(path: str | Path) -> np.ndarray:
+    """(H, W, 3) uint8 of a picture that `save_picture` wrote."""
     with Image.open(path) as image:
         return np.array(image.convert("RGB"))
 
 
-def save_png(picture: np.ndarray, path: str | Path) -> None:
-    """Write `picture` (H, W, 3) uint8 to `path`, whole or not at all; creates the folder."""
+def save_picture(picture: np.ndarray, path: str | Path, quality: int = 68) -> None:
+    """Write `picture` (H, W, 3) uint8 to `path`, whole or not at all; creates the folder.
+
+    It is a JPEG where the name says so: of a sheet of frames a tenth of a PNG, and W&B's browser
+    and terminal views show it.
+    """
+    jpeg = Path(path).suffix == ".jpg"
+    how = {"format": "JPEG", "quality": quality, "optimize": True} if jpeg else {"format": "PNG"}
     with replacing(Path(path)) as partial:
-        Image.fromarray(picture).save(partial, format="PNG")
+        Image.fromarray(picture).save(partial, **how)
 
 
 def _gap(height: int) -> np.ndarray:
@@ -415,9 +426,9 @@ def _blend(picture: np.ndarray, mask: np.ndarray, ink: tuple, alpha: float) -> N
     picture[mask] = np.rint(mixed).astype(np.uint8)
 
 
-def _outline(mask: np.ndarray) -> np.ndarray:
-    """(H, W) bool: the rim of the mask, inside it, 1 px thick or 2 from 200 px on."""
-    thickness = 1 if min(mask.shape) < 200 else 2
+def _outline(mask: np.ndarray, thickness: int | None = None) -> np.ndarray:
+    """(H, W) bool: the rim of the mask, inside it; None is 1 px, or 2 from 200 px on."""
+    thickness = thickness or (1 if min(mask.shape) < 200 else 2)
     kernel = np.ones((3, 3), np.uint8)
     return mask & (cv2.erode(mask.astype(np.uint8), kernel, iterations=thickness) == 0)
 

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import importlib
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
@@ -22,6 +23,7 @@ from sam2train.files import (
     printable,
     resolve_path,
 )
+from sam2train.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import torch
@@ -213,7 +215,7 @@ def load_weights(sam2: nn.Module, checkpoint: Path) -> dict[int, str]:
         UserError: no such file, not such a file, or weights of another architecture.
     """
     path = resolve_path(checkpoint)
-    weights, untrained = read_weights(path)
+    weights, untrained, of_run = read_weights(path)
     rows = sam2.maskmem_tpos_enc
     reasons: dict[int, str] = {}
     if "maskmem_tpos_enc" in weights and weights["maskmem_tpos_enc"].shape[1:] == rows.shape[1:]:
@@ -223,6 +225,15 @@ def load_weights(sam2: nn.Module, checkpoint: Path) -> dict[int, str]:
         )
     expected = {name: value.shape for name, value in sam2.state_dict().items()}
     found = {name: value.shape for name, value in weights.items()}
+    if of_run and expected.keys() - found.keys():
+        run = RunFolder.of_checkpoint(path)
+        config = run.config if run.is_run else "EXPERIMENT.yaml"
+        export = shlex.join(["python", "run.py", str(config), "--export", str(path), "OUT.pt"])
+        raise UserError(
+            f"model.checkpoint_path: {path} is the checkpoint of a run and holds only what that "
+            f"run trained, {len(found)} tensors; the model has {len(expected)}. Write a file with "
+            f"all of them and name that:\n  {export}"
+        )
     problems = (
         [f"missing {name} {tuple(expected[name])}" for name in expected.keys() - found.keys()]
         + [f"unexpected {name} {tuple(found[name])}" for name in found.keys() - expected.keys()]
@@ -243,8 +254,9 @@ def load_weights(sam2: nn.Module, checkpoint: Path) -> dict[int, str]:
     return reasons
 
 
-def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
-    """The state dict of a SAM 2 checkpoint file, on the CPU, and its untrained temporal rows.
+def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], tuple[int, ...], bool]:
+    """The state dict of a SAM 2 checkpoint file, on the CPU, its untrained temporal rows, and
+    whether a run saved it, which keeps what it trained.
 
     The rows are those that the file lists beside the weights, as `untrained_rows`. Files of other
     programs list none.
@@ -283,7 +295,8 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
         raise UserError(
             f"model.checkpoint_path: {path} does not hold {{'model': state_dict}} as SAM 2's do"
         )
-    return dict(weights), _read_untrained_rows(content, path)
+    of_run = {"model", "base", "config", "step"} <= content.keys()
+    return dict(weights), _read_untrained_rows(content, path), of_run
 
 
 def is_safetensors(path: Path) -> bool:

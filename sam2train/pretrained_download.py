@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sam2train.errors import UserError
 from sam2train.files import file_hash, printable, resolve_path, write_text
-from sam2train.machine import say
+from sam2train.machine import count_bar, say
 from sam2train.pretrained import (
     DOWNLOAD_ADDRESS,
     PUBLISHED,
@@ -104,26 +104,26 @@ _WAYS_OUT = (
 
 
 def _download(address: str, partial: Path, console: Console) -> None:
-    from rich.progress import Progress
-
     _check_scheme(address)
     opener = urllib.request.build_opener(_NoDowngrade)
     try:
         with (
             opener.open(address, timeout=_TIMEOUT) as reply,
             open(partial, "wb") as file,
-            Progress(console=console, transient=True) as progress,
+            count_bar(console) as progress,
         ):
             told = reply.headers.get("Content-Length") or ""
             size = int(told) if told.isdecimal() else 0
             done = 0
-            task = progress.add_task(address, total=size or None)
+            task = progress.add_task(
+                f"MB of {address.rpartition('/')[2]}", total=size / 1e6 or None
+            )
             while chunk := reply.read(1 << 20):
                 file.write(chunk)
                 done += len(chunk)
                 if done > MAX_DOWNLOAD:
                     raise OSError(f"more than {MAX_DOWNLOAD:,} bytes came: not one of Meta's files")
-                progress.advance(task, len(chunk))
+                progress.advance(task, len(chunk) / 1e6)
     except urllib.error.HTTPError as problem:
         problem.close()  # it holds the connection
         ways_out = [text for codes, text in _WAYS_OUT if problem.code in codes]

@@ -30,7 +30,7 @@ from sam2train.errors import MachineFault
 from sam2train.experiment import Experiment, build_model, uses_bf16
 from sam2train.files import REPOSITORY
 from sam2train.losses import divide_losses, sum_losses
-from sam2train.machine import choose_device, say
+from sam2train.machine import check_available, choose_device, say
 from sam2train.model import SAM2Model
 from sam2train.optimizer import build_optimizer
 from sam2train.prompts import PromptGenerator
@@ -191,6 +191,7 @@ def _grow(experiment: Experiment, settings: Sequence[Setting], limit: int) -> It
 def memory_here(experiment: Experiment) -> tuple[int, str]:
     """Bytes that a run may use, and of what: free memory of the GPU, else that of this machine."""
     device = choose_device(experiment.trainer.device)
+    check_available(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):  # macOS and Windows have no such file

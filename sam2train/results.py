@@ -271,7 +271,7 @@ def overlay_files(run: Path) -> pd.DataFrame:
     import pandas as pd
 
     rows = []
-    for path in RunFolder(Path(run)).overlays.glob("step_*.png"):
+    for path in RunFolder(Path(run)).overlays.glob("step_*.[jp][pn]g"):  # PNGs in older runs
         _, step, video = path.stem.split("_", 2)
         rows.append({"step": int(step), "video": video, "path": str(path)})
     return pd.DataFrame(rows, columns=["step", "video", "path"]).sort_values(["video", "step"])
@@ -355,14 +355,14 @@ def _check_numbers(config: Mapping[str, Any], path: Path) -> None:
 
 
 def _read_wandb_run(run: Any) -> dict[str, Any]:
-    config = flatten(run.config)
+    config = {n: value for n, value in flatten(run.config).items() if "/" not in n}
     summary, metrics = dict(run.summary_metrics), _wandb_metrics(run, "val/J_and_F")
     said = summary.get("status")
     ended = said if said in ("finished", "interrupted", "failed") else None
     row = {
         "source": "wandb",
         "path": "/".join(run.path),
-        "experiment": run.name,
+        "experiment": run.config.get("text/experiment", run.name),
         "run": run.id,
         "sweep": run.sweep_name,
         "status": ended or _WANDB_STATES.get(run.state, run.state),

@@ -48,6 +48,7 @@ class RunFolder:
     previous = _place("checkpoints/previous.pt", "the one before, if that is damaged")
     damaged = _place("checkpoints/damaged.pt", "a last checkpoint that is damaged")
     wandb = _place("wandb", "what W&B writes")
+    tensorboard = _place("tensorboard", "what TensorBoard reads")
     # An evaluation has its settings here and no `config`: it is no run to be resumed or compared.
     evaluation = _place("evaluation.yaml", "the settings of an evaluation")
     matrix = _place("prompt_matrix.csv", "a row for each prompt and noise")
@@ -99,11 +100,13 @@ class RunFolder:
         return next((path for path in (self.best, self.last) if path.is_file()), None)
 
     def contents(self, *names: str) -> Iterable[str]:
-        """A line for each of these places that exists: its path and what a person finds there."""
+        """A line for each of these places that exists: its name in the folder and what a person
+        finds there."""
         for name in names:
             path = getattr(self, name)
             if path.exists():
-                yield f"  {path!s:<48} {getattr(RunFolder, name).__doc__}"
+                place = path.relative_to(self.path).as_posix()
+                yield f"  {place:<20} {getattr(RunFolder, name).__doc__}"
 
 
 EVALUATIONS = "evaluations"

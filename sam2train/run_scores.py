@@ -23,23 +23,31 @@ import torch
 
 from sam2train import checkpoint, distributed
 from sam2train.data_clips import ClipDataset
-from sam2train.evaluate import OnFrame, SeenFrame, Track, copy_first_mask, track_video
+from sam2train.evaluate import (
+    OnFrame,
+    SeenFrame,
+    Track,
+    TrackedVideo,
+    copy_first_mask,
+    track_video,
+)
 from sam2train.experiment import Experiment
 from sam2train.features import identify
 from sam2train.files import REPOSITORY, write_text
 from sam2train.machine import StopRequests
 from sam2train.metrics import BASE, COPY, TRAINED
 from sam2train.model import SAM2Model
+from sam2train.overlays import OverlayDrawer
 from sam2train.pretrained import resolve_config
 from sam2train.run_folder import BASE_SCORES, RunFolder
 from sam2train.runlog import RunLog
-from sam2train.score_pictures import OverlayDrawer
 from sam2train.scores import (
     HORIZON_COLUMNS,
     LABELS,
     SCORE_COLUMNS,
     RowsFile,
     Scores,
+    difference,
     numbers,
     read_scores,
     score,
@@ -161,13 +169,13 @@ class KeptScores:
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
-    def read(self, name: str, drawer: OverlayDrawer | None) -> Scores | None:
+    def read(self, name: str, drawer: OverlayDrawer | None, data: ClipDataset) -> Scores | None:
         """The scores of an entry; its pictures are put where the drawer draws them."""
         place = self.folder / name
         try:
             content = json.loads((place / "scores.json").read_text())
             if drawer is not None:
-                drawer.restore(place)
+                drawer.restore(place, data.videos)
             return Scores(**content)
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -248,6 +256,7 @@ class TrainerScores:
         self.kept = KeptScores(Path(shared)) if shared and single else None
         self.scored: int | None = None  # the last step that was scored on the validation videos
         self.best = -math.inf
+        self.best_step: int | None = None  # checkpoints from before this key do not tell it
         self.baseline: dict[str, float] = {}
         self.latest: dict[str, float] = {}
         if before is not None:
@@ -256,6 +265,9 @@ class TrainerScores:
             # Checkpoints from before this key were written after their step was scored, if it was
             # due.
             self.scored = before.get("scored", before["step"])
+            self.best_step = before.get("best_step")
+        self.first_drawer: OverlayDrawer | None = None  # of step 0, if this process has drawn it
+        self.tested: tuple[Scores, Scores, int] | None = None  # base, checkpoint, its step
         self.score_rows = RowsFile(folder.scores, SCORE_COLUMNS, self.scored, say=runlog.say)
         self.horizon_rows = RowsFile(folder.horizon, HORIZON_COLUMNS, self.scored, say=runlog.say)
 
@@ -263,6 +275,7 @@ class TrainerScores:
         """What a checkpoint keeps."""
         return {
             "best": self.best,
+            "best_step": self.best_step,
             "scores": self.latest,
             "baseline": self.baseline,
             "scored": self.scored,
@@ -289,6 +302,7 @@ class TrainerScores:
             f"step_{step:06d}",
             self.experiment.evaluation.num_overlays,
         )
+        drawn = len(self.first_drawer.overlays) if self.first_drawer else 0
         scores = self._score(self._contender(TRAINED, step), data, "val", drawer)
         # Before anything is written: a signal in here leaves the step without a score.
         copied = None
@@ -300,6 +314,10 @@ class TrainerScores:
         values = {f"val/{name}": value for name, value in self.latest.items()}
         self.runlog.record(step, values | numbers(scores.horizon))
         self.runlog.summary(numbers(scores.horizon))
+        if self.first_drawer is not None:  # the videos that changed most, as they were
+            self.runlog.overlays(0, self.first_drawer.overlays[drawn:])
+        elif step == 0:
+            self.first_drawer = drawer
         self.runlog.overlays(step, drawer.overlays)
         if copied:
             self.baseline = self.latest
@@ -309,7 +327,7 @@ class TrainerScores:
                 self.runlog.say(text)
         score = self.latest["J_and_F"]
         if score > self.best:
-            self.best = score
+            self.best, self.best_step = score, step
             save_best()
         if step:
             self.runlog.say(
@@ -332,6 +350,7 @@ class TrainerScores:
         scores, base, copied = [
             self._keep(self._score(contender, data, "test")) for contender in contenders
         ]
+        self.tested = base, scores, step
         values = scores.means | numbers(scores.horizon)
         values = {f"test/{name}": value for name, value in values.items()}
         self.runlog.summary(
@@ -349,21 +368,54 @@ class TrainerScores:
         if not distributed.is_main():
             return
         key = {"validation": "val"}.get(split, split)
-        kept = {(row["split"], row["model"], int(row["step"])) for row in self.score_rows.rows}
-        rows = [
-            read_scores(
-                self.score_rows.rows,
-                key,
-                model,
-                step,
-                LABELS.get(model, f"step {step}"),
-                self.horizon_rows.rows,
-            )
-            for model, step in ((TRAINED, step), *beside)
-            if (key, model, step) in kept  # a file that was deleted lacks the earlier steps
-        ]
+        found = (self._scores_of(key, *one) for one in ((TRAINED, step), *beside))
+        rows = [scores for scores in found if scores]
         policy = self.experiment.evaluation.frame_policy
         self.runlog.console.print(scores_table(f"{split} videos, frames: {policy}", rows))
+
+    def send_tables(self, step: int) -> None:
+        """Send W&B all rows of scores and curves, and what they come to."""
+        tables = {"scores": self.score_rows.rows, "horizon": self.horizon_rows.rows}
+        self.runlog.report(step, tables, [])
+        self.runlog.summary({"conclusion": self.conclusion(step)})
+
+    def conclusion(self, last_step: int) -> list[str]:
+        """What a run came to, a line each: the gain on each split with its interval over videos,
+        and which step the best checkpoint is."""
+        if not distributed.is_main():
+            return []
+
+        def gain(before: Scores, after: Scores) -> str:
+            values = f"{before.means['J_and_F']:.3f} -> {after.means['J_and_F']:.3f}"
+            return f"J&F {values} ({difference(before, after).verdict()})"
+
+        lines, best = [], self.best_step
+        steps = 0, best or 0, last_step
+        first, chosen, last = (self._scores_of("val", TRAINED, step) for step in steps)
+        if best and first and chosen:
+            lines.append(f"val {gain(first, chosen)}")
+        if self.tested and self.tested[2]:
+            lines.append(f"test {gain(*self.tested[:2])}")
+        if best:
+            lines.append(f"best.pt is step {best}, the highest val J&F")
+        elif best == 0:
+            lines.append("nothing gained: best.pt is the untouched base")
+            if first and last and last_step:
+                lines[-1] += f"; val {gain(first, last)} at step {last_step}"
+        return lines
+
+    def num_videos(self, data: ClipDataset | None) -> int:
+        """How many are scored in this process, which sees its own only."""
+        number = len(data.videos[: self.experiment.evaluation.max_videos]) if data else 0
+        return -(-number // distributed.num_processes())
+
+    def _scores_of(self, split: str, model: str, step: int) -> Scores | None:
+        """Scores from the rows; None where they lack it, as after a file was deleted."""
+        kept = {(row["split"], row["model"], int(row["step"])) for row in self.score_rows.rows}
+        if (split, model, step) not in kept:
+            return None
+        label = LABELS.get(model, f"step {step}")
+        return read_scores(self.score_rows.rows, split, model, step, label, self.horizon_rows.rows)
 
     def _contender(
         self, key: str, step: int, weights: Mapping[str, torch.Tensor] | None = None
@@ -382,13 +434,22 @@ class TrainerScores:
         """Its scores; what no training has changed, one trial of a sweep computes for all."""
         kept = self.kept if contender.step == 0 else None
         name = kept and kept.name_of(contender, data, self.experiment, split, self.bf16)
-        found = kept and kept.read(name, drawer)
+        found = kept and kept.read(name, drawer, data)
         if found:
             return found
-        watch = {"on_frame": self._heed_signal(drawer and drawer.see_frame)}
-        if drawer is not None:
-            watch |= {"on_video": drawer.see_video, "num_of_main": drawer.most}
-        found = score_contender(contender, data, self.experiment, split, **watch)
+        what, number = f"{split} videos, {contender.label}", self.num_videos(data)
+        with self.runlog.counting(what, number, contender.key) as count:
+
+            def see_video(index: int, tracked: TrackedVideo) -> None:
+                if drawer is not None:
+                    drawer.see_video(index, tracked)
+                count()
+
+            on_frame = self._heed_signal(drawer and drawer.see_frame)
+            watch = {"on_frame": on_frame, "on_video": see_video}
+            found = score_contender(contender, data, self.experiment, split, **watch)
+            if drawer is not None:
+                drawer.draw(self.first_drawer)
         if kept:
             kept.write(name, found, drawer)
         return found

@@ -5,9 +5,10 @@ The calls are the same whatever the W&B mode. Each call writes to the disk first
 
 import contextlib
 import json
+import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +21,15 @@ from rich.table import Table
 from sam2train import distributed
 from sam2train.errors import UserError
 from sam2train.files import naming, printable, write_text
-from sam2train.machine import describe_environment, say
+from sam2train.machine import count_bar, describe_environment, say
+from sam2train.metrics import COPY, TRAINED
+from sam2train.pictures import read_picture
 from sam2train.run_folder import RunFolder, parse_row, read_lines, read_summary
 from sam2train.runlog_wandb import (
+    BEST_METRIC,
     FLUSH_INTERVAL,
     STEP_AXIS,
+    TensorBoardRun,
     TrackingConfig,
     WandbRun,
     first_line,
@@ -34,7 +39,7 @@ from sam2train.runlog_wandb import (
 if TYPE_CHECKING:
     import torch
 
-    from sam2train.score_pictures import Overlay
+    from sam2train.overlays import Overlay
 
 
 _UNSURE = 30 * FLUSH_INTERVAL  # seconds of rows before a kill that W&B may not have on disk
@@ -64,6 +69,7 @@ class RunLog:
         console: Console | None = None,
         job_type: str = "train",
     ) -> None:
+        self._config = config
         self.folder, self.console = folder, console or Console()
         self.wandb = WandbRun(
             config,
@@ -74,10 +80,15 @@ class RunLog:
             job_type=job_type,
             say=self.say,
         )
+        self._board: TensorBoardRun | None = None
+        self._saved: dict[Path, tuple[int, Mapping[str, str]]] = {}  # checkpoint -> step, data
         self._log_every, self._num_steps, self._first_step = log_every, num_steps, first_step
         self._progress: Progress | None = None
-        self._printed_step = first_step
+        self._printed_step, self._shown = first_step, -math.inf
         self._steps, self._training_seconds = 0, 0.0  # of this process, without validation
+        # For the time left: steps between validations, their videos and those of the test.
+        self.scoring: tuple[int, int, int] = 1, 0, 0
+        self._pace: dict[str, float] = {}  # model or baseline -> seconds a video
         self._clear_window()
         self._lines: int | None = None  # of the file, all of them the run's own
         if resume is not None:
@@ -101,6 +112,8 @@ class RunLog:
                 f"{self.folder.path}: cannot be the folder of the run ({problem.strerror}); name "
                 "another with --run-dir"
             ) from None
+        if "tensorboard" in self._config.also:
+            self._board = TensorBoardRun(self.folder.tensorboard, self._first_step, self.say)
         self._seconds_before = self._trim_metrics()
         summary = read_summary(self.folder.summary, self.folder.metrics, lambda line: None)
         self.wandb.start()
@@ -124,6 +137,12 @@ class RunLog:
             with contextlib.suppress(OSError):
                 self.say(f"the steps since the last line are lost: {first_line(failure)}")
         finally:
+            if error is None:
+                self._send_model()
+            elif not isinstance(error, SystemExit | KeyboardInterrupt):
+                self.wandb.alert(error)
+            if self._board is not None:
+                self._board.close()
             self.wandb.finish(_exit_code(error))
 
     @property
@@ -134,8 +153,9 @@ class RunLog:
     def log(self, step: int, scalars: "Mapping[str, float | torch.Tensor]", clips: int = 0) -> None:
         """Add one training step. Every `log_every` steps, and at the last, write the means.
 
-        Tensors (one element, any device) are summed where they are; only a written line waits for
-        the device. A name that is missing at some steps is averaged over those that have it.
+        Tensors (one element, any device) are summed where they are; only a line waits for the
+        device: a written one, that of the first step, and on a terminal one a second. A name that
+        is missing at some steps is averaged over those that have it.
         """
         for name, value in scalars.items():
             if hasattr(value, "detach"):
@@ -149,15 +169,23 @@ class RunLog:
         if self._progress is None and self.console.is_terminal:
             self._start_progress()
         last = step == self._num_steps
+        due = self._progress is not None and time.perf_counter() - self._shown >= 1
+        status = None
         if step % self._log_every == 0 or last:
-            status = self._write_window(step)
-            if self._progress is not None:
-                self._progress.update(self._task, status=status)
-            elif last or step - self._printed_step >= self._num_steps / 10:
-                self.say(f"step {step}/{self._num_steps}  {status}")
-                self._printed_step = step
+            status = self._status(step, self._write_window(step))
+        elif self._steps == 1 or due:
+            status = self._status(step, self._means())
         if self._progress is not None:
-            self._progress.update(self._task, completed=step)
+            self._progress.update(
+                self._task, completed=step, **({"status": status} if status else {})
+            )
+        elif status and (
+            last or self._steps == 1 or step - self._printed_step >= self._num_steps / 10
+        ):
+            self.say(f"step {step}/{self._num_steps}  {status}")
+            self._printed_step = step if self._steps > 1 else self._printed_step
+        if status:
+            self._shown = time.perf_counter()
 
     def record(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write one line now: validation scores, an audit.
@@ -167,6 +195,40 @@ class RunLog:
         """
         self._write(step, scalars)
         self._mark = time.perf_counter()
+
+    @contextlib.contextmanager
+    def counting(self, what: str, number: int, model: str) -> Iterator[Callable[[], None]]:
+        """Show how many videos of a number are done, scored for a model or baseline; the function
+        it gives counts one."""
+        begin = time.perf_counter()
+        if self._progress is None:
+            with count_bar(self.console) as bar:
+                task = bar.add_task(what, total=number)
+                yield lambda: bar.advance(task)
+            self._pace[model] = (time.perf_counter() - begin) / max(number, 1)
+            return
+        bar = self._progress  # rich shows one at a time
+        task = bar.add_task(what, total=number, status=what)
+
+        def count() -> None:
+            bar.advance(task)
+            (counted,) = (t for t in bar.tasks if t.id == task)
+            left = counted.time_remaining
+            more = "" if left is None else f"  {timedelta(seconds=round(left))} left"
+            bar.update(task, status=what + more)
+
+        try:
+            yield count
+        finally:
+            bar.remove_task(task)
+        self._pace[model] = (time.perf_counter() - begin) / max(number, 1)
+
+    def _scoring_to_come(self, step: int) -> float:
+        """Seconds that scores after a step will take, as far as earlier ones tell; 0 before."""
+        every, num_val, num_test = self.scoring
+        times = self._num_steps // every - step // every + (self._num_steps % every > 0)
+        model, copied = (self._pace.get(key, 0.0) for key in (TRAINED, COPY))
+        return times * num_val * model + num_test * (2 * model + copied)
 
     def environment(self, device: "torch.device") -> None:
         """Write what the run computes with: code, versions, machine."""
@@ -184,10 +246,13 @@ class RunLog:
         sizes = {f"params/{module}": size for module, (_, size) in report.items()}
         trainable, total = (sum(row[part] for row in report.values()) for part in (0, 1))
         learning = {f"trainable/{module}": count for module, (count, _) in report.items()}
-        self.summary({"params/total": total, "params/trainable": trainable, **sizes, **learning})
+        counts = {"params/total": total, "params/trainable": trainable, **sizes, **learning}
+        self.summary(counts)
+        self.wandb.report("config", lambda run: run.config.update(counts, allow_val_change=True))
 
     def overlays(self, step: int, pictures: "Sequence[Overlay]") -> None:
-        """Send each picture to W&B twice: as composed, and as a frame whose masks can be toggled.
+        """Send W&B films, and each picture twice: as composed, and as a frame whose masks can be
+        toggled.
 
         W&B's terminal view shows no toggled masks, hence the composed one.
         """
@@ -204,10 +269,18 @@ class RunLog:
                     if name in ("prediction", "ground_truth")
                 }
                 images[f"overlays/{picture.name}"] = wandb.Image(str(picture.path))
-                images[f"masks/{picture.name}"] = wandb.Image(picture.frame, masks=masks)
+                toggled = wandb.Image(picture.frame, masks=masks, file_type="jpg")
+                images[f"masks/{picture.name}"] = toggled
+                if picture.film is not None:
+                    caption = "prediction | ground truth"
+                    film = wandb.Video(str(picture.film), caption)
+                    images[f"films/{picture.name}"] = film
             run.log({STEP_AXIS: step, **images})
 
-        self.wandb.report("overlays", send)
+        if pictures:
+            self.wandb.report("overlays", send)
+        for picture in pictures if self._board is not None else ():
+            self._board.picture(step, f"overlays/{picture.name}", read_picture(picture.path))
         self._mark = time.perf_counter()
 
     def report(
@@ -222,11 +295,26 @@ class RunLog:
             for name, rows in tables.items():
                 if rows:
                     columns = list(rows[0])
-                    cells = [[plain_values(row[column]) for column in columns] for row in rows]
+                    cells = [[plain_values(row.get(name)) for name in columns] for row in rows]
                     sent[f"tables/{name}"] = wandb.Table(columns, cells, allow_mixed_types=True)
             run.log({STEP_AXIS: step, **sent})
 
         self.wandb.report("report", send)
+
+    def saved(self, path: Path, step: int, data: Mapping[str, str]) -> None:
+        """A checkpoint was written, of a training on data with these fingerprints by split."""
+        self._saved[path] = step, data
+        if self._config.log_model == "all":
+            self.wandb.log_model(path, [path.stem, f"step_{step}"], data, copy=True)
+
+    def _send_model(self) -> None:
+        """Send the best checkpoint at the end of the run, the last where none is the best."""
+        path = self.folder.checkpoint
+        if self._config.log_model is None or path is None or not self._saved:
+            return
+        steps = [f"step_{self._saved[path][0]}"] if path in self._saved else []  # else before
+        _, data = next(iter(self._saved.values()))
+        self.wandb.log_model(path, [path.stem, *steps], data, copy=False)
 
     def say(self, text: str) -> None:
         """One line on the console, above the live progress; paths are neither styled nor cut."""
@@ -240,6 +328,8 @@ class RunLog:
         known = read_summary(path, self.folder.metrics, self.say)
         text = json.dumps({**known, **plain_values(values, finite=True)}, indent=2, allow_nan=False)
         write_text(path, text + "\n")
+        if self.wandb.shows_best:
+            values = {name: value for name, value in values.items() if name != BEST_METRIC}
         self.wandb.report("summary", lambda run: run.summary.update(plain_values(values)))
 
     def _trim_metrics(self) -> float:
@@ -272,6 +362,8 @@ class RunLog:
         with naming(self.folder.metrics), self.folder.metrics.open("a") as file:
             file.write(row + "\n")
         self._lines += 1
+        if self._board is not None:
+            self._board.log(step, scalars)
         if to_wandb:
             self._send(step, scalars)
 
@@ -289,19 +381,28 @@ class RunLog:
     def _send(self, step: int, scalars: Mapping[str, Any]) -> None:
         self.wandb.report("log", lambda run: run.log({STEP_AXIS: step, **plain_values(scalars)}))
 
-    def _write_window(self, step: int, *, to_wandb: bool = True) -> str:
-        """Write the means since the last line. Returns the text of the progress line."""
+    def _means(self) -> dict[str, Any]:
+        """The row of the means since the last line."""
         row = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
         self._count_seconds()  # float() waited for the device, and that wait belongs to these steps
         if self._clips:
             spent = self._training_seconds - self._window_start
             row["clips_per_second"] = self._clips / max(spent, 1e-9)
-        row |= {"seconds": self.seconds, **_memory()}
+        return row | {"seconds": self.seconds, **_memory()}
+
+    def _write_window(self, step: int, *, to_wandb: bool = True) -> dict[str, Any]:
+        """Write the means since the last line. Returns them."""
+        row = self._means()
         self._clear_window()
         self._write(step, row, to_wandb=to_wandb)
+        return row
+
+    def _status(self, step: int, row: Mapping[str, Any]) -> str:
+        """The text of the progress line."""
         left = (self._num_steps - step) * self._training_seconds / self._steps
-        row["left"] = timedelta(seconds=round(left))
-        formats = {"loss": "loss {:.4g}", "lr": "lr {:.1e}", "clips_per_second": "{:.1f} clips/s"}
+        left = timedelta(seconds=round(left + self._scoring_to_come(step)))
+        row = {**row, "left": left}
+        formats = {"loss": "loss {:.4g}", "lr": "lr {:.1e}", "clips_per_second": "{:.2g} clips/s"}
         formats |= {"left": "{} left", "memory_gb": "{:.1f} GB"}
         return "  ".join(text.format(row[name]) for name, text in formats.items() if name in row)
 
@@ -319,7 +420,9 @@ class RunLog:
         # One text, so that a narrow terminal shortens the bar and not the numbers.
         text = TextColumn("{task.completed}/{task.total}  {task.fields[status]}", markup=False)
         bar = BarColumn(bar_width=None)
-        self._progress = Progress(bar, text, console=self.console, expand=True)
+        # Rarely, as W&B keeps all that is printed.
+        how = {"console": self.console, "expand": True, "refresh_per_second": 2}
+        self._progress = Progress(bar, text, **how)
         self._task = self._progress.add_task("", total=self._num_steps, status="")
         self._progress.start()
 

@@ -1,25 +1,30 @@
-"""One run in Weights & Biases: whether, how it starts, and that its failure stops nothing.
+"""One run in Weights & Biases, and in TensorBoard where that is asked for: whether, how it starts,
+and that its failure stops nothing.
 
-The first exception out of W&B is one line on the console, then W&B is off for the rest of the run.
+The first exception out of one of them is one line on the console, then it is off for the rest of
+the run.
 """
 
 import contextlib
+import json
 import math
 import os
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import Field
 
-from sam2train.config import Section
+from sam2train.config import Section, flatten
+from sam2train.errors import UserError
 from sam2train.files import printable
 from sam2train.run_folder import RunFolder
 
 Mode = Literal["online", "offline", "disabled"]
 
 STEP_AXIS = "trainer/global_step"
+BEST_METRIC = "val/J_and_F"
 INIT_TIMEOUT = 20.0  # seconds; without a network an online start fails after about this long
 FINISH_TIMEOUT = 120.0  # seconds; W&B's own default waits for the server without limit
 FLUSH_INTERVAL = 2.0  # seconds; a run that is killed loses this much, with W&B's default 15
@@ -42,7 +47,16 @@ class TrackingConfig(Section):
     entity: str | None = Field(None, description="W&B's user or team; null: that of the key")
     name: str | None = Field(None, description="of the run in W&B; null: the experiment's")
     group: str | None = Field(None, description="of runs that W&B shows together")
-    tags: tuple[str, ...] = Field((), description="of the run in W&B")
+    notes: str | None = Field(None, description="a text of yours beside the run in W&B")
+    tags: tuple[str, ...] = Field(
+        (), description="of the run in W&B, besides its data format and prompts"
+    )
+    log_model: Literal["best", "all"] | None = Field(
+        None,
+        description="weights in W&B: best: best.pt when the run is done; all: each checkpoint when "
+        "it is written, too",
+    )
+    also: tuple[Literal["tensorboard"], ...] = Field((), description="writers besides W&B")
 
 
 def choose_mode(config: TrackingConfig) -> tuple[Mode, str]:
@@ -103,8 +117,10 @@ class WandbRun:
         self.how_to_sync: str | None = None  # the command that uploads what lies on disk only
         self.reporting = False  # from a start that worked to the first exception
         self._config, self._folder, self._say = config, folder, say
-        self._run_id, self._name, self._settings = run_id, config.name or name, settings
-        self._job_type = job_type
+        self._run_id, self._settings, self._job_type = run_id, settings, job_type
+        self._experiment, self._name = name, config.name or run_name(name, settings)
+        # The best value of a run is what W&B's tables show. A sweep steers by the last one.
+        self.shows_best = "WANDB_SWEEP_ID" not in os.environ
         self._run: Any = None  # wandb.Run
 
     def start(self) -> None:
@@ -131,7 +147,7 @@ class WandbRun:
         folder = shlex.quote(str(self._folder.wandb / Path(self._run.dir).parent.name))
         if self.mode == "offline":
             self.how_to_sync = f"wandb sync {folder}"
-            self._say(f"W&B is offline: {reason}. Upload later: {self.how_to_sync}")
+            self._say(f"W&B is offline: {reason}. Upload later:\n  {self.how_to_sync}")
         else:
             self._sync_broken = f"wandb sync --include-online {folder}"
             self._say(f"W&B is online: {reason}. {self._run.url}")
@@ -146,17 +162,21 @@ class WandbRun:
             project=self._config.project,
             entity=self._config.entity,
             group=self._config.group,
-            tags=self._config.tags,
+            tags=run_tags(self._config.tags, self._settings),
+            notes=self._config.notes,
             name=printable(self._name),
             id=self._run_id,
             dir=str(self._folder.path),
-            config=self._settings,
+            config=self._settings
+            | list_texts(self._settings)
+            | {"text/experiment": printable(self._experiment)},
             job_type=self._job_type,
             resume="allow",
             reinit="create_new",  # never a run of other code that was left open
             settings=wandb.Settings(
                 silent=True,
-                console="off",
+                console="wrap",  # what is printed stands in the tab Logs
+                save_code=True,  # with what git says has changed
                 init_timeout=INIT_TIMEOUT,
                 finish_timeout=FINISH_TIMEOUT,
                 finish_timeout_raises=True,
@@ -169,6 +189,43 @@ class WandbRun:
         # An axis of our own and never `step=`, which drops rows below the current step.
         self._run.define_metric(STEP_AXIS)
         self._run.define_metric("*", step_metric=STEP_AXIS)
+        if self.shows_best:
+            self._run.define_metric(BEST_METRIC, step_metric=STEP_AXIS, summary="max")
+
+    def alert(self, error: BaseException) -> None:
+        """Tell whoever follows the run that it failed."""
+        title, text = f"{printable(self._name)} failed", f"{type(error).__name__}: {error}"
+        self.report("alert", lambda run: run.alert(title, printable(text)[:1000], level="ERROR"))
+
+    def log_model(
+        self, path: Path, aliases: Sequence[str], data: Mapping[str, str], *, copy: bool
+    ) -> None:
+        """Send a checkpoint as a version of the artifact `model-<run id>`, made from data with
+        these fingerprints.
+
+        Args:
+            data: split -> fingerprint.
+            copy: the file will be written again before the run ends.
+        """
+
+        def send(run: Any) -> None:
+            import wandb
+
+            for split, fingerprint in data.items():
+                about = {"split": split, "fingerprint": fingerprint}
+                used = wandb.Artifact(f"data-{fingerprint[:16]}", type="dataset", metadata=about)
+                with used.new_file("data.json") as file:
+                    file.write(json.dumps(about))
+                # `use_artifact` does this, and waits for the server without limit.
+                run._log_artifact(used, is_user_created=True, use_after_commit=True)
+            model = wandb.Artifact(
+                f"model-{self._run_id}", type="model", metadata={"data": dict(data)}
+            )
+            policy = "mutable" if copy else "immutable"
+            model.add_file(str(path), name=path.name, policy=policy, skip_cache=True)
+            run.log_artifact(model, aliases=list(aliases))
+
+        self.report("the model", send)
 
     def report(self, what: str, call: Callable[[Any], object]) -> None:
         """Run one W&B call; its first exception ends the reporting, not the training."""
@@ -181,8 +238,8 @@ class WandbRun:
             self.how_to_sync = self.how_to_sync or self._sync_broken
             self._say(
                 f"W&B is off from here, {what} failed ({type(error).__name__}: "
-                f"{first_line(error)}); {self._folder.path} goes on. Upload what W&B has: "
-                f"{self.how_to_sync}"
+                f"{first_line(error)}); {self._folder.path} goes on. Upload what W&B has:\n"
+                f"  {self.how_to_sync}"
             )
 
     def finish(self, code: int) -> None:
@@ -193,6 +250,79 @@ class WandbRun:
         elif self._run is not None:  # reporting failed before; this still writes what W&B holds
             with contextlib.suppress(Exception):
                 self._run.finish(exit_code=code)
+
+
+class TensorBoardRun:
+    """A run as TensorBoard reads it.
+
+    Args:
+        folder: gets its files.
+        first_step: of a resumed run; what lies there of later steps is hidden.
+        say: prints one line.
+
+    Raises:
+        UserError: TensorBoard is not installed.
+    """
+
+    def __init__(self, folder: Path, first_step: int, say: Callable[[str], None]):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError(
+                "tracking.also: tensorboard is not installed; `pip install tensorboard` does that, "
+                "or leave it out"
+            ) from None
+        self._say, self._folder = say, folder
+        purge = first_step + 1 if first_step else None
+        self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
+
+    def log(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Write the numbers of one line; those that are not finite are left out."""
+
+        def write(writer: Any) -> None:
+            for name, value in plain_values(scalars, finite=True).items():
+                if value is not None:
+                    writer.add_scalar(name, value, step)
+
+        self._do(write)
+
+    def picture(self, step: int, name: str, pixels: Any) -> None:
+        """Write a picture (H, W, 3) uint8."""
+        self._do(lambda writer: writer.add_image(name, pixels, step, dataformats="HWC"))
+
+    def close(self) -> None:
+        self._do(lambda writer: writer.close())
+
+    def _do(self, call: Callable[[Any], object]) -> None:
+        if self._writer is None:
+            return
+        try:
+            call(self._writer)
+        except Exception as error:
+            self._writer = None
+            self._say(f"TensorBoard is off from here, {self._folder}: {first_line(error)}")
+
+
+def run_name(name: str, settings: Mapping[str, Any]) -> str:
+    """`coco_point_bbox point+bbox s0`: the experiment, the prompts and the seed."""
+    dataset, trainer = settings.get("dataset", {}), settings.get("trainer", {})
+    parts = [name, "+".join(dataset.get("prompt_types", ()))]
+    parts += [f"s{trainer['seed']}"] if "seed" in trainer else []
+    return " ".join(filter(None, parts))
+
+
+def run_tags(own: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
+    """The user's tags, then the data format and the prompts; W&B takes 64 characters of each."""
+    dataset = settings.get("dataset", {})
+    found = [*own, dataset.get("dataset_type"), *dataset.get("prompt_types", ())]
+    return [*dict.fromkeys(printable(tag)[:64] for tag in found if tag)]
+
+
+def list_texts(settings: Mapping[str, Any]) -> dict[str, str]:
+    """`text/<dotted name>` -> a text such as `point+bbox` for each setting that is a list: W&B
+    draws and groups by scalars only."""
+    lists = {n: v for n, v in flatten(settings).items() if isinstance(v, list | tuple)}
+    return {f"text/{name}": "+".join(map(str, items)) for name, items in lists.items()}
 
 
 def plain_values(value: Any, *, finite: bool = False) -> Any:

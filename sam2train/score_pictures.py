@@ -1,31 +1,17 @@
-"""What is drawn of scored videos.
-
-Of a tracked video: one picture of ground truth with prompts, prediction and errors. Of scores:
-matplotlib figures, the prompt matrix as a heat map and the horizon of the memory.
-"""
+"""Figures of scores: the prompt matrix as a heat map, and the horizon of the memory."""
 
 from __future__ import annotations
 
-import json
-import math
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.table import Table
 
-from sam2train.clips import Prompt
-from sam2train.data_clips import ClipDataset, stack_ignored
-from sam2train.data_source import Video
-from sam2train.evaluate import SeenFrame, TrackedVideo
-from sam2train.files import file_name, printable, write_text
 from sam2train.machine import cell
-from sam2train.metrics import JANDF, ObjectScores
-from sam2train.pictures import comparison, id_mask, pick_frames, prompt_in_video, save_png
+from sam2train.metrics import JANDF
+from sam2train.prompts import NOISE, Cell
 from sam2train.scores import (
     ABSENCE_RECALL,
     FALSE_ABSENCES,
@@ -39,177 +25,6 @@ from sam2train.scores import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-MAX_SHOWN = 8  # of a picture
-MAX_TOGGLED = 255  # objects in a mask of W&B's
-
-
-@dataclass(frozen=True, eq=False)
-class Overlay:
-    """One frame with its masks, to be judged by a person.
-
-    Raises ValueError for what W&B would show wrong without an error: it shows a float frame black,
-    and stretches a mask of another size.
-    """
-
-    name: str
-    path: Path  # the composed PNG, on disk
-    frame: np.ndarray  # (H, W, 3) uint8
-    prediction: np.ndarray  # (H, W) object ids, 0..255, 0 is background
-    ground_truth: np.ndarray  # (H, W) as `prediction`
-    class_labels: Mapping[int, str]  # object id -> text
-
-    def __post_init__(self) -> None:
-        if self.frame.dtype != np.uint8 or self.frame.shape[2:] != (3,):
-            raise ValueError(f"frame is {self.frame.dtype} {self.frame.shape}, not uint8 (H, W, 3)")
-        for mask in (self.prediction, self.ground_truth):
-            if mask.shape != self.frame.shape[:2] or mask.min() < 0 or mask.max() > 255:
-                raise ValueError(
-                    f"mask of shape {mask.shape} with ids {mask.min()}..{mask.max()} on a frame of "
-                    f"{self.frame.shape[:2]}; W&B needs equal sizes and ids in 0..255"
-                )
-
-
-class OverlayDrawer:
-    """Draws the first videos that are scored, at most as many frames of each as fit a screen.
-
-    `see_frame` keeps what will be drawn, `see_video` writes `folder/<name>_video_<id>.png`;
-    `overlays` has what was written.
-
-    Args:
-        name: what was scored, such as "step_000100"; part of the title.
-        most: how many videos.
-    """
-
-    def __init__(self, dataset: ClipDataset, folder: Path, name: str, most: int):
-        self.dataset, self.folder, self.name, self.most = dataset, folder, name, most
-        self.overlays: list[Overlay] = []
-        self._taken: set[str] = set()  # names of pictures
-        # Of the video that is being tracked: (H, W, 3) uint8 with its masks, and which frames.
-        self._kept: list[tuple[np.ndarray, SeenFrame]] = []
-        self._shown: list[int] = []
-        self._middle = 0
-
-    def see_frame(self, index: int, seen: SeenFrame) -> None:
-        """Keep the frame if it will be drawn; `index` counts the videos."""
-        if index >= self.most:
-            return
-        if seen.frame_idx == 0:
-            self._kept.clear()
-            self._shown, self._middle = _picked(seen.video, seen.prompts)
-        if seen.frame_idx in (*self._shown, self._middle):
-            self._kept.append((self.dataset.read_frame(seen.video, seen.frame_idx), seen))
-
-    def see_video(self, index: int, tracked: TrackedVideo) -> None:
-        """Draw the video from the frames kept; `index` counts the videos."""
-        if index >= self.most:
-            return
-        video = tracked.video
-        shown = self._shown
-        kept = {seen.frame_idx: (frame, seen) for frame, seen in self._kept}
-        numbers = {object_id: place for place, object_id in enumerate(video.object_ids, start=1)}
-        means = {scores.object_id: scores for scores in tracked.scores.objects}
-        score = np.mean([scores.J_and_F for scores in means.values()]) if means else math.nan
-        name = file_name(f"video_{video.video_id}", self._taken)
-        path = self.folder / f"{self.name}_{name}.png"
-        save_png(
-            comparison(
-                np.stack([kept[t][0] for t in shown]),
-                *(
-                    {
-                        n: np.stack([getattr(kept[t][1], side)[o] for t in shown])
-                        for o, n in numbers.items()
-                    }
-                    for side in ("prediction", "ground_truth")
-                ),
-                self._prompts(tracked, numbers, shown),
-                title=(
-                    f"{printable(video.video_id)}, {self.name.replace('_', ' ')}: J&F {score:.3f}"
-                ),
-                frame_labels=[f"frame {t}" for t in shown],
-                scores=[_mean_J(means.values(), t) for t in shown],
-                max_frames=len(shown),
-                names={number: printable(o) for o, number in numbers.items()},
-                ignore=stack_ignored([kept[t][1].ignore for t in shown], video.size),
-            ),
-            path,
-        )
-        # One frame with toggled masks: the middle, where tracking shows.
-        frame, seen = kept[self._middle]
-        order = video.object_ids[:MAX_TOGGLED]
-        self.overlays.append(
-            Overlay(
-                name=name,
-                path=path,
-                frame=frame,
-                prediction=id_mask(seen.prediction, order, video.size),
-                ground_truth=id_mask(seen.ground_truth, order, video.size),
-                class_labels={numbers[o]: f"object {o}" for o in order},
-            )
-        )
-
-    def keep(self, folder: Path) -> None:
-        """Copy what was drawn to a folder, for `restore`."""
-        arrays, texts = {}, []
-        for place, overlay in enumerate(self.overlays):
-            shutil.copyfile(overlay.path, folder / overlay.path.name)
-            for side in ("frame", "prediction", "ground_truth"):
-                arrays[f"{place}/{side}"] = getattr(overlay, side)
-            labels = list(overlay.class_labels.items())
-            texts.append({"name": overlay.name, "path": overlay.path.name, "labels": labels})
-        np.savez(folder / "overlays.npz", **arrays)
-        write_text(folder / "overlays.json", json.dumps(texts))
-
-    def restore(self, folder: Path) -> None:
-        """Take over what was drawn of the same videos, as if it had been drawn now.
-
-        Raises:
-            OSError, ValueError, KeyError: it is not whole.
-        """
-        found = []
-        with np.load(folder / "overlays.npz") as arrays:
-            for place, text in enumerate(json.loads((folder / "overlays.json").read_text())):
-                path = self.folder / text["path"]
-                path.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(folder / text["path"], path)
-                sides = {s: arrays[f"{place}/{s}"] for s in ("frame", "prediction", "ground_truth")}
-                labels = {int(number): label for number, label in text["labels"]}
-                found.append(Overlay(text["name"], path, **sides, class_labels=labels))
-        self.overlays = found
-
-    def _prompts(
-        self, tracked: TrackedVideo, numbers: dict[int | str, int], shown: list[int]
-    ) -> list[dict]:
-        """Those on the frames shown, counted among these, in pixels of the video."""
-        sizes = tracked.video.size, self.dataset.image_size
-        return [
-            {
-                **prompt_in_video(prompt, *sizes),
-                "object_id": numbers[prompt["object_id"]],
-                "frame_index": shown.index(prompt["frame_index"]),
-            }
-            for prompt in tracked.prompts
-            if prompt["frame_index"] in shown
-        ]
-
-
-def _picked(video: Video, prompts: list[Prompt]) -> tuple[list[int], int]:
-    """The frames of the picture, and the one whose masks can be toggled; labelled ones, since the
-    others have no ground truth."""
-    frames = video.labelled or list(range(len(video.frames)))
-    prompted = {frames.index(prompt["frame_index"]) for prompt in prompts}
-    shown = [frames[place] for place in pick_frames(len(frames), prompted, MAX_SHOWN)]
-    return shown, frames[len(frames) // 2]
-
-
-def _mean_J(objects: Iterable[ObjectScores], frame_idx: int) -> str:
-    """The mean of the objects for which this frame counts, as a text."""
-    found = [s.J[s.frames == frame_idx] for s in objects]
-    values = np.concatenate(found) if found else np.zeros(0)
-    return f"J {values.mean():.2f}" if len(values) else ""
-
-
-# Figures of scores
 
 # Okabe and Ito's colours that are dark enough for a line on white, the most different ones first.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
@@ -379,4 +194,20 @@ def horizon_table(rows: Sequence[Scores]) -> Table:
                 f"{part[key][0]:.3f} (n={part[key][1]})" if key in part else "" for part in cells
             ]
             table.add_row(text.format(key[1] and bin_name(key[1])), *values)
+    return table
+
+
+def matrix_table(label: str, rows: Sequence[dict[str, Any]]) -> Table:
+    """J&F of each prompt at each strength of noise, and the change from clean with its interval."""
+    table = Table("prompt", title=cell(f"J&F: {label}", "table.title"), title_justify="left")
+    for noise in NOISE:
+        table.add_column(f"noise {noise:g}" if noise else "clean", justify="right")
+    lines: dict[str, list[str]] = {}
+    for row in rows:
+        text = f"{row['J_and_F']:.3f}"
+        if row["change"] is not None:
+            text += f" ({row['change']:+.3f} [{row['change_low']:+.3f}, {row['change_high']:+.3f}])"
+        lines.setdefault(Cell(row["prompt"], row["clicks"], 0.0).name, []).append(text)
+    for name, cells in lines.items():
+        table.add_row(name, *cells)
     return table

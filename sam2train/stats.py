@@ -40,6 +40,14 @@ class Interval:
     def known(self) -> bool:
         return math.isfinite(self.low)
 
+    def verdict(self) -> str:
+        """Of a difference over videos: `+0.072, 95 % -0.076..+0.241: not shown on 12 videos`."""
+        if not self.known:
+            return f"an interval needs {MIN_VIDEOS} videos, here are {self.num}"
+        claim = "shown" if self.low > 0 else "a loss is shown" if self.high < 0 else "not shown"
+        limits = f"{100 * self.level:g} % {self.low:+.3f}..{self.high:+.3f}"
+        return f"{self.value:+.3f}, {limits}: {claim} on {self.num} {self.unit}s"
+
     def text(self, *, sign: bool = False) -> str:
         """`0.412 ± 0.013 (3 seeds)`; brackets where the sides differ, words where none is known.
 

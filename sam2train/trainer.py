@@ -93,20 +93,17 @@ class Trainer:
         self.settings = to_yaml(experiment)
         self.config = experiment.trainer
         self.folder = RunFolder(run_dir)
-        self.step = 0
+        self.step, self.audited = 0, False
         self._start = 0, 0  # steps and clips of the processes that this one resumes
         self.audit: dict[str, float] = {}  # until it is logged
-        self.audited = False
         self.stop = StopRequests()
-        data, val = experiment.dataset.data_path, experiment.dataset.val_path
-        test = experiment.dataset.test_path
+        named = ("data_path", "val_path", "test_path")
+        data, val, test = (getattr(experiment.dataset, name) for name in named)
         sections = experiment.dataset, experiment.augment, experiment.clips_seed
-        known: dict = {}  # a path that two splits name is read once
-        self.train_data = build_dataset(*sections, data, training=True, say=warn, known=known)
-        self.val_data = val and build_dataset(*sections, val, training=False, say=warn, known=known)
-        self.test_data = test and build_dataset(
-            *sections, test, training=False, say=warn, known=known
-        )
+        read = partial(build_dataset, *sections, say=warn, known={})  # a shared path is read once
+        self.train_data = read(data, training=True)
+        self.val_data = val and read(val, training=False)
+        self.test_data = test and read(test, training=False)
         policy = experiment.evaluation.frame_policy
         for name, part in (("val", self.val_data), ("test", self.test_data)):
             if part and (fault := why_not_scored(part.videos, policy)):
@@ -127,9 +124,8 @@ class Trainer:
         if not self.parameters and self.config.num_steps:
             raise UserError("model.trainable_modules: nothing is trained; name at least one module")
         self.optimizer = build_optimizer(self.parameters, experiment.optimizer, self.model.sam2)
-        self.interaction: SimulatedUser | None = None
-        if experiment.interaction.enabled:
-            self.interaction = SimulatedUser(experiment.interaction, experiment.clips_seed)
+        user = partial(SimulatedUser, experiment.interaction, experiment.clips_seed)
+        self.interaction = user() if experiment.interaction.enabled else None
         self.bf16 = uses_bf16(experiment, self.device)
         self.base_hash = base_hash(experiment)
         check_same_everywhere(
@@ -167,6 +163,8 @@ class Trainer:
             base_weights=base_weights,
             before=content,
         )
+        counts = map(self.scores.num_videos, (self.val_data, self.test_data))
+        self.runlog.scoring = self.config.val_every, *counts
         # (steps done, last step scored) as `last.pt` has them
         self._saved: tuple[int, int | None] | None = None
         if resume == self.folder.last:
@@ -243,6 +241,7 @@ class Trainer:
                 if self.test_data:
                     chosen = self.folder.best if self.val_data else self.folder.last
                     self.scores.report_on_test(chosen, self.test_data)
+                self.scores.send_tables(self.step)
             except BaseException as error:
                 status = "interrupted" if isinstance(error, Interrupted) else "failed"
                 try:
@@ -454,6 +453,7 @@ class Trainer:
             },
             previous=self.folder.previous if path == self.folder.last else None,
         )
+        self.runlog.saved(path, self.step, self.fingerprints)
 
     def _restore(self, content: Mapping[str, Any], path: Path) -> str:
         if content["optimizer"] is None:

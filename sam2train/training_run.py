@@ -95,7 +95,7 @@ def train(
         trainer.run()
     except Interrupted as stopped:
         again = shlex.join(["--resume", str(run_dir)])
-        say(f"stopped at step {trainer.step}, saved. Go on with: {command} {again}")
+        say(f"stopped at step {trainer.step}, saved. Go on with:\n  {command} {again}")
         if stopped.code == 128 + signal.SIGTERM and "WANDB_SWEEP_PARAM_PATH" in os.environ:
             _die_of_sigterm()
         return int(stopped.code)
@@ -105,7 +105,9 @@ def train(
     for line in folder.contents(*names):
         say(line)
     if upload := trainer.runlog.wandb.how_to_sync:
-        say(f"look at it: wandb leet {folder.wandb}    upload it: {upload}")
+        look = shlex.join(["wandb", "leet", str(folder.wandb)])
+        say(f"\nlook at it in a terminal, and upload it:\n  {look}\n  {upload}")
+    say("\n" + "\n".join(trainer.scores.conclusion(trainer.step)))
     return 0
 
 

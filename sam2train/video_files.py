@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from io import BytesIO
@@ -31,7 +31,10 @@ from sam2train.pictures import draw_masks, object_colours, paint_prompts, prompt
 from sam2train.transforms import resize_mask_to_paint
 
 _FILM_SIDE = (320, 640)  # px: the longer side of a film lies between these
-_CODECS = ("vp09", "mp4v")  # browsers play the first one; OpenCV's wheels cannot write H.264
+_TWO_SIDES = (256, 480)  # px: that of each of several sides
+# Browsers play VP8 and VP9, and OpenCV's wheels cannot write H.264. VP8 takes a sixth of the time
+# of VP9 and twice the room: VP8 for films that a run waits for.
+_CODECS = {".webm": ("VP80",), ".mp4": ("vp09", "mp4v")}
 
 
 # How masks lie for those who score them.
@@ -240,22 +243,26 @@ class CocoFile:
 
 
 class FilmFile:
-    """An MP4 of frames with masks and prompts; none where OpenCV has no encoder.
+    """An MP4 or WebM of frames with masks and prompts; none where OpenCV has no encoder.
 
     Args:
         size: (H, W) of the video.
         rate: frames a second.
+        titles: of two or more sides of the film, side by side; none: there is one, without title.
     """
 
-    def __init__(self, path: Path, size: tuple[int, int], rate: float):
+    def __init__(self, path: Path, size: tuple[int, int], rate: float, titles: Sequence[str] = ()):
+        self.titles = titles
         self.path, self.partial = path, path.with_name(f".{path.name}")
-        self.scale = np.clip(max(size), *_FILM_SIDE) / max(size)
+        self.scale = np.clip(max(size), *(_TWO_SIDES if titles else _FILM_SIDE)) / max(size)
         # Codecs store colours for squares of two pixels.
         self.size = tuple(max(2, 2 * round(self.scale * side / 2)) for side in size)
         path.parent.mkdir(parents=True, exist_ok=True)
-        for codec in _CODECS:
-            how = cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*codec), rate, self.size[::-1]
-            self.writer = cv2.VideoWriter(str(self.partial), *how)
+        whole = self.size[1] * max(len(titles), 1), self.size[0]
+        for codec in _CODECS[path.suffix]:
+            how = cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*codec), rate, whole
+            with _quiet_opencv():
+                self.writer = cv2.VideoWriter(str(self.partial), *how)
             if self.writer.isOpened():
                 break
         # Encoding a frame takes as long as tracking it on a GPU: it goes on beside that.
@@ -268,25 +275,28 @@ class FilmFile:
         masks: Mapping[int | str, np.ndarray],
         prompts: Iterable[Prompt],
         image_size: tuple[int, int],
+        *beside: Mapping[int | str, np.ndarray],
     ) -> None:
         """The next frame, (H, W, 3) uint8, with the prompts given on it, in pixels of the model's
-        input; objects have their colours by their order in `masks`."""
+        input; objects have their colours by their order in `masks`.
+
+        Args:
+            beside: the masks on each further side of the film, of the same objects.
+        """
         if self.encoded is not None:
             self.encoded.result()  # raises what went wrong
-        self.encoded = self.pool.submit(self._add, pixels, masks, prompts, image_size)
+        self.encoded = self.pool.submit(self._add, pixels, (masks, *beside), prompts, image_size)
 
     def _add(
         self,
         pixels: np.ndarray,
-        masks: Mapping[int | str, np.ndarray],
+        sides: Sequence[Mapping[int | str, np.ndarray]],
         prompts: Iterable[Prompt],
         image_size: tuple[int, int],
     ) -> None:
         smooth = cv2.INTER_AREA if self.scale < 1 else cv2.INTER_CUBIC
         picture = cv2.resize(pixels, self.size[::-1], interpolation=smooth)
-        numbers = {object_id: place for place, object_id in enumerate(masks, start=1)}
-        shown = {numbers[o]: mask for o, mask in masks.items() if mask.any()}
-        smaller = {n: resize_mask_to_paint(mask, self.size) for n, mask in shown.items()}
+        numbers = {object_id: place for place, object_id in enumerate(sides[0], start=1)}
         here = [
             {
                 **prompt_in_video(p, pixels.shape[:2], image_size),
@@ -294,8 +304,15 @@ class FilmFile:
             }
             for p in prompts
         ]
-        picture = paint_prompts(draw_masks(picture, smaller), here, self.scale)
-        self.writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+        painted = []
+        for place, masks in enumerate(sides):
+            shown = {numbers[o]: mask for o, mask in masks.items() if mask.any()}
+            smaller = {n: resize_mask_to_paint(mask, self.size) for n, mask in shown.items()}
+            side = paint_prompts(draw_masks(picture, smaller), here, self.scale)
+            if self.titles:
+                _write_title(side, self.titles[place])
+            painted.append(side)
+        self.writer.write(cv2.cvtColor(np.concatenate(painted, axis=1), cv2.COLOR_RGB2BGR))
 
     def __exit__(self, kind: type | None, *error: Any) -> None:
         self.pool.shutdown()
@@ -307,3 +324,30 @@ class FilmFile:
                 os.replace(self.partial, self.path)
             else:
                 self.partial.unlink()
+
+
+def _write_title(picture: np.ndarray, text: str) -> None:
+    """Write a text at the upper left of a picture (H, W, 3) uint8, light with a dark rim."""
+    scale = max(picture.shape[0] / 640, 0.4)
+    x, y = 6, round(30 * scale) + 4
+    for dx, dy, ink in ((-1, 0, 0), (1, 0, 0), (0, -1, 0), (0, 1, 0), (0, 0, 255)):
+        how = cv2.FONT_HERSHEY_SIMPLEX, scale, (ink,) * 3, 1, cv2.LINE_AA
+        cv2.putText(picture, text, (x + dx, y + dy), *how)
+
+
+@contextlib.contextmanager
+def _quiet_opencv() -> Iterator[None]:
+    """For the start of a film: OpenCV says of each WebM that its codec has no tag, and of each
+    encoder that it lacks, on the file descriptor of stderr."""
+    try:
+        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # there is no stderr
+        yield
+        return
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

@@ -9,10 +9,10 @@ import numpy as np
 import wandb
 from PIL import Image
 
+from sam2train.overlays import Overlay
 from sam2train.run_folder import RunFolder
 from sam2train.runlog import RunLog
 from sam2train.runlog_wandb import TrackingConfig
-from sam2train.score_pictures import Overlay
 
 OFF, OFFLINE = TrackingConfig(mode="disabled"), TrackingConfig(mode="offline")
 
@@ -67,5 +67,8 @@ def overlay(tmp_path, **changes):
     path = tmp_path / "composed.png"
     Image.fromarray(frame).save(path)
     fields = {"name": "clip0", "path": path, "frame": frame, "prediction": mask}
+    film = tmp_path / "composed.webm"
+    film.write_bytes(b"film")
+    fields["film"] = film
     fields |= {"ground_truth": mask, "class_labels": {np.int64(1): "cat"}}
     return Overlay(**(fields | changes))

@@ -108,7 +108,8 @@ def test_a_checkpoint_beside_its_baselines(trained, tmp_path, capsys):
     for text in ("object score AUC", "recall of absence", "false absences"):
         assert len(re.findall(rf"│ {text} +│", printed)) == 1
     assert {path.name for path in out.glob("*.png")} == {"horizon.png"}
-    assert len(list((out / "overlays").glob("*.png"))) == 2
+    assert len(list((out / "overlays").glob("val_*.jpg"))) == 2
+    assert len(list((out / "overlays").glob("base_*.webm"))) == 2
     assert {row["model"] for row in table(out / "horizon.csv")} == {
         "trained",
         "base",
@@ -271,6 +272,25 @@ class TestMistakes:
         message = fails(capsys, trained, "--evaluate", run / "checkpoints" / "last.pt")
         assert "w.pt" in message
         assert "model.checkpoint_path has random weights" in message
+
+    def test_a_checkpoint_of_trained_parameters_is_no_base(
+        self, capsys, trained, tmp_path, monkeypatch
+    ):
+        """The line that the message gives writes a file which is one."""
+        source, run = trained / "run" / "checkpoints" / "last.pt", tmp_path / "run"
+        assert call(trained, "--export", source, tmp_path / "w.pt") == 0
+        words = (f"model.checkpoint_path={tmp_path / 'w.pt'}", "dataset.val_path=null")
+        assert call(trained, *words, "trainer.num_steps=1", "--run-dir", run) == 0
+        partial = run / "checkpoints" / "last.pt"
+        message = fails(capsys, trained, f"model.checkpoint_path={partial}", "--evaluate", "base")
+        assert "holds only what that run trained" in message
+        assert "missing" not in message
+        line = shlex.split(message.splitlines()[-1])
+        assert line[:2] == ["python", "run.py"]
+        monkeypatch.chdir(tmp_path)
+        assert cli.main(line[2:]) == 0
+        words = ("model.checkpoint_path=OUT.pt", "--evaluate", "base", "--run-dir", "out")
+        assert call(trained, *words, "evaluation.max_videos=1") == 0
 
 
 def test_the_demo_scores_as_it_did(tmp_path):

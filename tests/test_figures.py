@@ -12,7 +12,7 @@ from test_results import make_run
 from sam2train import figures
 from sam2train.ablation import MASKMEM, POINTERS, PROMPT_TYPES, Question, compact_results
 from sam2train.errors import UserError
-from sam2train.pictures import read_png
+from sam2train.pictures import read_picture
 from sam2train.results import load_curves, load_runs
 
 
@@ -254,7 +254,7 @@ def test_a_csv_is_drawn_beside_itself(memories, prompts, tmp_path):
         compact_results(load_runs(folder)).to_csv(path, index=False)
         written = figures.draw_results(path)
         assert [picture.name for picture in written] == names
-        assert all(read_png(picture).shape[1] > 600 for picture in written)
+        assert all(read_picture(picture).shape[1] > 600 for picture in written)
 
 
 def test_presence_has_a_bar_for_each_frame_that_shows_an_object():

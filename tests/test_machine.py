@@ -26,8 +26,10 @@ from sam2train.machine import (
     cell,
     check_available,
     choose_device,
+    count_bar,
     describe_environment,
     num_cores,
+    plain_console,
     read_device,
     say,
 )
@@ -204,9 +206,42 @@ TOLD = r"[/red][bold]x\x1b]0;title\x07\x1b[2J\u202egpj \udcff:cat:"
 
 def test_a_message_is_printed_as_it_is():
     out = io.StringIO()
-    console = Console(file=out, width=20, force_terminal=True, color_system=None)
-    say(console, f"first {NASTY}\nsecond {'y' * 30}")
-    assert out.getvalue() == f"first {TOLD}\nsecond {'y' * 30}\n"
+    console = Console(file=out, width=70, force_terminal=True, color_system=None)
+    say(console, f"first {NASTY}\n{'y' * 80}")
+    assert out.getvalue() == f"first {TOLD}\n{'y' * 80}\n"
+
+
+def test_lines_break_between_words_on_a_terminal_and_commands_stay_whole():
+    text = "one two three\n  python run.py --resume some/long/folder"
+    for terminal, expected in ((True, "one two\nthree"), (False, "one two three")):
+        out = io.StringIO()
+        say(Console(file=out, width=10, force_terminal=terminal, color_system=None), text)
+        assert out.getvalue() == f"{expected}\n  python run.py --resume some/long/folder\n"
+
+
+def test_a_file_gets_a_line_of_progress_now_and_then(monkeypatch):
+    out = io.StringIO()
+    console = Console(file=out, width=80)
+    with count_bar(console) as bar:
+        bar.advance(bar.add_task("videos", total=4))
+    assert out.getvalue() == ""
+    monkeypatch.setattr(machine, "_BETWEEN_LINES", 0.0)
+    with count_bar(console) as bar:
+        task = bar.add_task("videos", total=4)
+        bar.advance(task)
+        bar.update(task, advance=1)
+    assert [line.split("  ")[0] for line in out.getvalue().splitlines()] == [
+        "videos: 1/4",
+        "videos: 2/4",
+    ]
+
+
+def test_what_is_piped_is_not_broken_at_80(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert plain_console(quiet=False).width == 200
+    monkeypatch.setenv("COLUMNS", "90")
+    assert plain_console(quiet=False).width == 90
 
 
 def test_a_cell_shows_a_name_as_it_is():

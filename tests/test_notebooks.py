@@ -13,7 +13,7 @@ from nbclient.exceptions import CellExecutionError
 from test_results import make_run
 
 from sam2train.ablation import MASKMEM, POINTERS, PROMPT_TYPES, compact_results
-from sam2train.pictures import save_png
+from sam2train.pictures import save_picture
 from sam2train.results import load_runs
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
@@ -56,7 +56,7 @@ def root(tmp_path_factory):
         run = make_run(root / "runs" / "coco" / name, status=status)
         for step in (0, 20):
             picture = np.full((40, 60, 3), 100 + step, np.uint8)
-            save_png(picture, run / "overlays" / f"step_{step:06d}_video_1.png")
+            save_picture(picture, run / "overlays" / f"step_{step:06d}_video_1.png")
     (make_run(root / "runs" / "coco" / "broken") / "config.yaml").write_text("")
 
     data = str(make_coco(root / "data", num_videos=3, num_frames=6, absent=[(1, 2, 1)]))

@@ -2,6 +2,7 @@ import io
 import itertools
 import os
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,7 +21,7 @@ from sam2train.pictures import (
     object_colours,
     paint_prompts,
     pick_frames,
-    save_png,
+    save_picture,
     to_uint8,
 )
 from sam2train.transforms import normalise
@@ -123,6 +124,28 @@ def test_mask_is_tinted_inside_outlined_and_untouched_outside():
     assert count(picture, colour(1)) == 4 * 9  # 1 px rim of a 10 x 10 square
     assert (frame == 100).all()
     assert count(draw_masks(frame, {1: mask}, contour=False), colour(1)) == 0
+
+
+def test_the_outline_has_a_dark_line_inside():
+    picture = draw_masks(grey(20, 20), {1: square(20, 20, 5, 5, 10)})
+    assert tuple(picture[10, 5]) == colour(1)
+    assert max(picture[10, 6]) < 40
+    assert min(picture[10, 7]) > 90  # the tint
+
+
+def test_no_object_has_the_colour_of_an_error():
+    """Distances in CIELAB: 2.3 can just be told apart."""
+
+    def lab(colours):
+        pixels = np.array(colours, np.float32).reshape(-1, 1, 3) / 255
+        return cv2.cvtColor(pixels, cv2.COLOR_RGB2LAB)[:, 0]
+
+    objects, errors = lab(object_colours(40)), lab(list(ERRORS.values()))
+    apart = np.linalg.norm(objects[:, None] - errors[None], axis=-1)
+    assert apart.min() > 25
+    assert apart[:7].min() > 35  # Okabe and Ito's
+    of_errors = np.linalg.norm(errors[:, None] - errors[None], axis=-1)
+    assert of_errors[~np.eye(4, dtype=bool)].min() > 50
 
 
 def test_outline_is_open_at_the_border_and_single_pixels_show():
@@ -336,7 +359,7 @@ def test_the_three_rows_of_a_cell():
     assert tuple(truth[182, 182]) == POSITIVE
     assert count(prediction, POSITIVE) == 0
     missed, correct, extra, background = (errors[80, x] for x in (60, 110, 150, 220))
-    assert missed[2] > missed[1] > missed[0]  # blue
+    assert missed[2] > missed[1] == missed[0]  # blue
     assert extra[0] > 2 * extra[2]  # red
     assert np.ptp(correct) == np.ptp(background) == 0
     assert correct[0] > background[0]
@@ -391,8 +414,8 @@ def test_sheet_refuses_mismatched_sizes(which):
 def test_png_round_trip_creates_the_folder_and_leaves_nothing_else(tmp_path):
     picture = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
     path = tmp_path / "overlays" / "step 1" / "video.png"
-    save_png(picture, path)
-    save_png(picture, path)
+    save_picture(picture, path)
+    save_picture(picture, path)
     with Image.open(path) as image:
         np.testing.assert_array_equal(np.array(image), picture)
     assert os.listdir(path.parent) == ["video.png"]
@@ -409,7 +432,7 @@ def test_a_notebook_gets_a_small_jpeg():
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
-    save_png(grey(4, 4), path)
+    save_picture(grey(4, 4), path)
     before = path.read_bytes()
 
     def break_halfway(image, part, **options):
@@ -418,6 +441,6 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pictures.Image.Image, "save", break_halfway)
     with pytest.raises(OSError, match="disk full"):
-        save_png(grey(8, 8), path)
+        save_picture(grey(8, 8), path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["a.png"]

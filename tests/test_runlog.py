@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import math
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,6 +71,8 @@ def test_only_a_written_line_reads_the_device(start):
     loss = torch.ones(()).as_subclass(Watched)
     with start(log_every=3) as runlog:
         runlog.log(1, {"loss": loss})
+        assert calls.count("__float__") == 1  # the first step is shown
+        calls.clear()
         runlog.log(2, {"loss": loss})
         assert "add" in calls
         assert not readers & set(calls)
@@ -277,12 +280,51 @@ def test_plain_lines_without_a_terminal(start, screen):
             runlog.log(step, {"loss": 0.25, "lr": 1e-5}, clips=1)
         runlog.say("saved [red]last.pt " + "x" * 120)
     lines = [line for line in shown(screen).splitlines() if line.startswith("step ")]
-    assert [line.split()[1] for line in lines] == [f"{step}/200" for step in range(20, 201, 20)]
+    steps = [1, *range(20, 201, 20)]  # the first one tells at once that it goes on
+    assert [line.split()[1] for line in lines] == [f"{step}/200" for step in steps]
     assert "loss 0.25  lr 1.0e-05" in lines[0]
     assert lines[-1].endswith("GB")
     assert "0:00:00 left" in lines[-1]
     assert "saved [red]last.pt " + "x" * 120 in shown(screen)
     assert "\x1b" not in shown(screen)
+
+
+def test_the_time_left_knows_what_scoring_costs(start, screen, monkeypatch):
+    """Of 4 steps and a validation of 5 videos after every second; then 3 test videos, scored for
+    checkpoint, base and copy."""
+    clock = SimpleNamespace(now=0.0)
+    clock.perf_counter = lambda: clock.now
+    monkeypatch.setattr(runlog_room, "time", clock)
+    with start(log_every=1, num_steps=4) as runlog:
+        runlog.scoring = 2, 5, 3
+        for step in (1, 2, 3, 4):
+            clock.now += 10.0
+            runlog.log(step, {"loss": 1.0}, clips=2)
+            for model, seconds in (("trained", 100.0), ("copy_first_mask", 10.0)):
+                with runlog.counting("val videos", 5, model):
+                    clock.now += seconds
+            runlog.record(step, {})
+    lines = [line for line in shown(screen).splitlines() if line.startswith("step ")]
+    left = [30, 20 + 100 + 126, 10 + 100 + 126, 126]
+    assert [line.split("  ")[3] for line in lines] == [
+        f"{timedelta(seconds=seconds)} left" for seconds in left
+    ]
+    assert "loss 1  0.2 clips/s" in lines[0]
+
+
+def test_videos_are_counted_beside_the_steps(start):
+    terminal = Console(
+        file=io.StringIO(), width=80, force_terminal=True, _environ={"TERM": "xterm"}
+    )
+    with start(console=terminal) as runlog:
+        for _ in range(2):  # before the first step, and after it
+            with runlog.counting("val videos, step 3", 5, "trained") as count:
+                count()
+                count()
+                bar = runlog._progress
+                assert bar is None or (bar.tasks[-1].completed, bar.tasks[-1].total) == (2, 5)
+            runlog.log(1, {"loss": 1.0})
+        assert len(runlog._progress.tasks) == 1
 
 
 def test_live_line_gives_the_cursor_back_when_training_fails(start):

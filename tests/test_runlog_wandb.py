@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -117,30 +118,67 @@ def test_config_takes_a_yaml_list_and_refuses_names_that_wandb_refuses():
 
 
 def test_offline_data_arrives(start, tmp_path, screen):
-    config = TrackingConfig(mode="offline", project="p", group="g", tags=("t",))
-    with start(config, num_steps=2) as runlog:
-        runlog.record(0, {"val/J": 0.5})
+    config = TrackingConfig(
+        mode="offline", project="p", group="g", tags=("t", "bbox"), notes="a note", log_model="best"
+    )
+    best = tmp_path / "run/checkpoints/best.pt"
+    settings = {"model": {"num_maskmem": 7}, "trainer": {"seed": 3}}
+    settings["dataset"] = {"dataset_type": "coco", "prompt_types": ["point", "bbox"]}
+    with start(config, num_steps=2, settings=settings) as runlog:
+        runlog.record(0, {"val/J": 0.5, "val/J_and_F": 0.75})
+        runlog.record(0, {"val/J_and_F": 0.25})
+        best.parent.mkdir()
+        best.write_bytes(b"weights")
+        runlog.saved(best, 2, {"train": "f" * 32})
+        runlog.parameters({"memory_attention": (3, 5)})
+        print("a line that W&B keeps")
         runlog.log(1, {"loss": torch.tensor(1.0)})
         runlog.log(2, {"loss": torch.tensor(3.0)})
         runlog.overlays(2, [overlay(tmp_path)])
-        runlog.summary({"status": "done", "best/J_and_F": 0.5})
+        runlog.report(2, {"scores": [{"J": 0.5, "id": "a"}, {"J": 0.25}]}, [])
+        runlog.summary({"status": "done", "best/J_and_F": 0.5, "val/J_and_F": 0.25})
         assert runlog.wandb.mode == "offline"
-        first = shown(screen).splitlines()[0]
-        assert first.startswith("W&B is offline: tracking.mode is offline. Upload later: ")
-        assert first.endswith(runlog.wandb.how_to_sync)
+        first, second = shown(screen).splitlines()[:2]
+        assert first == "W&B is offline: tracking.mode is offline. Upload later:"
+        assert second == f"  {runlog.wandb.how_to_sync}"
         folder = runlog.wandb.how_to_sync.removeprefix("wandb sync ")
     assert (tmp_path / folder / "run-abc.wandb").is_file()
     assert "off from here" not in shown(screen)
 
     found = records(tmp_path)
     (run,) = found["run"]
-    assert (run["run_id"], run["display_name"], run["project"]) == ("abc", "night", "p")
-    assert (run["tags"], run["run_group"], run["job_type"]) == (["t"], "g", "train")
+    assert (run["run_id"], run["project"]) == ("abc", "p")
+    assert run["display_name"] == "night point+bbox s3"
+    assert (run["tags"], run["run_group"], run["job_type"]) == (
+        *(["t", "bbox", "coco", "point"], "g", "train"),
+    )
+    assert run["notes"] == "a note"
     assert run["config"]["update"]["model"] == {"num_maskmem": 7}
+    assert run["config"]["update"]["text/dataset.prompt_types"] == "point+bbox"
+    counts = [row["update"] for row in found["config"] if "params/total" in row["update"]]
+    assert counts[0]["params/total"] == 5
+    assert "a line that W&B keeps" in [row["line"] for row in found["output_raw"]]
+    assert "a line that W&B keeps" in (tmp_path / folder / "files/output.log").read_text()
+
+    data, model = (row for row in found["artifact"] if row["type"] in ("dataset", "model"))
+    assert (data["name"], data["type"]) == ("data-" + "f" * 16, "dataset")
+    assert data["use_after_commit"]  # what the model comes from
+    assert (model["name"], model["type"]) == ("model-abc", "model")
+    assert {"best", "step_2"} <= set(model["aliases"])
+    assert json.loads(model["metadata"])["data"] == {"train": "f" * 32}
+
+    best_shown = [row for row in found["metric"] if row.get("name") == "val/J_and_F"]
+    assert best_shown[0]["summary"] == {"max": True}
+    kept = [
+        row["update"]["val/J_and_F"] for row in found["summary"] if "val/J_and_F" in row["update"]
+    ]
+    assert kept[-1] == {"max": 0.75}  # and not the last one, which the run's own summary has
     history = [row["item"] for row in found["history"]]
     assert (history[0]["trainer/global_step"], history[0]["val/J"]) == (0, 0.5)
-    assert (history[1]["trainer/global_step"], history[1]["loss"]) == (2, 2.0)
-    pictures = history[2]
+    assert (history[2]["trainer/global_step"], history[2]["loss"]) == (2, 2.0)
+    pictures = history[3]
+    assert pictures["films/clip0._type"] == "video-file"
+    assert history[4]["tables/scores.nrows"] == 2
     assert pictures["overlays/clip0.format"] == "png"
     ids = pictures["masks/clip0.masks.prediction.path"]
     assert "masks/clip0.masks.ground_truth.path" in pictures
@@ -148,6 +186,50 @@ def test_offline_data_arrives(start, tmp_path, screen):
         assert np.array_equal(np.array(image), overlay(tmp_path).prediction)
     assert {"status": "done", "best/J_and_F": 0.5} in [row["update"] for row in found["summary"]]
     assert [row["exit_code"] for row in found["exit"]] == [0]
+
+
+def test_a_failed_run_alerts_and_sends_no_model(start, tmp_path):
+    def train():
+        with start(TrackingConfig(mode="offline", log_model="best")) as runlog:
+            best = tmp_path / "run/checkpoints/best.pt"
+            best.parent.mkdir()
+            best.write_bytes(b"weights")
+            runlog.saved(best, 2, {})
+            raise FloatingPointError("step 3: loss nan")
+
+    with pytest.raises(FloatingPointError):
+        train()
+    found = records(tmp_path)
+    (alert,) = found["alert"]
+    assert (alert["title"], alert["level"]) == ("night failed", "ERROR")
+    assert alert["text"] == "FloatingPointError: step 3: loss nan"
+    assert "artifact" not in found
+
+
+def test_a_sweep_steers_by_the_last_score(start, monkeypatch):
+    """W&B keeps one number of a metric in the summary, which its sweeps read."""
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    assert not start(OFF).wandb.shows_best
+
+
+def test_tensorboard_has_the_numbers_and_pictures(start, tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = TrackingConfig(mode="disabled", also=("tensorboard",))
+    with start(config) as runlog:
+        for step, loss in ((1, 1.0), (2, 3.0), (3, 5.0), (4, math.nan)):
+            runlog.log(step, {"loss": loss, "lr": 0.5})
+        runlog.overlays(4, [overlay(tmp_path)])
+    with start(config, first_step=2) as runlog:  # what came after step 2 comes again
+        runlog.record(4, {"loss": 7.0})
+    events = reader.EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(2, 2.0), (4, 7.0)]
+    assert [(e.step, e.value) for e in events.Scalars("lr")] == [(2, 0.5)]
+
+
+def test_tensorboard_that_is_not_there_is_told(start, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=r"tracking\.also: .*`pip install tensorboard`"):
+        start(TrackingConfig(mode="disabled", also=("tensorboard",))).__enter__()
 
 
 @pytest.mark.parametrize(
@@ -192,7 +274,7 @@ def test_wandb_that_fails_later_costs_one_line(start, tmp_path, screen, monkeypa
     complaints = [line for line in shown(screen).splitlines() if "off from here" in line]
     assert len(complaints) == 1
     assert "log failed (OSError: no space left on device)" in complaints[0]
-    assert complaints[0].endswith(runlog.wandb.how_to_sync)
+    assert f"\n  {runlog.wandb.how_to_sync}\n" in shown(screen)
     # What W&B had got before is finished and readable.
     assert [row["item"]["trainer/global_step"] for row in records(tmp_path)["history"]] == [2]
 

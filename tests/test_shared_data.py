@@ -259,9 +259,9 @@ def test_the_main_experiment_trains_on_real_sequences(tmp_path):
     assert summary["status"] == "finished"
     assert summary["steps"] == 3
     assert 0 <= summary["val/J_and_F"] <= 1
-    pictures = {path.name for path in (tmp_path / "run" / "overlays").glob("*.png")}
+    pictures = {path.name for path in (tmp_path / "run" / "overlays").glob("*.jpg")}
     assert pictures == {
-        f"step_{step}_video_{video}.png"
+        f"step_{step}_video_{video}.jpg"
         for step in ("000000", "000003")
         for video in ("car-shadow", "dog")
     }

@@ -59,6 +59,17 @@ def test_text_shows_signs_and_uneven_sides():
     assert mean_interval([0.1, 0.1]).text(sign=True) == "+0.100 ± 0.000 (2 seeds)"
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "claim"),
+    [(-0.076, 0.241, "not shown"), (0.01, 0.2, "shown"), (-0.2, -0.01, "a loss is shown")],
+)
+def test_a_verdict_follows_from_the_interval(low, high, claim):
+    text = Interval(0.072, low, high, 12, "video").verdict()
+    assert text == f"+0.072, 95 % {low:+.3f}..{high:+.3f}: {claim} on 12 videos"
+    unknown = Interval(0.072, math.nan, math.nan, 2, "video").verdict()
+    assert unknown == "an interval needs 5 videos, here are 2"
+
+
 def test_equal_seeds_are_paired():
     first, second = {0: 0.1, 1: 0.5, 2: 0.9}, {2: 1.0, 0: 0.2, 1: 0.6}
     found = seed_difference(first, second)

@@ -35,6 +35,7 @@ GROUPS = {
     },
     "scores": {
         *("metrics", "evaluate", "scores", "pictures", "score_pictures", "video_files"),
+        "overlays",
         "attributes",
     },
     "runs": {
@@ -203,7 +204,7 @@ def test_one_module_spells_the_names_of_a_run_s_files():
     """Whole words of code, as in `folder / "scores.csv"`; not what a message or docstring says."""
     places = [cell.cell_contents for cell in _closures(RunFolder)]
     names = {name for place in places for name in (place, Path(place).name)}
-    names -= {"wandb", "overlays", "masks", "frames"}  # words for more than a folder
+    names -= {"wandb", "tensorboard", "overlays", "masks", "frames"}  # words for more than a folder
     assert {"metrics.jsonl", "last.pt", "checkpoints"} <= names
     spelled = {}
     for path in PACKAGE.glob("*.py"):

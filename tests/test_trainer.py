@@ -70,7 +70,7 @@ def test_a_run_writes_what_the_readme_names(experiment, tmp_path):
     assert load_yaml(run_dir / "config.yaml")["trainer"]["num_steps"] == 4
     environment = json.loads((run_dir / "environment.json").read_text())
     assert environment["packages"]["torch"].startswith(torch.__version__.split("+")[0])
-    assert len(list((run_dir / "overlays").glob("step_*.png"))) == 3
+    assert len(list((run_dir / "overlays").glob("step_*.jpg"))) == 3
     assert {p.name for p in (run_dir / "checkpoints").iterdir()} == {
         "last.pt",
         "previous.pt",

@@ -231,7 +231,7 @@ def test_a_trial_that_is_stopped_early_saves_and_does_not_count_as_failed(machin
     assert "consecutive failed runs" not in printed
     assert second.exit_code == 0  # the agent went on
     folder = run_folder(machine, first)
-    again = rf"saved\. Go on with: python run\.py small\.yaml .* --resume runs/small/{first.id}"
+    again = rf"saved\. Go on with:\n  python run\.py small\.yaml .* --resume runs/small/{first.id}"
     assert re.search(again, printed)
     assert (folder / "checkpoints" / "last.pt").is_file()
     assert first.sweep == sweep.id
