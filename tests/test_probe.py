@@ -10,7 +10,7 @@ from test_trainer import experiment  # noqa: F401
 
 from sam2train import probe
 from sam2train.errors import MachineFault, explain
-from sam2train.experiment import build_model, load_experiment
+from sam2train.experiment import Experiment, build_model, load_experiment
 from sam2train.probe import (
     Found,
     Setting,
@@ -76,8 +76,11 @@ def test_nothing_larger_is_tried_than_what_does_not_fit(experiment, monkeypatch)
     assert own == Setting(3, 2, 64, False)
 
 
-def test_where_free_memory_is_not_told_the_probe_says_so(experiment, monkeypatch):
+def test_where_free_memory_is_not_told_the_probe_says_so(monkeypatch):
     """As on macOS and Windows, which have no /proc; `resource` is not on Windows."""
+    experiment = Experiment.model_validate(
+        {"dataset": {"data_path": "x"}, "trainer": {"device": "cpu"}}
+    )
     monkeypatch.setattr(probe.Path, "read_text", raises(FileNotFoundError))
     monkeypatch.setitem(sys.modules, "resource", None)
     with pytest.raises(MachineFault, match="--probe needs it, or a CUDA device"):
