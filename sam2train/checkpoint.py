@@ -14,7 +14,6 @@ from typing import Any, BinaryIO
 
 import torch
 
-from sam2train import distributed
 from sam2train.config import build
 from sam2train.config_yaml import read_yaml
 from sam2train.errors import UserError
@@ -335,8 +334,9 @@ def restore_optimizer(
         UserError: the state belongs to other parameters.
     """
     try:
-        groups = [{**g, "fused": optimizer.defaults["fused"]} for g in state["param_groups"]]
-        optimizer.load_state_dict({**state, "param_groups": groups})  # fused as this device can
+        how = {name: optimizer.defaults[name] for name in ("fused", "foreach")}  # as can be here
+        groups = [{**group, **how} for group in state["param_groups"]]
+        optimizer.load_state_dict({**state, "param_groups": groups})
     except Exception as problem:  # torch looks at no type before it computes with a value
         raise UserError(
             f"{path}: optimizer does not fit the trained parameters ({problem}); give the settings "
@@ -349,32 +349,6 @@ def restore_optimizer(
                     f"{path}: optimizer.state[{place}].{name} is {tuple(value.shape)}, and the "
                     f"parameter {tuple(parameter.shape)}; take another checkpoint of the run"
                 )
-
-
-def rng_states() -> dict[str, Any]:
-    """Of torch's generators: what dropout draws from."""
-    cuda = []
-    if torch.cuda.is_available():
-        # Of several processes each has one GPU, and makes no context on those of the others.
-        one = distributed.is_launched()
-        cuda = [torch.cuda.get_rng_state()] if one else torch.cuda.get_rng_state_all()
-    return {"torch": torch.get_rng_state(), "cuda": cuda}
-
-
-def restore_rng(states: Mapping[str, Any], path: Path) -> None:
-    """Set torch's generators to `rng_states` of the checkpoint at `path`; UserError if they are
-    not."""
-    try:
-        torch.set_rng_state(states["torch"])
-        if torch.cuda.is_available() and states["cuda"] and distributed.is_launched():
-            torch.cuda.set_rng_state(states["cuda"][0])
-        elif torch.cuda.is_available():  # another machine may have fewer devices
-            torch.cuda.set_rng_state_all(states["cuda"][: torch.cuda.device_count()])
-    except (RuntimeError, TypeError) as problem:
-        raise UserError(
-            f"{path}: rng is not the state of torch's generators ({problem}); take another "
-            "checkpoint of the run"
-        ) from None
 
 
 def apply_weights(

@@ -13,11 +13,12 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from sam2train.errors import MachineFault
+from sam2train.errors import MachineFault, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -288,6 +289,69 @@ def own_part(costs: Sequence[float], num_of_main: int = 0) -> list[int]:
         parts[owner].append(place)
         loads[owner] += costs[place]
     return sorted(parts[rank() if count > 1 else 0])
+
+
+# -- what each process draws from ------------------------------------------------------------------
+
+
+def rng_states() -> dict[str, Any]:
+    """Of torch's generators: what dropout draws from."""
+    import torch
+
+    cuda = []
+    if torch.cuda.is_available():
+        # Of several processes each has one GPU, and makes no context on those of the others.
+        one = is_launched()
+        cuda = [torch.cuda.get_rng_state()] if one else torch.cuda.get_rng_state_all()
+    return {"torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def restore_rng(states: Mapping[str, Any], path: Path) -> None:
+    """Set torch's generators to `rng_states` of the checkpoint at `path`; UserError if they are
+    not."""
+    import torch
+
+    try:
+        torch.set_rng_state(states["torch"])
+        if torch.cuda.is_available() and states["cuda"] and is_launched():
+            torch.cuda.set_rng_state(states["cuda"][0])
+        elif torch.cuda.is_available():  # another machine may have fewer devices
+            torch.cuda.set_rng_state_all(states["cuda"][: torch.cuda.device_count()])
+    except (RuntimeError, TypeError) as problem:
+        raise UserError(
+            f"{path}: rng is not the state of torch's generators ({problem}); take another "
+            "checkpoint of the run"
+        ) from None
+
+
+def dropout_seed(seed: int, step: int) -> int:
+    """The seed of dropout and dropped paths, another one in each process; the main one takes that
+    of the experiment, as one process does."""
+    import numpy as np
+
+    number = rank()
+    if number == 0:
+        return seed
+    return int(np.random.SeedSequence([seed, number, step]).generate_state(1)[0])
+
+
+def rng_of_all(states: Mapping[str, Any]) -> dict[str, Any]:
+    """The states of torch's generators of the main process, and `of_others`, where there are any,
+    those of the others."""
+    first, *others = gather(dict(states))
+    return {**first, "of_others": others} if others else first
+
+
+def restore_rng_of_all(content: Mapping[str, Any], seed: int, path: Path) -> None:
+    """Give this process its generators' states back; where there were fewer processes before, new
+    ones."""
+    import torch
+
+    states = [content["rng"], *content["rng"].get("of_others", ())]
+    if rank() < len(states):
+        restore_rng(states[rank()], path)
+    else:
+        torch.manual_seed(dropout_seed(seed, content["step"]))
 
 
 # -- how they end together ------------------------------------------------------------------------

@@ -142,6 +142,11 @@ class TrainerConfig(Section):
         description="the backward computes each frame again: about half of the memory of a step, "
         "a third more time",
     )
+    sharding: Literal["none", "fsdp"] = Field(
+        "none",
+        description="fsdp: each process of torchrun keeps a part of a trained image encoder, its "
+        "gradients and AdamW's moments",
+    )
     bf16: bool | None = Field(None, description="bfloat16 autocast; null: where CUDA supports it")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     seed: int = Field(

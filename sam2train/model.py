@@ -39,6 +39,7 @@ from sam2train.pretrained import (
     match_parameters,
     resolve_config,
 )
+from sam2train.sharding import is_sharded, zero_of
 
 
 class SAM2Model(nn.Module):
@@ -262,6 +263,7 @@ class SAM2Model(nn.Module):
             (B, T, N) and `object_score_logits` (B, T, N) of the mask that enters the memory, and
             `frames`: for each of the T frames a list of `FramePrediction`, for the loss. Frames
             before an object's first prompt hold -1024, -10 for the object score, and no prediction.
+            With a sharded encoder also `zero`, to be added to the loss; see `sharding.zero_of`.
 
         Raises:
             UserError: layouts that do not fit each other or the model.
@@ -289,6 +291,8 @@ class SAM2Model(nn.Module):
         )
         features = self.encode_images(inputs.images, inputs.image_keys)
         outputs = self._track_groups(inputs, groups, features, interaction, only_frames)
+        if any(map(is_sharded, self.image_encoder.parameters())):
+            outputs["zero"] = zero_of(features.levels)
         if interaction is not None:
             interaction.num_clips += len(inputs.prompts)
         return outputs

@@ -75,6 +75,8 @@ def build_optimizer(
     """
     import torch
 
+    from sam2train.sharding import is_sharded
+
     for key in ("learning_rates", "final_learning_rates"):
         _check_patterns(key, getattr(config, key), parameters)
     scales = _layer_scales(parameters, config, sam2)
@@ -85,6 +87,8 @@ def build_optimizer(
         decay = 0.0 if name in undecayed else config.weight_decay
         groups.setdefault((peak * scales.get(name, 1.0), ratio, decay), []).append(parameter)
     on_cuda = bool(parameters) and all(p.is_cuda for p in parameters.values())
+    # Torch takes no sharded parameters together with whole ones: then one after the other.
+    mixed = any(map(is_sharded, parameters.values()))
     return torch.optim.AdamW(
         [
             {
@@ -98,7 +102,8 @@ def build_optimizer(
         ],
         betas=config.betas,
         # One kernel for all parameters, where torch has it for the device.
-        fused=True if on_cuda else None,
+        fused=True if on_cuda and not mixed else None,
+        foreach=False if mixed else None,
     )
 
 

@@ -284,12 +284,12 @@ def overlays_to_compare(runs: pd.DataFrame, most: int = 3) -> dict[str, str]:
     video = None
     for row in runs.sort_values("last", ascending=False).to_dict("records"):
         found = overlay_files(row["path"])
-        found = found[found["video"] == (video or found["video"].min())]
+        video = video or min(found["video"][found["step"] == found["step"].max()], default=None)
+        found = found[found["video"] == video]
         if found.empty or len(chosen) > most:
             continue
         for picture in found.iloc[[-1] if chosen else [0, -1]].to_dict("records"):
             chosen[f"{row['run']}, step {picture['step']}"] = picture["path"]
-        video = video or found["video"].iloc[0]
     return chosen
 
 

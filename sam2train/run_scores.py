@@ -53,6 +53,7 @@ from sam2train.scores import (
     score,
     scores_table,
 )
+from sam2train.sharding import copy_into, whole_weights
 
 
 @dataclass(frozen=True)
@@ -70,16 +71,20 @@ class Contender:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Its weights in the model while the block runs."""
-        if self.weights is None:
+        if self.model is None:
             yield
             return
-        parameters = self.model.trainable_parameters()
-        kept = {name: p.detach().clone() for name, p in parameters.items()}
-        try:
-            self.model.sam2.load_state_dict({n: self.weights[n] for n in kept}, strict=False)
-            yield
-        finally:
-            self.model.sam2.load_state_dict(kept, strict=False)
+        with whole_weights(self.model):
+            if self.weights is None:
+                yield
+                return
+            parameters = self.model.trainable_parameters()
+            kept = {name: p.detach().clone() for name, p in parameters.items()}
+            try:
+                copy_into(parameters, self.weights)
+                yield
+            finally:
+                copy_into(parameters, kept)
 
 
 def first_mask_copied(experiment: Experiment) -> Contender:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from sam2train import checkpoint, distributed
+from sam2train import checkpoint, distributed, sharding
 from sam2train.clips import BatchedVideoDatapoint
 from sam2train.config import to_yaml
 from sam2train.config_yaml import read_yaml
@@ -20,14 +20,7 @@ from sam2train.data_loader import LeftOut, load_batches
 from sam2train.data_report import shared_video_warnings
 from sam2train.datasets import build_dataset
 from sam2train.errors import UserError, add_note
-from sam2train.evaluate import why_not_scored
-from sam2train.experiment import (
-    Experiment,
-    as_begun,
-    base_hash,
-    build_model,
-    uses_bf16,
-)
+from sam2train.experiment import Experiment, as_begun, base_hash, build_model, uses_bf16
 from sam2train.files import sweep_partials, write_text
 from sam2train.losses import divide_losses, sum_losses
 from sam2train.machine import Interrupted, StopRequests, say
@@ -39,14 +32,12 @@ from sam2train.runlog import RunLog
 from sam2train.trainer_step import (
     audit_step,
     bf16_note,
+    check_can_be_scored,
     check_same_everywhere,
     clips_before,
-    dropout_seed,
     feature_cache_note,
     has_tracked_frame,
     not_finite,
-    restore_rng_of_all,
-    rng_of_all,
     row_warnings,
     rows_left,
     sum_step,
@@ -104,13 +95,7 @@ class Trainer:
         self.train_data = read(data, training=True)
         self.val_data = val and read(val, training=False)
         self.test_data = test and read(test, training=False)
-        policy = experiment.evaluation.frame_policy
-        for name, part in (("val", self.val_data), ("test", self.test_data)):
-            if part and (fault := why_not_scored(part.videos, policy)):
-                raise UserError(
-                    f"dataset.{name}_path: {fault}; name videos with all masks, or null, and track "
-                    "these with --evaluate RUN --save-masks MASKS.zip"
-                )
+        check_can_be_scored(experiment, {"val": self.val_data, "test": self.test_data})
         splits = {"train": self.train_data, "val": self.val_data, "test": self.test_data}
         self.splits = {name: part for name, part in splits.items() if part}
         self.fingerprints = {name: part.fingerprint for name, part in self.splits.items()}
@@ -119,11 +104,10 @@ class Trainer:
         self.changed_data = [n for n, value in before.items() if self.fingerprints.get(n) != value]
         self.model = build_model(experiment, warn)
         self.device = self.model.device
-        torch.manual_seed(dropout_seed(self.config.seed, 0))
+        torch.manual_seed(distributed.dropout_seed(self.config.seed, 0))
         self.parameters = self.model.trainable_parameters()
         if not self.parameters and self.config.num_steps:
             raise UserError("model.trainable_modules: nothing is trained; name at least one module")
-        self.optimizer = build_optimizer(self.parameters, experiment.optimizer, self.model.sam2)
         user = partial(SimulatedUser, experiment.interaction, experiment.clips_seed)
         self.interaction = user() if experiment.interaction.enabled else None
         self.bf16 = uses_bf16(experiment, self.device)
@@ -132,6 +116,12 @@ class Trainer:
             {"weights": self.base_hash, "data": self.fingerprints, "settings": self.settings}
         )
         base_weights = {name: p.detach().clone() for name, p in self.parameters.items()}
+        if content:
+            checkpoint.apply_weights(self.model.sam2, content, self.base_hash, resume)
+        if self.config.sharding == "fsdp" and self.config.num_steps:
+            sharding.shard(self.model, warn)
+            self.parameters = self.model.trainable_parameters()
+        self.optimizer = build_optimizer(self.parameters, experiment.optimizer, self.model.sam2)
         self._warnings: list[str] = []  # of a resumed run
         if content:
             run_id = self._restore(content, resume)
@@ -297,7 +287,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         # All of them first, on the CPU: each loss is divided by the objects of the whole step.
         collected = self._next_batches(batches)
-        before = checkpoint.rng_states(), self.audited
+        before = distributed.rng_states(), self.audited
         num_objects, num_tracked, num_left_out = distributed.sum_over_processes(
             [
                 sum(batch.masks.shape[1] for batch in collected),
@@ -323,14 +313,16 @@ class Trainer:
                 batch.object_ignore,
             )
             loss = divide_losses(of_batch, num_objects, self.experiment.loss)["loss"]
-            if loss.requires_grad:  # else nothing that is trained was read
+            num_learning += loss.requires_grad  # else nothing that is trained was read
+            loss = loss + outputs.get("zero", 0)
+            if loss.requires_grad:
                 loss.backward()
-                num_learning += 1
             for name, value in of_batch.items():
                 sums[name] = sums.get(name, 0) + value.detach()
         pairs = zip(self.model.feature_counts, images_before, strict=True)
         scalars = sum_step(
-            list(self.parameters.values()),
+            # FSDP has summed those of sharded parameters.
+            [p for p in self.parameters.values() if not sharding.is_sharded(p)],
             sums,
             self.experiment.loss,
             self.interaction,
@@ -344,7 +336,7 @@ class Trainer:
                 self.model, self.experiment, num_tracked > 0, self.runlog.say, may_wait=more
             )
             self.audited = bool(self.audit)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
+        grad_norm = sharding.clip_gradients(self.parameters.values(), config.max_grad_norm)
 
         # The only wait for the device in a step, before a bad batch can change the weights.
         if not torch.isfinite(scalars["loss"] + grad_norm):
@@ -370,7 +362,8 @@ class Trainer:
     ) -> BaseException:
         """What to raise after a step that is not finite. The main process keeps the batches of all,
         and the state before the step."""
-        rng = rng_of_all(rng)
+        state = self._whole_state(rng)
+        of_shards = sharding.bad_shards(self.model.sam2)
         batches = [batch for part in distributed.gather(list(batches)) for batch in part]
         if distributed.is_main():
             error = not_finite(
@@ -379,7 +372,8 @@ class Trainer:
                 batches,
                 scalars,
                 self.model.sam2,
-                partial(self._save_before, rng, audited),
+                partial(self._save_before, state, audited),
+                of_shards,
             )
         distributed.wait_for_all()
         return error if distributed.is_main() else SystemExit(1)
@@ -407,30 +401,38 @@ class Trainer:
             self.save(self.folder.last)
             self._saved = self.step, self.scores.scored
 
-    def _save_before(self, rng: Mapping[str, Any], audited: bool) -> None:
+    def _save_before(self, state: Mapping[str, Any], audited: bool) -> None:
         """Write `last.pt` as of before the step that runs, unless it is there."""
         self.audited = audited
         if self._saved is None or self._saved[0] != self.step:
-            self.save(self.folder.last, rng)
+            self.save(self.folder.last, state)
 
-    def save(self, path: Path, rng: Mapping[str, Any] | None = None) -> None:
+    def _whole_state(
+        self, rng: Mapping[str, Any] | None = None, *, to_go_on: bool = True
+    ) -> dict[str, Any]:
+        """What a checkpoint has of all processes, each of which has to call this."""
+        # The trained weights alone, where the others can be read from the file of the base.
+        only = None if self.base_hash is None else self.parameters
+        return {
+            "model": sharding.whole_weights_of(self.model.sam2, only),
+            "optimizer": sharding.whole_state(self.optimizer.state_dict()) if to_go_on else None,
+            "rng": distributed.rng_of_all(rng or distributed.rng_states()),
+        }
+
+    def save(self, path: Path, state: Mapping[str, Any] | None = None) -> None:
         """Write a checkpoint: the last one to go on from, the best one for use.
 
         Args:
-            rng: of `rng_of_all`, None for those of now.
+            state: of `_whole_state`, None for that of now.
         """
-        rng = rng or rng_of_all(checkpoint.rng_states())
+        last = path == self.folder.last
+        state = state or self._whole_state(to_go_on=last)
         if not distributed.is_main():
             return
-        weights = self.model.sam2.state_dict()
-        everything = len(self.parameters) == len(list(self.model.sam2.parameters()))
-        # The trained ones alone, where the others can be read from the file of the base.
-        if self.base_hash is not None and not everything:
-            weights = {key: weights[key] for key in self.parameters}
         checkpoint.save(
             path,
             {
-                "model": {key: value.detach().cpu() for key, value in weights.items()},
+                **state,  # best.pt is for use, last.pt for going on
                 "base": {
                     "path": self.experiment.model.checkpoint_path,
                     "sha256": self.base_hash,
@@ -447,25 +449,22 @@ class Trainer:
                 "data": self.fingerprints,
                 "audited": self.audited,
                 "left_out": dict(self.left_out.counts),
-                # best.pt is for use, last.pt for going on.
-                "optimizer": self.optimizer.state_dict() if path == self.folder.last else None,
-                "rng": rng,
             },
-            previous=self.folder.previous if path == self.folder.last else None,
+            previous=self.folder.previous if last else None,
         )
         self.runlog.saved(path, self.step, self.fingerprints)
 
     def _restore(self, content: Mapping[str, Any], path: Path) -> str:
         if content["optimizer"] is None:
             raise UserError(f"{path}: has no optimiser state; go on from last.pt of the same run")
-        checkpoint.apply_weights(self.model.sam2, content, self.base_hash, path)
         checkpoint.restore_optimizer(self.optimizer, content["optimizer"], path)
+        sharding.shard_moments(self.optimizer)
         self.step = content["step"]
         batches = self.experiment.dataset.batch_size, self.config.grad_accumulation
         clips, self._warnings = clips_before(content, batches, path)
         self._start = self.step, clips
         self.audited = content.get("audited", True)  # checkpoints from before this key were
-        restore_rng_of_all(content, self.config.seed, path)
+        distributed.restore_rng_of_all(content, self.config.seed, path)
         return content["run_id"]
 
     def _write_run_files(self) -> None:

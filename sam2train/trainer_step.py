@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from sam2train import checkpoint, distributed
+from sam2train import distributed
 from sam2train.clips import BatchedVideoDatapoint, is_empty
 from sam2train.config_yaml import read_yaml
 from sam2train.corrections import SimulatedUser
+from sam2train.data_clips import ClipDataset
 from sam2train.errors import UserError
+from sam2train.evaluate import why_not_scored
 from sam2train.experiment import Experiment, read_rows, untrained_rows
 from sam2train.files import replacing
 from sam2train.losses import LossConfig, divide_losses
@@ -29,6 +31,7 @@ from sam2train.model import SAM2Model
 from sam2train.pretrained import MEMORY, MODULES, match_parameters, selects
 from sam2train.prompts import PROMPTS
 from sam2train.run_folder import RunFolder
+from sam2train.sharding import is_sharded, whole
 
 # Several processes
 
@@ -71,32 +74,6 @@ def sum_step(
     return scalars
 
 
-def dropout_seed(seed: int, step: int) -> int:
-    """The seed of dropout and dropped paths, another one in each process; the main one takes that
-    of the experiment, as one process does."""
-    number = distributed.rank()
-    if number == 0:
-        return seed
-    return int(np.random.SeedSequence([seed, number, step]).generate_state(1)[0])
-
-
-def rng_of_all(states: Mapping[str, Any]) -> dict[str, Any]:
-    """The states of torch's generators of the main process, and `of_others`, where there are any,
-    those of the others."""
-    first, *others = distributed.gather(dict(states))
-    return {**first, "of_others": others} if others else first
-
-
-def restore_rng_of_all(content: Mapping[str, Any], seed: int, path: Path) -> None:
-    """Give this process its generators' states back; where there were fewer processes before, new
-    ones."""
-    states = [content["rng"], *content["rng"].get("of_others", ())]
-    if distributed.rank() < len(states):
-        checkpoint.restore_rng(states[distributed.rank()], path)
-    else:
-        torch.manual_seed(dropout_seed(seed, content["step"]))
-
-
 def check_same_everywhere(seen: Mapping[str, Any]) -> None:
     """Raise UserError where another process has other settings, weights or data to begin with."""
     for number, other in enumerate(distributed.gather(dict(seen))):
@@ -104,6 +81,17 @@ def check_same_everywhere(seen: Mapping[str, Any]) -> None:
             raise UserError(
                 f"process {number} has another content of {', '.join(wrong)} than process "
                 f"{distributed.rank()}; give all nodes the same files and the same command"
+            )
+
+
+def check_can_be_scored(experiment: Experiment, splits: Mapping[str, ClipDataset | None]) -> None:
+    """Raise UserError where videos of `val` or `test` have not the masks that scores need."""
+    for name, part in splits.items():
+        fault = part and why_not_scored(part.videos, experiment.evaluation.frame_policy)
+        if fault:
+            raise UserError(
+                f"dataset.{name}_path: {fault}; name videos with all masks, or null, and track "
+                "these with --evaluate RUN --save-masks MASKS.zip"
             )
 
 
@@ -189,7 +177,7 @@ def audit_gradients(model: SAM2Model) -> dict[str, float]:
         tensors.setdefault(name.split(".")[0], []).append(parameter.grad)
     record = {}
     for module, gradients in tensors.items():
-        norms = [gradient.norm() for gradient in gradients if gradient is not None]
+        norms = [whole(gradient.norm()) for gradient in gradients if gradient is not None]
         record[f"audit/{module}/tensors"] = len(gradients)
         record[f"audit/{module}/with_gradient"] = len(norms)
         record[f"audit/{module}/norm"] = float(torch.stack(norms).norm()) if norms else 0.0
@@ -368,6 +356,7 @@ def not_finite(
     scalars: Mapping[str, torch.Tensor],
     model: nn.Module,
     save: Callable[[], None],
+    of_shards: Sequence[str | None] = (None, None),
 ) -> FloatingPointError:
     """What to raise after a step that is not finite: names the step, its clips, what was bad first,
     and the two files that keep the batches and the state before the step.
@@ -376,6 +365,7 @@ def not_finite(
         step, batches, model: see `save_bad_batch`.
         scalars: `loss` and `loss/<term>` of the step, and `grad_norm`.
         save: writes the state before the step as the last checkpoint.
+        of_shards: of `bad_shards`.
     """
     path = folder.bad_batch(step)
     names = [name for batch in batches for name in batch.names]
@@ -385,7 +375,7 @@ def not_finite(
     )
     try:
         losses = {n: v for n, v in scalars.items() if n.startswith("loss")}
-        found = save_bad_batch(path, step, batches, losses, model)
+        found = save_bad_batch(path, step, batches, losses, model, of_shards)
         text += f"The first bad value: {found}; {path} has the clips. "
         save()
         text += f"{folder.last} is the state before this step. "
@@ -400,6 +390,7 @@ def save_bad_batch(
     batches: Sequence[BatchedVideoDatapoint],
     losses: Mapping[str, torch.Tensor],
     model: nn.Module,
+    of_shards: Sequence[str | None] = (None, None),
 ) -> str:
     """What was bad first, in words: a parameter, an input, a loss or a gradient, by name.
 
@@ -413,7 +404,7 @@ def save_bad_batch(
         model: with the gradients of the step; its parameters are those before it.
     """
     batches = [batch.to("cpu") for batch in batches]  # normalised
-    found = next(_bad(batches, losses, model), "no single part; a sum overflows")
+    found = next(_bad(batches, losses, model, of_shards), "no single part; a sum overflows")
     content = {
         "step": step,
         "first_bad": found,
@@ -438,14 +429,18 @@ def _bad(
     batches: Sequence[BatchedVideoDatapoint],
     losses: Mapping[str, torch.Tensor],
     model: nn.Module,
+    of_shards: Sequence[str | None],
 ) -> Iterator[str]:
     """What is not finite, causes before their effects."""
+    parameter_of_shards, gradient_of_shards = of_shards
+    if parameter_of_shards:
+        yield parameter_of_shards
     for kind, tensors in (
         ("parameter", model.named_parameters()),
         ("buffer", model.named_buffers()),
     ):
         for name, value in tensors:
-            if not torch.isfinite(value.detach()).all():
+            if not is_sharded(value) and not torch.isfinite(value.detach()).all():
                 yield f"the {kind} {name}, {_described(value)}"
     for batch in batches:
         for clip, name in enumerate(batch.names):
@@ -456,8 +451,12 @@ def _bad(
         if name != "loss" and not torch.isfinite(value.detach()).all():
             yield f"the loss {name}, {float(value):.3g}"
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+        if parameter.grad is None or is_sharded(parameter):
+            continue
+        if not torch.isfinite(parameter.grad).all():
             yield f"the gradient of {name}, {_described(parameter.grad)}"
+    if gradient_of_shards:
+        yield gradient_of_shards
 
 
 def _described(value: torch.Tensor) -> str:

@@ -43,6 +43,7 @@ _MAY_CHANGE = (
     "trainer.audit",
     "trainer.device",
     "trainer.num_steps",
+    "trainer.sharding",
 )
 
 

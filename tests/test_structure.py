@@ -35,7 +35,7 @@ GROUPS = {
     },
     "model": {
         *("features", "memory", "model", "model_inputs", "corrections"),
-        *("pretrained", "pretrained_download", "lora", "losses", "optimizer"),
+        *("pretrained", "pretrained_download", "lora", "losses", "optimizer", "sharding"),
     },
     "scores": {
         *("metrics", "evaluate", "scores", "pictures", "score_pictures", "video_files"),

@@ -130,9 +130,9 @@ def test_trials_of_a_sweep_write_what_separate_runs_do(tmp_path, monkeypatch):
     alone = ["small.yaml", *words, "--run-dir", "alone", "optimizer.learning_rate=0.001"]
     assert cli.main(alone) == 0
     trial = Path("runs/sweeps/rates-smoke/002")
-    found = {p.relative_to(trial) for p in trial.rglob("*") if p.suffix in (".csv", ".png")}
+    found = {p.relative_to(trial) for p in trial.rglob("*") if p.suffix in (".csv", ".jpg")}
     alone = Path("alone")
-    expected = {p.relative_to(alone) for p in alone.rglob("*") if p.suffix in (".csv", ".png")}
+    expected = {p.relative_to(alone) for p in alone.rglob("*") if p.suffix in (".csv", ".jpg")}
     assert found == expected
     assert len(found) > 3
     for name in found:
