@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -294,3 +295,24 @@ def test_the_gpus_of_this_machine_are_counted(monkeypatch):
     assert gpus_for_jobs() == ["0", "1", "2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert gpus_for_jobs() == []
+
+
+def test_on_windows_the_lock_of_a_claim_is_that_of_msvcrt(tmp_path, monkeypatch):
+    held = set()
+
+    def locking(number, mode, size):
+        """As there: a second lock of a file's first byte is refused, by whichever process."""
+        file = os.fstat(number).st_ino
+        if file in held:
+            raise PermissionError(13, "Permission denied")
+        held.add(file)
+
+    windows = types.SimpleNamespace(locking=locking, LK_NBLCK=2)
+    monkeypatch.setitem(sys.modules, "msvcrt", windows)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setattr(sys, "platform", "win32")
+    first, second = claim_trial(tmp_path, "001"), claim_trial(tmp_path, "002")
+    assert claim_trial(tmp_path, "001") is None
+    assert is_claimed(tmp_path, "001")
+    for claim in (first, second):
+        claim.release()
