@@ -18,7 +18,7 @@ from sam2train.config import build
 from sam2train.config_yaml import read_yaml
 from sam2train.errors import UserError
 from sam2train.experiment import Experiment, base_hash
-from sam2train.files import check_unpacked_size, file_hash, read_end, replacing
+from sam2train.files import check_unpacked_size, file_hash, hash_of_rest, read_end, replacing
 from sam2train.lora import merge_lora
 from sam2train.model import SAM2Model
 from sam2train.pretrained import is_safetensors, load_weights
@@ -83,7 +83,7 @@ def _seal(file: BinaryIO) -> None:
     file.seek(-2, io.SEEK_END)
     file.write((len(_MARK) + _DIGITS).to_bytes(2, "little") + _MARK)
     file.seek(0)
-    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hash_of_rest(file)
     file.seek(0, io.SEEK_END)
     file.write(digest.encode())
 

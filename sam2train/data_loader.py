@@ -20,7 +20,7 @@ from sam2train import distributed
 from sam2train.clips import BatchedVideoDatapoint, Clip, Prompt, collate_fn
 from sam2train.data_clips import ClipDataset
 from sam2train.datasets import DatasetConfig
-from sam2train.errors import MachineFault, UserError, worker_ended
+from sam2train.errors import MachineFault, UserError, add_note, worker_ended
 from sam2train.machine import leave_group, num_cores, time_limit
 
 # Seconds. A clip is a few pictures, which even a slow network disk gives in some seconds.
@@ -225,7 +225,7 @@ class _Failure:
     @classmethod
     def of(cls, error: Exception) -> _Failure:
         if get_worker_info() is not None:
-            error.add_note("in a process that loads data:\n" + traceback.format_exc())
+            add_note(error, "in a process that loads data:\n" + traceback.format_exc())
         try:
             pickle.loads(pickle.dumps(error))
         except Exception:  # such an exception would not reach the run, which would wait for it

@@ -31,6 +31,11 @@ class MachineFault(RuntimeError):
     """
 
 
+def add_note(error: BaseException, note: str) -> None:
+    """`error.add_note` of Python 3.11; 3.10 keeps the note and shows it in no traceback."""
+    error.__notes__ = [*getattr(error, "__notes__", []), note]
+
+
 # Faults of the machine
 
 _GO_ON = "What a run has saved stays; --resume goes on with it"

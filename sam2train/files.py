@@ -16,7 +16,7 @@ import unicodedata
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sam2train.errors import UserError
 
@@ -244,7 +244,15 @@ def natural_key(name: str) -> tuple[str | int, ...]:
 def file_hash(path: Path) -> str:
     """sha256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hash_of_rest(file)
+
+
+def hash_of_rest(file: BinaryIO) -> str:
+    """sha256 of an open file from its place on, in hexadecimal."""
+    digest = hashlib.sha256()  # hashlib.file_digest came with Python 3.11
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def read_end(path: Path, num_bytes: int) -> bytes:

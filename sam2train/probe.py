@@ -6,9 +6,9 @@ count for the next, and one that runs out of memory ends alone.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -194,10 +194,13 @@ def memory_here(experiment: Experiment) -> tuple[int, str]:
     check_available(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_name(device)
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024, "this machine's CPU"
-    raise MachineFault("/proc/meminfo does not say how much memory is free; --probe needs it")
+    with contextlib.suppress(OSError):  # macOS and Windows have no such file
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024, "this machine's CPU"
+    raise MachineFault(
+        "/proc/meminfo does not say how much memory is free; --probe needs it, or a CUDA device"
+    )
 
 
 def measure_setting(experiment: Experiment, setting: Setting, limit: int) -> Found:
@@ -232,6 +235,8 @@ def run_child(text: str) -> None:
     given = json.loads(text)
     experiment = Experiment.model_validate(read_yaml(given["experiment"], "the experiment"))
     if choose_device(experiment.trainer.device).type == "cpu":
+        import resource  # not on Windows, where `memory_here` has refused
+
         # Else a machine starts to swap, or ends the largest of all processes.
         resource.setrlimit(resource.RLIMIT_DATA, (given["limit"], given["limit"]))
     print(json.dumps(run_step(experiment, given["objects"])))
@@ -268,6 +273,8 @@ def _peak_here() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
     except (OSError, StopIteration):
+        import resource
+
         scale = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 

@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -284,12 +284,12 @@ def overlays_to_compare(runs: pd.DataFrame, most: int = 3) -> dict[str, str]:
     video = None
     for row in runs.sort_values("last", ascending=False).to_dict("records"):
         found = overlay_files(row["path"])
-        found = found[found["video"] == (video or found["video"].min())]
+        video = video or min(found["video"][found["step"] == found["step"].max()], default=None)
+        found = found[found["video"] == video]
         if found.empty or len(chosen) > most:
             continue
         for picture in found.iloc[[-1] if chosen else [0, -1]].to_dict("records"):
             chosen[f"{row['run']}, step {picture['step']}"] = picture["path"]
-        video = video or found["video"].iloc[0]
     return chosen
 
 
@@ -340,7 +340,7 @@ def _read_run(path: Path) -> dict[str, Any]:
         longest = float(stamps.diff().max()) if len(stamps) > 1 else 0.0
         if time.time() - written > max(QUIET, 3 * longest):
             row["status"] = "crashed"
-    row["written"] = datetime.fromtimestamp(written, UTC)
+    row["written"] = datetime.fromtimestamp(written, timezone.utc)
     row["commit"], row["device"] = commit, device
     return row | _settings(config)
 
@@ -368,8 +368,8 @@ def _read_wandb_run(run: Any) -> dict[str, Any]:
         "status": ended or _WANDB_STATES.get(run.state, run.state),
         "problem": None,
         **_run_numbers(config, summary, metrics),
-        # When it began; W&B writes UTC, with or without saying so.
-        "written": datetime.fromisoformat(run.created_at).replace(tzinfo=UTC),
+        # When it began; W&B writes UTC, with or without the Z that Python 3.10 does not read.
+        "written": datetime.fromisoformat(run.created_at.rstrip("Z")).replace(tzinfo=timezone.utc),
         "commit": run.commit,
         "device": None,
     }

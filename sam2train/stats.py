@@ -43,7 +43,7 @@ class Interval:
     def verdict(self) -> str:
         """Of a difference over videos: `+0.072, 95 % -0.076..+0.241: not shown on 12 videos`."""
         if not self.known:
-            return f"an interval needs {MIN_VIDEOS} videos, here are {self.num}"
+            return f"an interval needs {MIN_VIDEOS} videos, not {self.num}"
         claim = "shown" if self.low > 0 else "a loss is shown" if self.high < 0 else "not shown"
         limits = f"{100 * self.level:g} % {self.low:+.3f}..{self.high:+.3f}"
         return f"{self.value:+.3f}, {limits}: {claim} on {self.num} {self.unit}s"

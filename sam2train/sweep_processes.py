@@ -12,7 +12,6 @@ renewed. Where a lock does not reach other hosts, the file does.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gc
 import importlib
 import json
@@ -331,8 +330,15 @@ def record_lock(folder: Path) -> Iterator[None]:
 def _lock(file: IO[str]) -> bool:
     """Whether this process got the lock; True, too, where the file system has none."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # flock's error and that of Windows
         return False
     except OSError:  # no locks on this file system: the claim's time decides
         return True

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -91,7 +92,7 @@ class Trial:
         typed = self.folder / VALUES
         words = [*command, "--run-dir", str(self.folder)]
         words += ["--resume"] * begun
-        with (self.folder / LOG).open("a") as log:
+        with (self.folder / LOG).open("a", encoding="utf-8") as log:
             print("$", shlex.join(words), file=log, flush=True)
             environment = {
                 **environment,
@@ -112,7 +113,7 @@ class Trial:
                     env=environment,
                     # A group of its own: Ctrl-C reaches the sweep, which lets its trials save.
                     start_new_session=True,
-                    pass_fds=kept,
+                    pass_fds=kept if sys.platform != "win32" else (),
                 )
         self.state, self.early, self.problem = "running", None, None
 

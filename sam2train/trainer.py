@@ -19,7 +19,7 @@ from sam2train.corrections import SimulatedUser
 from sam2train.data_loader import LeftOut, load_batches
 from sam2train.data_report import shared_video_warnings
 from sam2train.datasets import build_dataset
-from sam2train.errors import UserError
+from sam2train.errors import UserError, add_note
 from sam2train.experiment import Experiment, as_begun, base_hash, build_model, uses_bf16
 from sam2train.files import sweep_partials, write_text
 from sam2train.losses import divide_losses, sum_losses
@@ -238,7 +238,7 @@ class Trainer:
                     self._summarise(status)
                 # the error that ended the run matters more than this one
                 except Exception as second:
-                    error.add_note(f"and {self.folder.summary} could not be written: {second}")
+                    add_note(error, f"and {self.folder.summary} could not be written: {second}")
                 raise
             self._summarise("finished")
         return self.scores.latest

@@ -244,7 +244,7 @@ def test_each_mask_comes_back_at_both_sizes():
         for key, mask in zip(KEYS, some_masks(len(KEYS), size), strict=True):
             assert cache.get(*key, size) is None
             cache.put(*key, mask)
-            stored[id(key[0]), *key[1:], size] = key, mask
+            stored[(id(key[0]), *key[1:], size)] = key, mask
     assert len(stored) == 16
     for (*_, size), (key, mask) in stored.items():
         np.testing.assert_array_equal(cache.get(*key, size), mask)

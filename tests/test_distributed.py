@@ -15,7 +15,7 @@ import torch
 from test_trainer import experiment, make_trainer, rows, weights  # noqa: F401
 
 from sam2train import distributed
-from sam2train.errors import MachineFault, UserError
+from sam2train.errors import MachineFault, UserError, add_note
 from sam2train.machine import Interrupted, choose_device
 
 ROOT = Path(__file__).parents[1]
@@ -66,7 +66,7 @@ def _run(pipe, environment, function, arguments):
         with distributed.joined():
             result = function(*arguments)
     except BaseException as error:
-        error.add_note(traceback.format_exc())
+        add_note(error, traceback.format_exc())
         result = error
     pipe.send(result)
     pipe.close()

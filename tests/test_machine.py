@@ -3,6 +3,7 @@
 import io
 import os
 import platform
+import runpy
 import signal
 import subprocess
 import sys
@@ -173,6 +174,25 @@ def test_a_worker_leaves_the_group_that_a_signal_is_sent_to():
         "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+
+
+def test_on_windows_the_two_signals_that_it_has_stop_a_run(monkeypatch):
+    for name in ("SIGHUP", "SIGUSR1", "SIGALRM", "setitimer"):
+        monkeypatch.delattr(signal, name)
+    for name in ("setpgid", "sched_getaffinity"):
+        monkeypatch.delattr(os, name)
+    there = runpy.run_path(machine.__file__)  # as a process on Windows imports it
+    assert there["STOP_SIGNALS"] == (signal.SIGTERM, signal.SIGINT)
+    before = signal.getsignal(signal.SIGINT)
+    with there["StopRequests"]() as stop, there["time_limit"](0.0, str):
+        signal.raise_signal(signal.SIGINT)
+    assert stop.received == signal.SIGINT
+    assert there["num_cores"]() == os.cpu_count()
+    try:
+        there["leave_group"](0)  # a loader process has no group to leave
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_the_room_needs_no_torch_to_count_cores():

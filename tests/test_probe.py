@@ -1,6 +1,7 @@
 """The memory of a step, measured in processes of their own."""
 
 import io
+import sys
 
 import pytest
 from rich.console import Console
@@ -8,8 +9,8 @@ from small_run import fails, write_experiment
 from test_trainer import experiment  # noqa: F401
 
 from sam2train import probe
-from sam2train.errors import explain
-from sam2train.experiment import build_model, load_experiment
+from sam2train.errors import MachineFault, explain
+from sam2train.experiment import Experiment, build_model, load_experiment
 from sam2train.probe import (
     Found,
     Setting,
@@ -73,6 +74,25 @@ def test_nothing_larger_is_tried_than_what_does_not_fit(experiment, monkeypatch)
     assert "a test, 10.0 GB" in text
     (own,) = settings_of(settings)[1]
     assert own == Setting(3, 2, 64, False)
+
+
+def test_where_free_memory_is_not_told_the_probe_says_so(monkeypatch):
+    """As on macOS and Windows, which have no /proc; `resource` is not on Windows."""
+    experiment = Experiment.model_validate(
+        {"dataset": {"data_path": "x"}, "trainer": {"device": "cpu"}}
+    )
+    monkeypatch.setattr(probe.Path, "read_text", raises(FileNotFoundError))
+    monkeypatch.setitem(sys.modules, "resource", None)
+    with pytest.raises(MachineFault, match="--probe needs it, or a CUDA device"):
+        probe.memory_here(experiment)
+    assert probe.free_memory(experiment) is None
+
+
+def raises(kind):
+    def function(*_, **__):
+        raise kind
+
+    return function
 
 
 def test_the_message_of_a_full_memory_names_the_probe():

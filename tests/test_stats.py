@@ -67,7 +67,7 @@ def test_a_verdict_follows_from_the_interval(low, high, claim):
     text = Interval(0.072, low, high, 12, "video").verdict()
     assert text == f"+0.072, 95 % {low:+.3f}..{high:+.3f}: {claim} on 12 videos"
     unknown = Interval(0.072, math.nan, math.nan, 2, "video").verdict()
-    assert unknown == "an interval needs 5 videos, here are 2"
+    assert unknown == "an interval needs 5 videos, not 2"
 
 
 def test_equal_seeds_are_paired():

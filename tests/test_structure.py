@@ -8,7 +8,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
+import sam2train
 from sam2train.experiment import load_experiment
 from sam2train.run_folder import RunFolder
 
@@ -139,11 +143,28 @@ def test_settings_are_read_without_torch(tmp_path):
     assert (done.returncode, "did you mean `trainer.num_steps`" in done.stderr) == (2, True)
 
 
+# What Windows does not have; the libraries that we import know it, and are imported before.
+WITHOUT_POSIX = """
+import os, signal, socket, sys, cv2, torch, torchvision.transforms.v2, scipy.stats, pandas
+import hydra, matplotlib.pyplot, pydantic, rich.live, torch.utils.data, torch.distributed
+import concurrent.futures.process, multiprocessing.popen_spawn_posix
+for owner, names in (
+    (os, "fork setpgid setsid sched_getaffinity sysconf memfd_create waitpid getuid"),
+    (signal, "SIGHUP SIGUSR1 SIGKILL SIGALRM setitimer pthread_sigmask"),
+    (socket, "send_fds recv_fds"),
+):
+    for name in names.split():
+        delattr(owner, name)
+for name in ("fcntl", "resource", "termios", "pwd", "grp"):
+    sys.modules[name] = None
+"""
+
+
 def test_importing_the_modules_leaves_no_trace(tmp_path):
-    """No file, no environment variable, no CUDA, no W&B."""
+    """No file, no environment variable, no CUDA, no W&B; and nothing of POSIX is needed for it."""
     modules = ", ".join(f"sam2train.{path.stem}" for path in PACKAGE.glob("*.py"))
     code = (
-        "import os, sys, cv2; before = dict(os.environ)\n"  # OpenCV sets variables of its own
+        f"{WITHOUT_POSIX}\nbefore = dict(os.environ)\n"  # OpenCV sets variables of its own
         f"import {modules.replace('.__init__', '')}\n"
         "assert dict(os.environ) == before\n"
         "assert 'wandb' not in sys.modules\n"
@@ -207,6 +228,35 @@ def _closures(folder: type) -> list:
 
 def _is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def test_the_files_of_a_release_name_one_version():
+    version = sam2train.__version__
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text()
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+    scripts = [step["run"].split()[-1] for job in jobs.values() for step in job["steps"][-1:]]
+    assert scripts == [".ci/run", ".ci/oldest"]
+    assert all((ROOT / script).is_file() for script in scripts)
+
+
+def test_the_lock_has_a_version_of_all_that_the_project_names():
+    """One for the oldest Python as well as the newest; within the ranges."""
+    text = (ROOT / "pyproject.toml").read_text()
+    named = [Requirement(line) for line in re.findall(r'"([a-z0-9-]+[=>]=[^"]+)"', text)]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and line[0] != "#"]
+    assert len(named) > 25
+    for python in ("3.10", "3.11", "3.12", "3.13", "3.14"):
+        here = {"python_version": python, "python_full_version": f"{python}.9"}
+        found = {
+            canonicalize_name(pin.name): next(iter(pin.specifier)).version
+            for pin in pins
+            if pin.marker is None or pin.marker.evaluate(here)
+        }
+        for wanted in named:
+            if wanted.name not in ("setuptools", "sam2train"):
+                assert wanted.specifier.contains(found[canonicalize_name(wanted.name)]), wanted
 
 
 def test_no_name_has_two_meanings():

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -129,9 +130,9 @@ def test_trials_of_a_sweep_write_what_separate_runs_do(tmp_path, monkeypatch):
     alone = ["small.yaml", *words, "--run-dir", "alone", "optimizer.learning_rate=0.001"]
     assert cli.main(alone) == 0
     trial = Path("runs/sweeps/rates-smoke/002")
-    found = {p.relative_to(trial) for p in trial.rglob("*") if p.suffix in (".csv", ".png")}
+    found = {p.relative_to(trial) for p in trial.rglob("*") if p.suffix in (".csv", ".jpg")}
     alone = Path("alone")
-    expected = {p.relative_to(alone) for p in alone.rglob("*") if p.suffix in (".csv", ".png")}
+    expected = {p.relative_to(alone) for p in alone.rglob("*") if p.suffix in (".csv", ".jpg")}
     assert found == expected
     assert len(found) > 3
     for name in found:
@@ -294,3 +295,24 @@ def test_the_gpus_of_this_machine_are_counted(monkeypatch):
     assert gpus_for_jobs() == ["0", "1", "2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert gpus_for_jobs() == []
+
+
+def test_on_windows_the_lock_of_a_claim_is_that_of_msvcrt(tmp_path, monkeypatch):
+    held = set()
+
+    def locking(number, mode, size):
+        """As there: a second lock of a file's first byte is refused, by whichever process."""
+        file = os.fstat(number).st_ino
+        if file in held:
+            raise PermissionError(13, "Permission denied")
+        held.add(file)
+
+    windows = types.SimpleNamespace(locking=locking, LK_NBLCK=2)
+    monkeypatch.setitem(sys.modules, "msvcrt", windows)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setattr(sys, "platform", "win32")
+    first, second = claim_trial(tmp_path, "001"), claim_trial(tmp_path, "002")
+    assert claim_trial(tmp_path, "001") is None
+    assert is_claimed(tmp_path, "001")
+    for claim in (first, second):
+        claim.release()

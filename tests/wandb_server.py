@@ -242,6 +242,9 @@ class WandbServer:
 
     # Artifacts: tables come as such.
 
+    def _on_ArtifactType(self, **_: Any) -> dict[str, Any]:
+        return {"project": {"artifact": None}}  # none has this name yet
+
     def _on_CreateArtifact(self, input: Mapping[str, Any]) -> dict[str, Any]:
         artifact_id = f"artifact{len(self.artifacts) + 1}"
         self.artifacts[artifact_id] = Artifact(
