@@ -116,6 +116,9 @@ def copy_into(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch
 def whole_weights(model: nn.Module) -> Iterator[None]:
     """Each process has all weights while the block runs, and what is written into them is gone
     after it. Processes score other videos, so that none can wait for another in a forward."""
+    if distributed.num_processes() == 1:  # nothing is sharded
+        yield
+        return
     parts = [module for module in model.modules() if hasattr(module, "unshard")]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
