@@ -51,6 +51,7 @@ def test_the_splits_as_published():
     assert {name: (split.num_videos, split.num_frames) for name, split in demo.SPLITS.items()} == {
         "stills": (4000, 1),
         "clips": (400, 22),
+        "scenes": (400, 24),
         "train": (60, 24),
         "val": (16, 24),
         "test": (48, 24),
@@ -199,7 +200,9 @@ def test_matches_recorded(stills_path, monkeypatch):
 
 
 def test_errors_of_the_user(tmp_path, stills_path):
-    with pytest.raises(UserError, match=r"demo/all/annotations\.json.*stills, clips, train"):
+    with pytest.raises(
+        UserError, match=r"demo/all/annotations\.json.*stills, clips, scenes, train"
+    ):
         demo.ensure(tmp_path / "demo/all/annotations.json")
     (tmp_path / "demo").write_text("a file where the folder should be")
     with pytest.raises(UserError, match=r"demo.stills: .*cannot be written.*make room"):

@@ -294,7 +294,7 @@ class TestMistakes:
 
 
 def test_the_demo_scores_as_it_did(tmp_path):
-    """The base on two demo videos, as it scored when its weights were made (prompts of seed 0, one thread).
+    """The base on two demo videos, as it scored when its weights were made (one thread).
     Other builds of torch and OpenCV round differently: the last digits may move."""
     words = ["--evaluate", "base", "--run-dir", str(tmp_path / "run"), "evaluation.max_videos=2"]
     words += ["trainer.device=cpu", "tracking.mode=disabled", "evaluation.num_overlays=0"]
