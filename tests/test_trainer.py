@@ -251,7 +251,7 @@ def test_three_seeds_for_weights_clips_and_the_prompts_of_evaluation(experiment,
 
 def test_the_demo_at_step_zero_hangs_on_no_seed_of_the_training(tmp_path):
     folder = tmp_path / "demo"
-    demo.generate(dataclasses.replace(demo.SPLITS["easy"], num_videos=2, num_frames=5), folder)
+    demo.generate(dataclasses.replace(demo.SPLITS["clips"], num_videos=2, num_frames=16), folder)
     data = str(folder / "annotations.json")
     changes = {f"dataset.{name}": data for name in ("data_path", "val_path")}
     changes |= {"dataset.test_path": None, "trainer.num_steps": 0, "trainer.device": "cpu"}
